@@ -1,0 +1,1 @@
+"""Stream Monitor: what a chain of thought rests on, seen while vLLM serves it."""

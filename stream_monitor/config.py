@@ -1,0 +1,169 @@
+"""Every setting of the product, its default and its meaning, in one place.
+
+Values come, strongest first, from the command line, `STREAM_MONITOR_*` variables, and the TOML file that
+`STREAM_MONITOR_CONFIG` names (tables `[capture]` and `[monitor]`). They are parsed once, at the edge; inner code takes
+values, not settings objects.
+"""
+
+import os
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "STREAM_MONITOR_"
+
+
+class SettingsError(ValueError):
+    """A setting cannot be used. The message is one line that names the key and what would be valid."""
+
+
+def runtime_folder() -> Path:
+    """Where sockets live unless told otherwise: `$XDG_RUNTIME_DIR/stream-monitor`, else a folder of this user's."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "stream-monitor" if base else Path(tempfile.gettempdir()) / f"stream-monitor-{os.getuid()}"
+
+
+def default_target() -> str:
+    """The Unix socket on which `stream-monitor serve` listens and to which publishers connect."""
+    return f"unix:{runtime_folder() / 'ingest.sock'}"
+
+
+class _Layered(BaseSettings):
+    """Command line over environment over file."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, _FileTable(settings_cls)
+
+
+class _FileTable(PydanticBaseSettingsSource):
+    """The class's table of the file named by `STREAM_MONITOR_CONFIG`."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:  # pragma: no cover - unused by us
+        raise NotImplementedError
+
+    def __call__(self) -> dict[str, Any]:
+        path = os.environ.get(PREFIX + "CONFIG")
+        if not path:
+            return {}
+        try:
+            content = tomllib.loads(Path(path).read_text())
+        except OSError as error:
+            raise SettingsError(f"{PREFIX}CONFIG: cannot read {path}: {error.strerror}") from None
+        except tomllib.TOMLDecodeError as error:
+            raise SettingsError(f"{PREFIX}CONFIG: {path} is not TOML: {error}") from None
+        if unknown := sorted(set(content) - set(TABLES)):
+            raise SettingsError(f"{path}: unknown table [{unknown[0]}]; valid: {', '.join(f'[{t}]' for t in TABLES)}")
+        table: dict[str, Any] = content.get(next(t for t, c in TABLES.items() if c is self.settings_cls), {})
+        return table
+
+
+class CaptureSettings(_Layered):
+    """What the plug-in captures inside the engine. The defaults are the table every published figure uses."""
+
+    disable: bool = Field(False, description="1 makes the plug-in a no-op.")
+    target: str = Field(
+        default_factory=default_target,
+        description="Address of the monitor: unix:/path or host:port.",
+    )
+    stride: int = Field(4, ge=1, le=4096, description="Capture one row in every `stride` positions of a request.")
+    layers: str = Field(
+        "auto",
+        description="Layers to watch: auto, all, or a list such as 8,12,20-23. auto picks layers evenly over the upper two thirds of the model, as many as max_heads allows, at most 4.",
+    )
+    heads: str = Field("auto", description="Query heads to watch in each layer of a rank: auto, all, or a list.")
+    max_heads: int = Field(32, ge=1, le=4096, description="Watched (layer, head) pairs per rank under auto.")
+    strategy: Literal["descent", "beam", "exact"] = Field("descent", description="Search strategy.")
+    block_size: Literal[8, 16, 32, 64, 128] = Field(32, description="Tokens per key block.")
+    top_k: int = Field(8, ge=1, le=4096, description="Key blocks kept per query head.")
+    sink_blocks: int = Field(1, ge=0, le=16, description="First blocks, always kept.")
+    recent_blocks: int = Field(2, ge=1, le=64, description="Last blocks, always kept.")
+    max_requests: int = Field(256, ge=1, le=4096, description="Requests captured at a time; others are refused, counted.")
+    audit_every: int = Field(64, ge=0, description="Recompute one (layer, head, row) exactly every so many captured steps; 0: never.")
+    ring_bytes: int = Field(16 << 20, ge=1 << 16, le=1 << 32, description="Size of the shared-memory ring.")
+    queue_steps: int = Field(4, ge=1, le=64, description="Captured steps that may wait for the estimator; more are dropped, counted.")
+    send_token_ids: bool = Field(False, description="Let token ids, and so text, leave the engine.")
+    client_may_disable: bool = Field(False, description="Let a request switch its own monitoring off.")
+    allow_untested_engine: bool = Field(False, description="Capture on a vLLM version this release was not tested with.")
+
+    @field_validator("target")
+    @classmethod
+    def _target(cls, value: str) -> str:
+        return check_address(value)
+
+
+class MonitorSettings(_Layered):
+    """How the sidecar listens, what it keeps and when it speaks up."""
+
+    ingest: str = Field(default_factory=default_target, description="Address for publishers: unix:/path or host:port.")
+    grpc: str = Field("127.0.0.1:9750", description="Address for subscribers: host:port or unix:/path.")
+    http: str = Field("127.0.0.1:9751", description="Address for /metrics, /healthz and /readyz: host:port.")
+    insecure: bool = Field(False, description="Listen beyond loopback without TLS.")
+    max_traces: int = Field(10_000, ge=1, description="Request traces held; the oldest finished ones go first.")
+    max_trace_bytes: int = Field(1 << 30, ge=1 << 20, description="Memory of all traces, estimated; beyond it the oldest go.")
+    max_sentences: int = Field(4096, ge=16, description="Sentences per request; later ones are counted, not kept.")
+    max_message_bytes: int = Field(4 << 20, ge=1 << 16, le=64 << 20, description="Largest summary taken in.")
+    max_engines: int = Field(256, ge=1, description="Engine ranks at a time; others are refused.")
+    max_subscribers: int = Field(256, ge=1, description="Subscribers at a time.")
+    subscriber_queue: int = Field(1024, ge=1, description="Events that wait for a slow subscriber; then the oldest are lost, counted.")
+    event_log: int = Field(65_536, ge=1, description="Events held for subscribers that resume.")
+    merge_deadline_seconds: float = Field(2.0, gt=0, description="A step whose ranks have not all arrived by then is partial.")
+    shutdown_grace_seconds: float = Field(3.0, ge=0, description="Time calls get to end after NOT_SERVING was announced.")
+
+    @field_validator("ingest", "grpc", "http")
+    @classmethod
+    def _addresses(cls, value: str) -> str:
+        return check_address(value)
+
+
+TABLES: dict[str, type[_Layered]] = {"capture": CaptureSettings, "monitor": MonitorSettings}
+
+
+def check_address(value: str) -> str:
+    """Return `value` if it is unix:/path or host:port, else raise ValueError."""
+    if value.startswith("unix:") and len(value) > len("unix:"):
+        return value
+    host, _, port = value.rpartition(":")
+    if host and port.isdigit() and int(port) < 65536:
+        return value
+    raise ValueError("must be unix:/path or host:port")
+
+
+S = TypeVar("S", bound=_Layered)
+
+
+def load(table: type[S], **overrides: Any) -> S:
+    """Settings of one table; raises SettingsError with one line that names the key and what is valid."""
+    _refuse_unknown_variables()
+    try:
+        return table(**{key: value for key, value in overrides.items() if value is not None})
+    except ValidationError as error:
+        raise SettingsError(_one_line(table, error)) from None
+
+
+def _refuse_unknown_variables() -> None:
+    known = {PREFIX + field.upper() for table in TABLES.values() for field in table.model_fields} | {PREFIX + "CONFIG"}
+    for name in sorted(os.environ):
+        if name.startswith(PREFIX) and name not in known:
+            raise SettingsError(f"{name}: no such setting; valid: {', '.join(sorted(known))}")
+
+
+def _one_line(table: type[_Layered], error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = str(first["loc"][0]) if first["loc"] else "settings"
+    if first["type"] == "extra_forbidden":
+        return f"{key}: no such setting; valid: {', '.join(sorted(table.model_fields))}"
+    return f"{key}: {first['msg']} (got {first.get('input')!r}); {table.model_fields[key].description}"
