@@ -145,6 +145,7 @@ class Ledger(msgspec.Struct):
     estimates: int = 0
     estimate_seconds: float = 0.0
     fault: str = ""
+    refused_arguments: dict[str, int] = {}
 
 
 class Audit(msgspec.Struct):

@@ -414,11 +414,32 @@ class Ledger(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class RefusedArgumentsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TOKEN_ROWS_FIELD_NUMBER: _builtins.int
     CHUNK_ROWS_FIELD_NUMBER: _builtins.int
     ESTIMATES_FIELD_NUMBER: _builtins.int
     ESTIMATE_SECONDS_FIELD_NUMBER: _builtins.int
     FAULT_FIELD_NUMBER: _builtins.int
+    REFUSED_ARGUMENTS_FIELD_NUMBER: _builtins.int
     estimates: _builtins.int
     """Estimator calls, and their summed run time."""
     estimate_seconds: _builtins.float
@@ -432,6 +453,10 @@ class Ledger(_message.Message):
     def chunk_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowCount]:
         """Rows that end a prefill chunk from which no token was sampled."""
 
+    @_builtins.property
+    def refused_arguments(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Arguments of requests that were not honoured, by "name:reason", such as "stream_monitor_untrusted:malformed"."""
+
     def __init__(
         self,
         *,
@@ -440,10 +465,11 @@ class Ledger(_message.Message):
         estimates: _builtins.int = ...,
         estimate_seconds: _builtins.float = ...,
         fault: _builtins.str = ...,
+        refused_arguments: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_rows", b"chunk_rows", "estimate_seconds", b"estimate_seconds", "estimates", b"estimates", "fault", b"fault", "token_rows", b"token_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_rows", b"chunk_rows", "estimate_seconds", b"estimate_seconds", "estimates", b"estimates", "fault", b"fault", "refused_arguments", b"refused_arguments", "token_rows", b"token_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

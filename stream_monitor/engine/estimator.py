@@ -1,0 +1,198 @@
+"""The one extra thread of a worker: runs the search over a step's rows and writes the ring record.
+
+It never holds the interpreter lock while it searches (one nogil call for all layers, rows and heads) and computes on a
+CPU the engine does not use: new threads inherit the worker's pinned core (utils/ompmultiprocessing.py:96).
+"""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from stream_kernels.cpu import CpuSearch
+from stream_kernels.search import BlockSummary
+
+from stream_monitor.engine.blocks import BlockGenerations
+from stream_monitor.engine.ledger import count, merged
+from stream_monitor.engine.packing import pack_rows
+from stream_monitor.engine.requests import RowLabel
+from stream_monitor.engine.steps import Job, StepSlot
+from stream_monitor.records import Audit, Ledger, Phase, Rows, StepRecord, encode
+from stream_monitor.ring import RingWriter
+
+log = logging.getLogger("vllm.stream_monitor")
+
+
+@dataclass(frozen=True)
+class CacheGeometry:
+    """How block tables address the cache, per KV cache group.
+
+    Attributes:
+        group_of_layer: group of each watched layer.
+        page_tokens: tokens per table page.
+        pages_per_block: table pages per scheduler block.
+    """
+
+    group_of_layer: list[int]
+    page_tokens: list[int]
+    pages_per_block: list[int]
+
+
+class Estimator:
+    """Owns the search, the ring's writing end and the counts of what became of submitted rows.
+
+    Args:
+        search: compiled for the watched layers.
+        summary: output arrays for as many rows as a slot holds.
+        generations: bumped by the runner thread.
+        geometry: of the KV cache.
+        heads_per_row: watched (layer, head) pairs, the ledger's unit.
+        audit_every: recompute one (layer, row, head) exactly every so many searched steps; 0 never.
+        cpus: CPUs to run on; empty leaves the affinity alone.
+        release: called with a slot once its content is not needed.
+        on_fault: called once with a reason when the thread cannot go on.
+    """
+
+    def __init__(
+        self,
+        search: CpuSearch,
+        summary: BlockSummary,
+        generations: BlockGenerations,
+        geometry: CacheGeometry,
+        heads_per_row: int,
+        ring: RingWriter,
+        audit_every: int,
+        cpus: set[int],
+        release: Callable[[StepSlot], None],
+        on_fault: Callable[[str], None],
+    ) -> None:
+        self._search = search
+        self._summary = summary
+        self._generations = generations
+        self._geometry = geometry
+        self._heads = heads_per_row
+        self._ring = ring
+        self._audit_every = audit_every
+        self._cpus = cpus
+        self._release = release
+        self._on_fault = on_fault
+        self._ledger = Ledger()
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._unfinished = 0
+        self._idle = threading.Condition()
+        self._random = np.random.default_rng(0)
+        self._thread = threading.Thread(target=self._run, name="stream-monitor-estimator", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Hand over a step; returns at once."""
+        with self._idle:
+            self._unfinished += 1
+        self._jobs.put(job)
+
+    @property
+    def backlog(self) -> int:
+        """Jobs handed over and not yet done."""
+        return self._unfinished
+
+    def drain(self, timeout: float) -> bool:
+        """Wait until nothing reads the KV cache; False if that takes longer than `timeout` seconds."""
+        with self._idle:
+            return self._idle.wait_for(lambda: self._unfinished == 0, timeout)
+
+    def stop(self, timeout: float) -> None:
+        """Finish what was handed over, then end the thread."""
+        self._jobs.put(None)
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        if self._cpus:
+            try:
+                os.sched_setaffinity(0, self._cpus)
+            except OSError as error:
+                log.warning("Stream Monitor: estimator thread keeps the engine's CPUs %s: %s", self._cpus, error)
+        while (job := self._jobs.get()) is not None:
+            try:
+                self._work(job)
+            except Exception as error:
+                log.exception("Stream Monitor: estimator failed")
+                self._on_fault(f"estimator: {type(error).__name__}: {error}")
+            finally:
+                with self._idle:
+                    self._unfinished -= 1
+                    self._idle.notify_all()
+
+    def _work(self, job: Job) -> None:
+        rows, audits = None, []
+        if job.slot is not None:
+            slot, labels = job.slot, job.slot.labels
+            try:
+                rows, audits = self._estimate(slot)
+            except Exception:
+                count(self._ledger, labels, "dropped", "estimator_error", self._heads)
+                raise
+            finally:
+                self._release(slot)
+        self._write(job, rows, audits)
+
+    def _estimate(self, slot: StepSlot) -> tuple[Rows | None, list[Audit]]:
+        """Search the slot's rows; rows whose keys may have been rewritten meanwhile are counted `raced` and left out."""
+        labels = slot.labels
+        n = len(labels)
+        queries = slot.queries[:, slot.batch_rows[:n]].contiguous()
+        summary = self._summary.first_rows(n)
+        begin = time.perf_counter()
+        self._search.run(queries, [table[:n] for table in slot.tables], slot.contexts[:n], summary)
+        audits = self._audit(slot, queries, summary)
+        self._ledger.estimate_seconds += time.perf_counter() - begin
+        self._ledger.estimates += 1
+        stale = slot.rewritten(self._generations, self._geometry.page_tokens, self._geometry.pages_per_block)
+        keep = [row for row in range(n) if not stale[row]]
+        count(self._ledger, [labels[row] for row in range(n) if stale[row]], "raced", "", self._heads)
+        if not keep:
+            return None, []
+        index = {row: i for i, row in enumerate(keep)}
+        return pack_rows(summary, labels, keep), [
+            Audit(index[a.row], a.layer, a.query_head, a.recall, a.unobserved_error) for a in audits if a.row in index
+        ]
+
+    def _audit(self, slot: StepSlot, queries: "object", summary: BlockSummary) -> list[Audit]:
+        if not self._audit_every or self._ledger.estimates % self._audit_every:
+            return []
+        layers, rows, heads = summary.unobserved_lse.shape
+        layer, row, head = (int(self._random.integers(size)) for size in (layers, rows, heads))
+        recall, error = self._search.audit(
+            queries, [table[:rows] for table in slot.tables], slot.contexts[:rows], summary, layer, row, head
+        )
+        return [Audit(row, layer, head, recall, error)]
+
+    def _write(self, job: Job, rows: Rows | None, audits: list[Audit]) -> None:
+        labels = _labels_of(rows)
+        count(self._ledger, labels, "captured", "", self._heads)
+        record = StepRecord(
+            step=job.step if rows else 0,
+            wall_time_ns=job.wall_time_ns,
+            ledger=merged(job.ledger, self._ledger),
+            rows=rows,
+            started=job.started,
+            tokens=job.tokens,
+            finished=job.finished,
+            audits=audits,
+        )
+        if not self._ring.write(encode(record)):
+            count(self._ledger, labels, "captured", "", -self._heads)
+            count(self._ledger, labels, "dropped", "record_too_large", self._heads)
+
+
+def _labels_of(rows: Rows | None) -> list[RowLabel]:
+    """Just enough of a label to count a packed row."""
+    if rows is None:
+        return []
+    return [RowLabel(request_id, 0, 0, Phase(phase), "", True) for request_id, phase in zip(rows.request_ids, rows.phases, strict=True)]

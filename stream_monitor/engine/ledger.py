@@ -1,0 +1,54 @@
+"""Counting rows so that nothing is silent. The runner thread and the estimator thread keep a ledger each; a record
+carries their sum, the runner's as of its step."""
+
+import copy
+from collections.abc import Iterable
+from typing import Literal
+
+from stream_monitor.engine.requests import RowLabel
+from stream_monitor.records import Ledger, Phase, RowLedger
+
+Outcome = Literal["expected", "captured", "sampled_out", "raced", "dropped", "refused", "discarded"]
+
+
+def count(ledger: Ledger, labels: Iterable[RowLabel], outcome: Outcome, reason: str, heads_per_row: int) -> None:
+    """Add rows to one cell; `reason` belongs to dropped, refused and discarded alone."""
+    for label in labels:
+        rows = ledger.chunk_rows if label.phase is Phase.PREFILL_CHUNK else ledger.token_rows
+        if reason:
+            cells: dict[str, int] = getattr(rows, outcome)
+            cells[reason] = cells.get(reason, 0) + heads_per_row
+        else:
+            setattr(rows, outcome, getattr(rows, outcome) + heads_per_row)
+
+
+def merged(runner: Ledger, estimator: Ledger) -> Ledger:
+    """The sum of both; a new object."""
+    return Ledger(
+        token_rows=_added(runner.token_rows, estimator.token_rows),
+        chunk_rows=_added(runner.chunk_rows, estimator.chunk_rows),
+        estimates=runner.estimates + estimator.estimates,
+        estimate_seconds=runner.estimate_seconds + estimator.estimate_seconds,
+        fault=runner.fault or estimator.fault,
+        refused_arguments=dict(runner.refused_arguments),
+    )
+
+
+def snapshot(ledger: Ledger) -> Ledger:
+    """A copy that later counts do not change."""
+    return copy.deepcopy(ledger)
+
+
+def _added(a: RowLedger, b: RowLedger) -> RowLedger:
+    def cells(x: dict[str, int], y: dict[str, int]) -> dict[str, int]:
+        return {key: x.get(key, 0) + y.get(key, 0) for key in x.keys() | y.keys()}
+
+    return RowLedger(
+        expected=a.expected + b.expected,
+        captured=a.captured + b.captured,
+        sampled_out=a.sampled_out + b.sampled_out,
+        raced=a.raced + b.raced,
+        dropped=cells(a.dropped, b.dropped),
+        refused=cells(a.refused, b.refused),
+        discarded=cells(a.discarded, b.discarded),
+    )

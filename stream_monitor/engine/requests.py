@@ -1,0 +1,189 @@
+"""Who owns which row: requests as the scheduler tells of them, labels of a step's rows, tokens waiting to be sent."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_monitor.engine.compat import NewRequest, ScheduledRequest
+from stream_monitor.engine.policy import RequestPolicy, decide
+from stream_monitor.engine.vocabulary import PromptRoles, overlay_untrusted
+from stream_monitor.records import Phase, RequestFinished, RequestStarted, TokenRun
+
+NO_PROMPT_IDS = "prompt_embeds"
+REQUEST_LIMIT = "request_limit"
+
+
+@dataclass(frozen=True, slots=True)
+class RowLabel:
+    """One row of a step: the last query token of one request.
+
+    Attributes:
+        position: of the query token, from 0; the row attends to keys 0 .. position.
+        attempt: resumptions of the request so far.
+        refused_reason: why the request is not captured; empty when it is.
+        sampled: the stride picked this row.
+    """
+
+    request_id: str
+    position: int
+    attempt: int
+    phase: Phase
+    refused_reason: str
+    sampled: bool
+
+
+@dataclass(slots=True)
+class _Tracked:
+    prompt_tokens: int
+    refused_reason: str
+    attempt: int = 0
+    total_tokens: int = 0
+    pending_first: int = 0
+    pending_flags: bytearray = field(default_factory=bytearray)
+    pending_ids: list[int] = field(default_factory=list)
+
+
+class RequestTable:
+    """Requests between their first scheduling and their end. Used by the runner thread alone.
+
+    Args:
+        stride: one row in every `stride` positions is sampled, counted from the last prompt token.
+        max_requests: captured at a time; later ones are refused until others finish.
+        client_may_disable: whether a request may switch its own monitoring off.
+        token_flags: uint8 [vocabulary], `TokenFlag`s of every token id; None if this rank does not send tokens.
+        roles: finds the role spans of a prompt.
+        send_token_ids: whether token ids go along.
+    """
+
+    def __init__(
+        self,
+        stride: int,
+        max_requests: int,
+        client_may_disable: bool,
+        token_flags: NDArray[np.uint8] | None,
+        roles: PromptRoles | None,
+        send_token_ids: bool,
+    ) -> None:
+        self._stride = stride
+        self._max_requests = max_requests
+        self._client_may_disable = client_may_disable
+        self._flags = token_flags
+        self._roles = roles
+        self._send_ids = send_token_ids
+        self._tracked: dict[str, _Tracked] = {}
+        self._captured = 0
+        self._with_tokens: dict[str, None] = {}
+        self.refused_arguments: dict[str, int] = {}
+
+    def start(self, new: NewRequest) -> RequestStarted:
+        """A request was scheduled for the first time (again, if the id is known: then as its next attempt)."""
+        known = self._tracked.get(new.request_id)
+        if known is not None:
+            self._forget(new.request_id)
+        policy = decide(new.extra_args, new.prompt_tokens, self._client_may_disable)
+        for argument in policy.refused_arguments:
+            self.refused_arguments[argument] = self.refused_arguments.get(argument, 0) + 1
+        reason = self._refusal(new, policy)
+        tracked = _Tracked(new.prompt_tokens, reason, attempt=known.attempt + 1 if known else 0)
+        tracked.total_tokens = new.prompt_tokens
+        self._tracked[new.request_id] = tracked
+        self._captured += not reason
+        return self._announce(new, policy, reason)
+
+    def _refusal(self, new: NewRequest, policy: RequestPolicy) -> str:
+        if policy.refused_reason:
+            return policy.refused_reason
+        if new.prompt_token_ids is None:
+            return NO_PROMPT_IDS
+        return REQUEST_LIMIT if self._captured >= self._max_requests else ""
+
+    def _announce(self, new: NewRequest, policy: RequestPolicy, reason: str) -> RequestStarted:
+        started = RequestStarted(new.request_id, new.prompt_tokens, b"", b"", b"", refused_reason=reason)
+        if reason or self._flags is None or self._roles is None or new.prompt_token_ids is None:
+            return started
+        ids = np.asarray(new.prompt_token_ids, np.int64)
+        starts, roles = self._roles.spans(ids)
+        if policy.untrusted:
+            starts, roles = overlay_untrusted(starts, roles, list(policy.untrusted), new.prompt_tokens)
+        started.role_starts = np.asarray(starts, "<u4").tobytes()
+        started.roles = np.asarray(roles, np.uint8).tobytes()
+        started.prompt_flags = self._flags_of(ids).tobytes()
+        if self._send_ids:
+            started.prompt_token_ids = ids.astype("<u4").tobytes()
+        return started
+
+    def resume(self, request_id: str) -> None:
+        """A preempted request runs again."""
+        if tracked := self._tracked.get(request_id):
+            tracked.attempt += 1
+
+    def label(self, request: ScheduledRequest) -> RowLabel | None:
+        """The row this request will have in the step; None for a request that started before capture was armed."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return None
+        end = request.computed_tokens + request.scheduled_tokens
+        known = tracked.prompt_tokens + request.output_tokens
+        if end < known:
+            phase = Phase.PREFILL_CHUNK
+        elif request.scheduled_tokens == 1 and request.output_tokens:
+            phase = Phase.DECODE
+        else:
+            phase = Phase.PREFILL_END
+        # Chunk ends are few and show how the prompt was read, so all are taken.
+        sampled = phase is Phase.PREFILL_CHUNK or (end - tracked.prompt_tokens) % self._stride == 0
+        return RowLabel(request.request_id, end - 1, tracked.attempt, phase, tracked.refused_reason, sampled)
+
+    def add_tokens(self, request_id: str, first_position: int, token_ids: list[int]) -> None:
+        """Tokens were sampled: `token_ids[0]` stands at `first_position`."""
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return
+        tracked.total_tokens = first_position + len(token_ids)
+        if self._flags is None or tracked.refused_reason:
+            return
+        if not tracked.pending_flags:
+            tracked.pending_first = first_position
+        tracked.pending_flags += self._flags_of(np.asarray(token_ids, np.int64)).tobytes()
+        if self._send_ids:
+            tracked.pending_ids += token_ids
+        self._with_tokens[request_id] = None
+
+    def take_tokens(self) -> list[TokenRun]:
+        """Tokens since the last call, one run a request."""
+        runs = [self._take(request_id) for request_id in self._with_tokens]
+        self._with_tokens.clear()
+        return runs
+
+    def _take(self, request_id: str) -> TokenRun:
+        tracked = self._tracked[request_id]
+        run = TokenRun(
+            request_id,
+            tracked.pending_first,
+            bytes(tracked.pending_flags),
+            np.asarray(tracked.pending_ids, "<u4").tobytes(),
+        )
+        tracked.pending_flags.clear()
+        tracked.pending_ids.clear()
+        return run
+
+    def finish(self, request_id: str) -> tuple[list[TokenRun], RequestFinished] | None:
+        """The engine let go of a request: its last tokens and its end; None if it was never seen."""
+        tracked = self._tracked.get(request_id)
+        if tracked is None:
+            return None
+        last = [self._take(request_id)] if self._with_tokens.pop(request_id, 0) is None else []
+        self._forget(request_id)
+        return last, RequestFinished(request_id, tracked.total_tokens)
+
+    def _forget(self, request_id: str) -> None:
+        tracked = self._tracked.pop(request_id)
+        self._with_tokens.pop(request_id, None)
+        self._captured -= not tracked.refused_reason
+
+    def _flags_of(self, token_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Flags of ids; 0 for ids beyond the table (padding rows of the embedding)."""
+        assert self._flags is not None
+        inside = token_ids < len(self._flags)
+        return np.where(inside, self._flags[np.where(inside, token_ids, 0)], 0).astype(np.uint8)
