@@ -1,0 +1,143 @@
+"""ANCHOR_SHIFT: the distribution over anchors left its running reference."""
+
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_monitor.anchors.page_hinkley import PageHinkley
+
+Distribution = NDArray[np.float64]
+
+
+class Verdict(StrEnum):
+    """What became of one sentence."""
+
+    INSUFFICIENT = "insufficient"
+    """Too few captured rows, or too little mass on anchors, to say anything."""
+    WARM_UP = "warm_up"
+    STEADY = "steady"
+    SHIFT = "shift"
+
+
+def jensen_shannon(p: Distribution, q: Distribution) -> float:
+    """Jensen-Shannon divergence of two distributions over the same support, in bits: 0 if equal, 1 if disjoint.
+
+    >>> jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 1.0]))
+    1.0
+    """
+    middle = (p + q) / 2
+    return max(0.0, (_relative_entropy(p, middle) + _relative_entropy(q, middle)) / 2)
+
+
+def _relative_entropy(p: Distribution, q: Distribution) -> float:
+    held = p > 0
+    return float(np.sum(p[held] * np.log2(p[held] / q[held])))
+
+
+class AnchorShift:
+    """Watches one request's sentences; raises an alarm when they rest on other anchors than before.
+
+    Each sentence's anchor distribution (its mass on sentences at least four earlier, normalised) is compared with an
+    exponentially weighted reference by Jensen-Shannon divergence, in bits, and the divergence goes through a
+    Page-Hinkley test. Every sentence brings one more candidate anchor; mass on candidates the reference could not
+    know yet is no evidence of a shift, so the comparison is on the common support, and that mass is kept apart as
+    `entering`. After an alarm the reference starts anew from the sentence that raised it.
+
+    Parameters
+    ----------
+    warm_up
+        Scored sentences before the first alarm.
+    weight
+        Weight of the newest sentence in the reference, in (0, 1].
+    delta
+        Rise of the mean divergence that is tolerated, bits.
+    threshold
+        Alarm when the summed excess divergence passes it, bits.
+    min_rows
+        Captured rows a sentence needs.
+    min_mass
+        Share of attention that candidates must hold before normalising it means anything; also the part of that mass
+        which must lie on the common support.
+
+    Examples
+    --------
+    >>> detector = AnchorShift(warm_up=4)
+    >>> for index in range(12):
+    ...     mass = np.zeros(index + 8)
+    ...     mass[0 if index < 8 else 5] = 0.5
+    ...     _ = detector.update(mass, rows=3)
+    ...     if detector.drift_detected:
+    ...         print(index, round(detector.divergence, 2))
+    8 1.0
+    """
+
+    def __init__(
+        self,
+        warm_up: int = 8,
+        weight: float = 0.2,
+        delta: float = 0.05,
+        threshold: float = 0.5,
+        min_rows: int = 2,
+        min_mass: float = 0.02,
+    ) -> None:
+        self.warm_up = warm_up
+        self.weight = weight
+        self.threshold = threshold
+        self.min_rows = min_rows
+        self.min_mass = min_mass
+        self.divergence = 0.0
+        self.entering = 0.0
+        self.reference: Distribution = np.zeros(0)
+        self.before: Distribution = np.zeros(0)
+        self._test = PageHinkley(warm_up, delta, threshold)
+        self._scored = 0
+
+    @property
+    def drift_detected(self) -> bool:
+        """Whether the newest sentence raised an alarm."""
+        return self._test.drift_detected
+
+    @property
+    def statistic(self) -> float:
+        """Summed excess divergence, bits; an alarm when above `threshold`."""
+        return self._test.statistic
+
+    def update(self, mass: Distribution, rows: int) -> Verdict:
+        """Take in one sentence; `before` is the reference it was compared with.
+
+        Args:
+            mass: float64 [candidates], share of the sentence's attention on each earlier sentence.
+            rows: captured rows the sentence has.
+        """
+        total = float(mass.sum())
+        if rows < self.min_rows or total < self.min_mass:
+            return Verdict.INSUFFICIENT
+        current = mass / total
+        common = min(len(self.reference), len(current))
+        if common == 0:
+            self.reference = current
+            return Verdict.WARM_UP
+        shared = float(current[:common].sum())
+        self.entering = 1.0 - shared
+        self.before = self.reference
+        held = float(self.reference[:common].sum())
+        if shared < self.min_mass or held < self.min_mass:
+            self._learn(current)
+            return Verdict.INSUFFICIENT
+        self.divergence = jensen_shannon(current[:common] / shared, self.reference[:common] / held)
+        self._test.update(self.divergence)
+        self._scored += 1
+        if self.drift_detected:
+            self.reference = current
+            self._scored = 0
+            return Verdict.SHIFT
+        self._learn(current)
+        return Verdict.WARM_UP if self._scored < self.warm_up else Verdict.STEADY
+
+    def _learn(self, current: Distribution) -> None:
+        size = max(len(self.reference), len(current))
+        reference = np.zeros(size)
+        reference[: len(self.reference)] = (1.0 - self.weight) * self.reference
+        reference[: len(current)] += self.weight * current
+        self.reference = reference
