@@ -1,0 +1,71 @@
+"""What the demo shows: per request the text so far and what its reasoning rests on right now."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from stream_monitor.demo.client import Lookup, Reply, top_sentences
+from stream_monitor.v1alpha1 import monitor_pb2 as pb
+from stream_monitor.v1alpha1 import summary_pb2
+
+ANCHORS_SHOWN = 3
+TEXT_LINES = 3
+BAR_CELLS = 10
+
+
+class Screen:
+    """Renders the replies anew each time rich asks for it, so that whoever fills them in needs not know of it."""
+
+    def __init__(self, replies: Sequence[Reply], lookup: Lookup) -> None:
+        self._replies = replies
+        self._lookup = lookup
+
+    def __rich__(self) -> RenderableType:
+        return Group(*(self._panel(reply) for reply in self._replies))
+
+    def _panel(self, reply: Reply) -> Panel:
+        state = "done" if reply.answered else "decoding" if reply.output_ids else "waiting"
+        title = Text(f"{reply.id}  {state}, {len(reply.output_ids)} tokens")
+        parts: list[RenderableType] = [Text(_tail(reply.text), style="dim" if reply.answered else "")]
+        if reply.trace is not None:
+            parts += self._table("Read most by later sentences, over the whole answer", reply, _scores(reply.trace))
+        elif reply.newest is not None:
+            number = reply.newest.sentence.index
+            anchors = [(anchor.sentence, anchor.share) for anchor in reply.newest.to_anchors[:ANCHORS_SHOWN]]
+            parts += self._table(f"Sentence {number} rests on", reply, anchors)
+        parts += [Text(f"! {finding.summary}", style="bold yellow") for finding in reply.findings[-2:]]
+        return Panel(Group(*parts), title=title, title_align="left", border_style="green" if reply.answered else "cyan")
+
+    def _table(self, title: str, reply: Reply, rows: Iterable[tuple[pb.Sentence, float]]) -> list[RenderableType]:
+        table = Table.grid(padding=(0, 1))
+        for _ in range(3):
+            table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        for sentence, share in rows:
+            table.add_row(
+                Text("█" * round(share * BAR_CELLS) or "▏", style="cyan"),
+                f"{share:4.0%}",
+                Text(f"{role_name(sentence.role)} {sentence.index}", style="magenta"),
+                Text(self._lookup.text(reply, sentence)),
+            )
+        if not table.row_count:
+            return [Text(f"{title}: nothing yet (too few sentences before it)", style="dim")]
+        return [Text(title, style="bold"), table]
+
+
+def role_name(role: summary_pb2.Role.ValueType) -> str:
+    """ROLE_USER -> user."""
+    return summary_pb2.Role.Name(role).removeprefix("ROLE_").lower()
+
+
+def _scores(trace: pb.GetTraceResponse) -> list[tuple[pb.Sentence, float]]:
+    return top_sentences(trace, ANCHORS_SHOWN)
+
+
+def _tail(text: str, width: int = 100) -> str:
+    """The end of a text, about as much as TEXT_LINES lines hold."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= TEXT_LINES * width else "… " + flat[-TEXT_LINES * width :]
