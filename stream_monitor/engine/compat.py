@@ -1,8 +1,9 @@
 """Every fact about vLLM's internals that the plug-in relies on, and nothing else. Paths are under `vllm/`, read in 0.32.0."""
 
+import contextlib
 import hashlib
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,9 +110,9 @@ def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
             head_dim=int(getattr(layer, "head_size", 0)),
             scale=float(getattr(impl, "scale", 0.0)),
             tapped=isinstance(impl, TappedAttention),
-            attention_type=str(getattr(layer, "attn_type", "decoder")),
+            attention_type=str(getattr(layer.attn_type, "value", layer.attn_type)) if hasattr(layer, "attn_type") else "decoder",
             kv_cache_dtype=str(getattr(layer, "kv_cache_dtype", "auto")),
-            sliding_window=max(0, getattr(impl, "sliding_window", 0) or 0) if _is_window(impl) else 0,
+            sliding_window=max(0, getattr(layer, "sliding_window", None) or 0),
             logits_soft_cap=float(getattr(impl, "logits_soft_cap", 0) or 0),
             alibi=getattr(impl, "alibi_slopes", None) is not None,
             sinks=getattr(impl, "sinks", None) is not None,
@@ -120,10 +121,6 @@ def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
         )
         found.append((facts, layer))
     return found
-
-
-def _is_window(impl: Any) -> bool:
-    return isinstance(getattr(impl, "sliding_window", None), int)
 
 
 def engine_instance(vllm_config: Any, distributed_init_method: str) -> str:
@@ -328,3 +325,66 @@ def compute_cpus() -> set[int]:
         if first.isdigit() and (last.isdigit() or not last):
             cpus.update(range(int(first), int(last or first) + 1))
     return cpus
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this worker stands in its engine."""
+
+    tensor: int
+    pipeline: int
+    last_pipeline: bool
+
+
+def ranks() -> Ranks:
+    """From the process groups (distributed/parallel_state.py)."""
+    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+    pipeline = get_pp_group()
+    return Ranks(get_tensor_model_parallel_rank(), pipeline.rank_in_group, pipeline.is_last_rank)
+
+
+def sends_tokens() -> bool:
+    """Whether this rank reports sampled tokens: the output rank alone (v1/executor/multiproc_executor.py:1057)."""
+    here = ranks()
+    return here.tensor == 0 and here.last_pipeline
+
+
+def load_tokenizer(vllm_config: Any) -> Any | None:
+    """The model's Hugging Face tokenizer; None with skip_tokenizer_init or a tokenizer of another family."""
+    from transformers import PreTrainedTokenizerBase
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+
+def build_on_meta(vllm_config: Any) -> None:
+    """Construct the model's layers without memory for weights; fills `static_forward_context`."""
+    import torch
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
+        initialize_model(vllm_config)
+
+
+@contextlib.contextmanager
+def single_rank_groups(vllm_config: Any, rendezvous: str) -> Iterator[None]:
+    """vLLM's process groups with this process alone in them (distributed/parallel_state.py)."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import (
+        destroy_distributed_environment,
+        destroy_model_parallel,
+        ensure_model_parallel_initialized,
+        init_distributed_environment,
+    )
+
+    with set_current_vllm_config(vllm_config):
+        init_distributed_environment(1, 0, rendezvous, 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        try:
+            yield
+        finally:
+            destroy_model_parallel()
+            destroy_distributed_environment()

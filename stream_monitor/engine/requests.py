@@ -12,6 +12,7 @@ from stream_monitor.records import Phase, RequestFinished, RequestStarted, Token
 
 NO_PROMPT_IDS = "prompt_embeds"
 REQUEST_LIMIT = "request_limit"
+UNKNOWN_REQUEST = "unknown_request"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +119,13 @@ class RequestTable:
         if tracked := self._tracked.get(request_id):
             tracked.attempt += 1
 
-    def label(self, request: ScheduledRequest) -> RowLabel | None:
-        """The row this request will have in the step; None for a request that started before capture was armed."""
+    def label(self, request: ScheduledRequest) -> RowLabel:
+        """The row this request will have in the step; refused if the request started before capture was armed."""
+        end = request.computed_tokens + request.scheduled_tokens
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            return None
-        end = request.computed_tokens + request.scheduled_tokens
+            phase = Phase.DECODE if request.scheduled_tokens == 1 else Phase.PREFILL_END
+            return RowLabel(request.request_id, end - 1, 0, phase, UNKNOWN_REQUEST, False)
         known = tracked.prompt_tokens + request.output_tokens
         if end < known:
             phase = Phase.PREFILL_CHUNK

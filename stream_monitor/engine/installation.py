@@ -1,0 +1,219 @@
+"""Builds the capture of one worker, station by station: plan at load, bind to the KV cache, arm after warm-up, close."""
+
+import logging
+import os
+from typing import Any
+
+from stream_kernels.cpu import CpuSearch
+from stream_kernels.search import BlockSummary, SearchConfig
+
+from stream_monitor import __version__
+from stream_monitor.config import CaptureSettings, SettingsError, load
+from stream_monitor.engine import compat
+from stream_monitor.engine.blocks import BlockGenerations
+from stream_monitor.engine.capture import Capture
+from stream_monitor.engine.estimator import CacheGeometry, Estimator
+from stream_monitor.engine.hooks import install_runner_hooks, install_worker_hooks
+from stream_monitor.engine.ledger import merged
+from stream_monitor.engine.paged_keys import check_against_dense, paged_keys
+from stream_monitor.engine.plan import CapturePlan, make_plan
+from stream_monitor.engine.requests import RequestTable
+from stream_monitor.engine.steps import LayerTap, StepSlot
+from stream_monitor.engine.vocabulary import PromptRoles, token_flags
+from stream_monitor.publisher.launch import PublisherProcess
+from stream_monitor.records import EngineInfo, Geometry
+from stream_monitor.ring import RingWriter
+
+log = logging.getLogger("vllm.stream_monitor")
+
+DRAIN_SECONDS = 5.0
+"""Longest time `close` waits for the estimator."""
+
+
+class Installation:
+    """What was installed into one worker."""
+
+    def __init__(self, worker: Any, settings: CaptureSettings, plan: CapturePlan, layers: list[Any]) -> None:
+        self._worker = worker
+        self._settings = settings
+        self.capture_plan = plan
+        self._layers = layers
+        self._taps = [LayerTap(index) for index in range(len(layers))]
+        self._capture: Capture | None = None
+        self._estimator: Estimator | None = None
+        self._ring: RingWriter | None = None
+        self._publisher: PublisherProcess | None = None
+
+    @classmethod
+    def plan(cls, worker: Any) -> "Installation | None":
+        """Decide what to capture; None, with every reason in the log, if that is nothing."""
+        try:
+            settings = load(CaptureSettings)
+            found = compat.attention_layers(worker.vllm_config)
+            refusals = compat.engine_refusals(worker.vllm_config, settings.allow_untested_engine)
+            plan = make_plan([facts for facts, _ in found], refusals, settings)
+        except SettingsError as error:
+            log.error("Stream Monitor: capture is off, serving goes on: %s", error)
+            return None
+        if not plan.watched:
+            log.error("Stream Monitor: nothing can be captured:%s", "".join(f"\n  - {r}" for r in plan.reasons))
+            return None
+        layer_of = {facts.name: layer for facts, layer in found}
+        installation = cls(worker, settings, plan, [layer_of[planned.facts.name] for planned in plan.watched])
+        for layer, tap in zip(installation._layers, installation._taps, strict=True):
+            layer.impl.stream_tap = tap
+        log.info(
+            "Stream Monitor: watching layers %s, %d query heads each",
+            [planned.facts.index for planned in plan.watched],
+            len(plan.watched[0].query_heads),
+        )
+        return installation
+
+    def bind(self) -> None:
+        """Compile the search for the allocated KV cache and check it there against dense attention."""
+        worker, settings, watched = self._worker, self._settings, self.capture_plan.watched
+        facts, runner, config = watched[0].facts, worker.model_runner, worker.vllm_config
+        caches = compat.layer_caches(
+            runner, [planned.facts.name for planned in watched], config.compilation_config.static_forward_context
+        )
+        keys = paged_keys(caches, self._layers)
+        block_tokens = compat.tokens_per_block(runner)
+        tables = runner.input_batch.block_table.block_tables
+        geometry = CacheGeometry(
+            group_of_layer=[cache.group for cache in caches],
+            page_tokens=[table.block_size for table in tables],
+            pages_per_block=[b // table.block_size for b, table in zip(block_tokens, tables, strict=True)],
+        )
+        rows = config.scheduler_config.max_num_seqs
+        search_config = SearchConfig(
+            strategy=settings.strategy,
+            block_size=settings.block_size,
+            top_k=settings.top_k,
+            sink_blocks=settings.sink_blocks,
+            recent_blocks=settings.recent_blocks,
+        )
+        search = CpuSearch(
+            keys,
+            query_heads=facts.query_heads,
+            watched_heads=list(watched[0].query_heads),
+            scales=[planned.facts.scale for planned in watched],
+            config=search_config,
+            query_dtype=config.model_config.dtype,
+            max_rows=rows,
+            max_context=config.model_config.max_model_len,
+            table_of_layer=geometry.group_of_layer,
+        )
+        check_against_dense(search, keys, self._layers, caches, search_config)
+        generations = BlockGenerations(runner.kv_cache_config.num_blocks)
+        slots = [
+            StepSlot(
+                len(watched),
+                rows,
+                facts.query_heads,
+                facts.head_dim,
+                [table.block_table.np.shape[1] for table in tables],
+                config.model_config.dtype,
+            )
+            for _ in range(settings.queue_steps)
+        ]
+        heads_per_row = len(watched) * len(watched[0].query_heads)
+        self._capture = Capture(
+            runner,
+            block_tokens,
+            config.kv_transfer_config is not None,
+            self._taps,
+            slots,
+            self._request_table(),
+            generations,
+            heads_per_row,
+        )
+        self._ring = RingWriter.create(settings.ring_bytes)
+        self._estimator = Estimator(
+            search,
+            BlockSummary.allocate(len(watched), rows, len(watched[0].query_heads), search_config),
+            generations,
+            geometry,
+            heads_per_row,
+            self._ring,
+            settings.audit_every,
+            self._free_cpus(),
+            self._capture.release,
+            self._capture.report,
+        )
+        install_runner_hooks(runner, self._capture)
+        install_worker_hooks(worker, self._capture)
+
+    def arm(self) -> None:
+        """Start the estimator thread and the publisher, and begin to capture."""
+        assert self._capture is not None
+        assert self._estimator is not None
+        assert self._ring is not None
+        self._publisher = PublisherProcess(self._ring.name, self._engine_info(), self._settings.target, self._free_cpus())
+        self._publisher.start()
+        self._estimator.start()
+        self._capture.arm(self._estimator)
+
+    def close(self) -> None:
+        """Let everything captured reach the ring and the publisher, then release both."""
+        if self._capture is None or self._estimator is None or self._publisher is None or self._ring is None:
+            return
+        self._capture.close()
+        self._estimator.stop(DRAIN_SECONDS)
+        self._ring.close_writing()
+        self._publisher.stop(DRAIN_SECONDS)
+        self._ring.close()
+        self._publisher = None
+
+    def status(self) -> dict[str, Any]:
+        """Plain values for people and tests."""
+        capture = self._capture
+        return {
+            "capturing": capture is not None and not capture.fault,
+            "reason": capture.fault if capture else "",
+            "layers": [planned.facts.index for planned in self.capture_plan.watched],
+            "query_heads": list(self.capture_plan.watched[0].query_heads),
+            "backlog": self._estimator.backlog if self._estimator else 0,
+        }
+
+    def _free_cpus(self) -> set[int]:
+        """CPUs the engine's parent may use and the engine's workers do not; empty if there is none."""
+        try:
+            allowed = os.sched_getaffinity(os.getppid())
+        except OSError:
+            allowed = set()
+        return allowed - compat.compute_cpus()
+
+    def _request_table(self) -> RequestTable:
+        settings, config = self._settings, self._worker.vllm_config
+        flags, roles = None, None
+        if compat.sends_tokens() and (tokenizer := compat.load_tokenizer(config)) is not None:
+            flags = token_flags(tokenizer, config.model_config.get_vocab_size())
+            roles = PromptRoles.from_tokenizer(tokenizer)
+        return RequestTable(
+            settings.stride, settings.max_requests, settings.client_may_disable, flags, roles, settings.send_token_ids
+        )
+
+    def _engine_info(self) -> EngineInfo:
+        worker, settings, watched = self._worker, self._settings, self.capture_plan.watched
+        config = worker.vllm_config
+        parallel, facts = config.parallel_config, watched[0].facts
+        ranks = compat.ranks()
+        return EngineInfo(
+            instance=compat.engine_instance(config, worker.distributed_init_method),
+            model_name=compat.served_model_name(config),
+            engine=str(parallel.data_parallel_index),
+            data_parallel_index=parallel.data_parallel_index,
+            tensor_parallel_rank=ranks.tensor,
+            tensor_parallel_size=parallel.tensor_parallel_size,
+            pipeline_parallel_rank=ranks.pipeline,
+            pipeline_parallel_size=parallel.pipeline_parallel_size,
+            layers=[planned.facts.index for planned in watched],
+            first_query_head=ranks.tensor * facts.query_heads,
+            total_query_heads=parallel.tensor_parallel_size * facts.query_heads,
+            query_heads=list(watched[0].query_heads),
+            geometry=Geometry(
+                settings.block_size, settings.top_k, settings.sink_blocks, settings.recent_blocks, settings.strategy
+            ),
+            vllm_version=compat.vllm_version(),
+            plugin_version=__version__,
+        )
