@@ -1,0 +1,281 @@
+"""The search on the CPU (numba): reads the engine's paged cache in place, in one call without the interpreter lock."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stream_kernels import cpu_kernel
+from stream_kernels.cpu_kernel import ROW_INVALID, ROW_OK, ROW_RACED
+from stream_kernels.layout import PagedKeys
+from stream_kernels.reference import probe_offsets, search_units
+from stream_kernels.search import BlockSummary, SearchConfig
+
+__all__ = ["ROW_INVALID", "ROW_OK", "ROW_RACED", "CpuSearch"]
+
+STRATEGIES = ("descent", "exact")
+
+_ELEMENT_TYPES = {
+    torch.bfloat16: cpu_kernel.BFLOAT16,
+    torch.float16: cpu_kernel.FLOAT16,
+    torch.float32: cpu_kernel.FLOAT32,
+}
+_TILE_COLUMNS = 64
+"""Probe keys scored at a time: at head size 64 a tile of 16 KiB, half of a first-level cache."""
+
+
+class CpuSearch:
+    """A search over fixed layers and heads, compiled and with its memory set aside when constructed.
+
+    One instance serves one thread at a time. It reads the caches through their addresses and keeps them alive; build a
+    new one when the engine replaces its caches.
+
+    Args:
+        keys: the L watched layers. All have one layout, element type and number of KV heads.
+        total_query_heads: query heads H_total of a layer on this rank, a multiple of the KV heads.
+        config: what to search for; strategy `descent` or `exact`.
+        max_rows: most rows of one call.
+        max_context: longest context in tokens.
+        query_dtype: element type of the query buffer.
+        query_heads: the H query heads to watch, in the order of the results; all by default.
+
+    Raises:
+        ValueError: something above does not hold. The message lists every reason.
+    """
+
+    def __init__(
+        self,
+        keys: Sequence[PagedKeys],
+        total_query_heads: int,
+        config: SearchConfig,
+        *,
+        max_rows: int,
+        max_context: int,
+        query_dtype: torch.dtype,
+        query_heads: Sequence[int] | None = None,
+    ) -> None:
+        watched = list(range(total_query_heads)) if query_heads is None else list(query_heads)
+        reasons = _refusals(keys, total_query_heads, config, max_rows, max_context, query_dtype, watched)
+        if reasons:
+            raise ValueError("; ".join(reasons))
+        self.config = config
+        self.layers = len(keys)
+        self.query_heads = tuple(watched)
+        self.max_rows = max_rows
+        self._total_query_heads = total_query_heads
+        self._query_dtype = query_dtype
+        self._keys = tuple(keys)
+        self._tables = 1 + max(layer.table for layer in keys)
+        layout = keys[0].layout
+        self._geometry = cpu_kernel.Geometry(
+            layers=len(keys),
+            query_heads=len(watched),
+            head_dim=layout.head_dim,
+            page_size=layout.page_size,
+            token_group=layout.token_group,
+            channel_pack=layout.channel_pack,
+            key_type=_ELEMENT_TYPES[keys[0].tensor.dtype],
+            query_type=_ELEMENT_TYPES[query_dtype],
+            num_pages=min(layer.num_pages for layer in keys),
+            max_context=max_context,
+            block_size=config.block_size,
+            top_k=config.top_k,
+            sink_blocks=config.sink_blocks,
+            recent_blocks=config.recent_blocks,
+            exact=int(config.strategy == "exact"),
+            rerank=int(config.rerank),
+            width=config.width * config.top_k,
+        )
+        units = search_units(watched, total_query_heads // keys[0].kv_heads, config)
+        self._plan = _plan(keys, units, watched, config)
+        self._scratch = _scratch(self._geometry, max(len(slots) for _, slots in units))
+        self._context_lens = np.zeros(max_rows, np.int32)
+        self._snapshots = np.zeros(max_rows, np.int64)
+        self._status = np.zeros(max_rows, np.uint8)
+        self._warm_up()
+
+    def run(
+        self,
+        queries: torch.Tensor,
+        block_tables: Sequence[NDArray[np.int32]],
+        context_lens: NDArray[np.int32],
+        out: BlockSummary,
+        page_generations: NDArray[np.int64] | None = None,
+        row_generations: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.uint8]:
+        """Searches R rows in every layer and writes rows 0 to R of `out`.
+
+        Args:
+            queries: [L, >= R, H_total, D] in the type declared, channels contiguous; unscaled.
+            block_tables: int32 [>= R, max_pages] each, columns contiguous; `PagedKeys.table` picks one.
+            context_lens: integers [R], keys each row attends to; a row of 0 is left empty.
+            out: from `BlockSummary.allocate(L, >= R, H, config)`.
+            page_generations: int64 [num_pages], the generation in which each page was last given to another request or
+                rewritten; the engine's thread may write it meanwhile. Without it nothing guards against reuse.
+            row_generations: int64 [R], the generation at which each row was snapshotted.
+
+        Returns:
+            Status of each row, uint8 [R]: `ROW_OK`; `ROW_RACED` (a page's generation is above the row's, before or after
+            the search); `ROW_INVALID` (context above `max_context` or the block table, or a page id out of range). A
+            row that is not `ROW_OK` holds nothing in `out`. The array is overwritten by the next call.
+
+        Raises:
+            ValueError: an argument does not have the shape or type above.
+        """
+        rows = len(context_lens)
+        self._check(queries, block_tables, rows, out, page_generations, row_generations)
+        self._context_lens[:rows] = context_lens
+        if row_generations is not None:
+            self._snapshots[:rows] = row_generations
+        status = self._status[:rows]
+        cpu_kernel.search_rows(
+            self._geometry,
+            self._plan,
+            self._scratch,
+            _query_place(queries),
+            _table_places(block_tables),
+            self._context_lens[:rows],
+            0 if page_generations is None else page_generations.ctypes.data,
+            0 if page_generations is None else len(page_generations),
+            self._snapshots[:rows],
+            tuple(vars(out).values()),
+            status,
+        )
+        return status
+
+    def _check(
+        self,
+        queries: torch.Tensor,
+        block_tables: Sequence[NDArray[np.int32]],
+        rows: int,
+        out: BlockSummary,
+        page_generations: NDArray[np.int64] | None,
+        row_generations: NDArray[np.int64] | None,
+    ) -> None:
+        """Raises ValueError for whatever would make the compiled code read or write where it must not."""
+        g = self._geometry
+        if rows > self.max_rows:
+            raise ValueError(f"{rows} rows; declared were at most {self.max_rows}")
+        if queries.dtype != self._query_dtype or queries.stride(-1) != 1:
+            raise ValueError(f"queries are {queries.dtype} with strides {queries.stride()}; see CpuSearch.run")
+        layers, query_rows, heads, dim = queries.shape
+        if (layers, heads, dim) != (self.layers, self._total_query_heads, g.head_dim) or query_rows < rows:
+            raise ValueError(f"queries are {list(queries.shape)}; see CpuSearch.run")
+        if len(block_tables) < self._tables:
+            raise ValueError(f"{len(block_tables)} block tables; the layers name {self._tables}")
+        for table in block_tables:
+            if table.dtype != np.int32 or table.ndim != 2 or table.shape[0] < rows or table.strides[1] != 4:
+                raise ValueError(f"a block table is {table.dtype} {list(table.shape)}; see CpuSearch.run")
+        lead = (self.layers, len(self.query_heads))
+        if (out.block_ids.shape[0], *out.block_ids.shape[2:]) != (*lead, g.top_k) or out.block_ids.shape[1] < rows:
+            raise ValueError(f"out is for {list(out.block_ids.shape)}; see CpuSearch.run")
+        expected = BlockSummary.allocate(0, 0, 0, self.config)
+        for name, array in vars(out).items():
+            own = array.flags.c_contiguous and array.flags.writeable and array.shape[:2] == out.block_ids.shape[:2]
+            if not own or array.dtype != getattr(expected, name).dtype:
+                raise ValueError(f"out.{name} does not come from BlockSummary.allocate")
+        if page_generations is not None and (
+            page_generations.dtype != np.int64
+            or not page_generations.flags.c_contiguous
+            or len(page_generations) < g.num_pages
+        ):
+            raise ValueError(f"page_generations must be int64 [{g.num_pages}], contiguous")
+        if (page_generations is None) != (row_generations is None):
+            raise ValueError("page_generations and row_generations go together")
+
+    def _warm_up(self) -> None:
+        """Compiles (or loads) by a call for one empty row: numba compiles under the interpreter lock, never later."""
+        g = self._geometry
+        self.run(
+            torch.zeros(self.layers, 1, self._total_query_heads, g.head_dim, dtype=self._query_dtype),
+            [np.zeros((1, 1), np.int32)] * self._tables,
+            np.zeros(1, np.int32),
+            BlockSummary.allocate(self.layers, 1, len(self.query_heads), self.config),
+        )
+
+
+def _refusals(
+    keys: Sequence[PagedKeys],
+    total_query_heads: int,
+    config: SearchConfig,
+    max_rows: int,
+    max_context: int,
+    query_dtype: torch.dtype,
+    watched: Sequence[int],
+) -> list[str]:
+    """Every reason not to build a search from these arguments."""
+    reasons = []
+    if config.strategy not in STRATEGIES:
+        reasons.append(
+            f"{config.strategy} needs block summaries, which the CPU search does not build yet; "
+            f"valid on CPU: {', '.join(STRATEGIES)}"
+        )
+    if query_dtype not in _ELEMENT_TYPES:
+        reasons.append(f"queries are {query_dtype}; valid: bfloat16, float16, float32")
+    if max_rows < 1 or not 1 <= max_context < 2**31:
+        reasons.append(f"max_rows {max_rows} and max_context {max_context} must be positive")
+    if not keys:
+        return [*reasons, "no layers"]
+    first = keys[0]
+    for index, layer in enumerate(keys):
+        if (layer.layout, layer.tensor.dtype, layer.kv_heads) != (first.layout, first.tensor.dtype, first.kv_heads):
+            reasons.append(f"layer {index} has another layout, type or number of KV heads than layer 0")
+        if layer.tensor.device.type != "cpu":
+            reasons.append(f"layer {index} is on {layer.tensor.device}")
+    if first.layout.head_dim % 4:
+        reasons.append(f"head size {first.layout.head_dim} is not a multiple of 4")
+    if total_query_heads % first.kv_heads:
+        reasons.append(f"{total_query_heads} query heads do not divide among {first.kv_heads} KV heads")
+    if not watched or len(set(watched)) < len(watched) or not set(watched) <= set(range(total_query_heads)):
+        reasons.append(f"query_heads {list(watched)} must be distinct and among {total_query_heads}")
+    return reasons
+
+
+def _plan(
+    keys: Sequence[PagedKeys], units: list[tuple[int, list[int]]], watched: Sequence[int], config: SearchConfig
+) -> cpu_kernel.Plan:
+    sizes = [len(slots) for _, slots in units]
+    return cpu_kernel.Plan(
+        unit_kv_head=np.array([kv_head for kv_head, _ in units], np.int64),
+        unit_first=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
+        unit_slots=np.array([slot for _, slots in units for slot in slots], np.int64),
+        slot_head=np.array(watched, np.int64),
+        key_address=np.array([layer.tensor.data_ptr() for layer in keys], np.int64),
+        page_stride=np.array([layer.tensor.stride(0) for layer in keys], np.int64),
+        head_stride=np.array([layer.tensor.stride(1) for layer in keys], np.int64),
+        scale=np.array([layer.scale for layer in keys], np.float32),
+        table=np.array([layer.table for layer in keys], np.int64),
+        probe_offsets=np.array(probe_offsets(config), np.int64),
+    )
+
+
+def _scratch(g: cpu_kernel.Geometry, heads: int) -> cpu_kernel.Scratch:
+    """Memory for units of up to `heads` heads: it grows with `max_context` only under `exact`."""
+    inner = max(1, -(-g.max_context // g.block_size))
+    branches = inner if g.exact or inner <= g.width else 2 * g.width
+    columns = max(_TILE_COLUMNS, g.block_size)
+    return cpu_kernel.Scratch(
+        query=np.zeros((heads, g.head_dim), np.float32),
+        tile=np.zeros((g.head_dim, columns), np.float32),
+        logits=np.zeros((heads, columns), np.float32),
+        start=np.zeros(branches, np.int64),
+        end=np.zeros(branches, np.int64),
+        peak=np.zeros((heads, branches), np.float32),
+        weight=np.zeros((heads, branches), np.float32),
+        strongest=np.zeros((heads, branches), np.uint8),
+        score=np.zeros(branches, np.float32),
+        rank=np.zeros(branches, np.int64),
+        work=np.zeros(branches, np.int64),
+        left=np.zeros((heads, 2), np.float32),
+    )
+
+
+def _query_place(queries: torch.Tensor) -> NDArray[np.int64]:
+    """Address and the strides of layer, row and head, int64 [4]."""
+    return np.array([queries.data_ptr(), *queries.stride()[:3]], np.int64)
+
+
+def _table_places(block_tables: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
+    """Address, row stride and columns of each table, int64 [tables, 3]."""
+    return np.array([[t.ctypes.data, t.strides[0] // 4, t.shape[1]] for t in block_tables], np.int64)
