@@ -80,8 +80,8 @@ def _span(payload_bytes: int) -> int:
 class RingWriter:
     """The worker's end. Not thread-safe: one thread writes.
 
-    `RingWriter(1 << 24)` creates a ring of 16 MiB; `name` is what the reader needs. Raises RingError where shared memory
-    is missing or too small.
+    `RingWriter(1 << 24)` creates a ring of 16 MiB; `name` is what the reader needs. Raises RingError where shared
+    memory is missing or too small.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -95,7 +95,7 @@ class RingWriter:
         except OSError as error:
             raise RingError(f"cannot create shared memory in {FOLDER}: {error.strerror}") from None
         try:
-            # Reserve the memory now: a sparse file would end the worker with SIGBUS at the first write it has no room for.
+            # Reserve the memory now: a sparse file ends the worker with SIGBUS at the first write it has no room for.
             os.posix_fallocate(self._file, 0, _DATA + capacity)
             fcntl.flock(self._file, fcntl.LOCK_EX)  # held until this process ends: see remove_abandoned
             os.rename(unnamed, self._path)
@@ -115,9 +115,9 @@ class RingWriter:
     def write(self, payload: bytes, token_rows: int = 0, chunk_rows: int = 0) -> bool:
         """Append one record, over the oldest ones if need be. False, and nothing written, if it exceeds the ring.
 
-        `token_rows`, `chunk_rows`: rows of each class written so far including this record, cumulative, in the ledger's
-        unit (`ledger.token_rows.captured`, `ledger.chunk_rows.captured` of the record). From these the reader knows what
-        it lost.
+        `token_rows`, `chunk_rows`: rows of each class written so far including this record, cumulative, in the
+        ledger's unit (`ledger.token_rows.captured`, `ledger.chunk_rows.captured` of the record). From these the reader
+        knows what it lost.
         """
         length = len(payload)
         span = _span(length)
@@ -259,7 +259,7 @@ class RingReader:
         return first if first == Mark(*(self._words[word] for word in order)) else None
 
     def commit(self, mark: Mark, state: bytes) -> None:
-        """Keep where to resume and `state` (at most STATE_BYTES) in the ring, for a reader that takes over after a crash.
+        """Keep in the ring where a reader that takes over after a crash resumes, and `state`, at most STATE_BYTES.
 
         All or nothing, whenever this process is killed. Raises ValueError if `state` is too long.
         """

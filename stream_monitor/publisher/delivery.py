@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -10,7 +11,12 @@ from stream_monitor.publisher.convert import engine_message, summary_message
 from stream_monitor.publisher.log import Log
 from stream_monitor.records import EngineInfo
 from stream_monitor.v1alpha1 import ingest_pb2
-from stream_monitor.v1alpha1.ingest_pb2_grpc import IngestServiceAsyncStub, IngestServiceStub
+from stream_monitor.v1alpha1.ingest_pb2_grpc import IngestServiceStub
+
+if TYPE_CHECKING:
+    from stream_monitor.v1alpha1.ingest_pb2_grpc import IngestServiceAsyncStub
+
+    Call = grpc.aio.StreamStreamCall[ingest_pb2.PublishRequest, ingest_pb2.PublishResponse]
 
 FIRST_WAIT, LONGEST_WAIT = 0.1, 2.0
 """Seconds between attempts; doubled after each that got no answer."""
@@ -34,7 +40,6 @@ _CONTRACT = {
 _FAULT = {grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS}
 """How a monitor that stumbles over one message may end it; the network can, too."""
 _MOST_FAULTS = 3
-_Call = grpc.aio.StreamStreamCall[ingest_pb2.PublishRequest, ingest_pb2.PublishResponse]
 
 
 class Delivery:
@@ -78,7 +83,7 @@ class Delivery:
         finally:
             ready.cancel()
 
-    async def _one_stream(self, stub: IngestServiceAsyncStub) -> tuple[grpc.StatusCode, str]:
+    async def _one_stream(self, stub: "IngestServiceAsyncStub") -> tuple[grpc.StatusCode, str]:
         """Send and settle until the stream ends; return its status."""
         call = stub.Publish()
         sender = asyncio.ensure_future(self._send(call))
@@ -97,7 +102,7 @@ class Delivery:
             sender.cancel()
             await asyncio.wait((sender,))
 
-    async def _send(self, call: _Call) -> None:
+    async def _send(self, call: "Call") -> None:
         # Where the stream has ended, write fails; the receiving side learns the status.
         with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
