@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
@@ -17,6 +17,9 @@ from tokenizers import Tokenizer
 
 from stream_monitor.v1alpha1 import monitor_pb2 as pb
 from stream_monitor.v1alpha1.monitor_pb2_grpc import MonitorServiceStub
+
+if TYPE_CHECKING:
+    from stream_monitor.v1alpha1.monitor_pb2_grpc import MonitorServiceAsyncStub
 
 SYSTEM = (
     "You are a careful assistant. Think step by step. Write short sentences. "
@@ -140,7 +143,7 @@ async def _ask(client: openai.AsyncOpenAI, model_name: str, reply: Reply) -> Non
     reply.answered = True
 
 
-async def _follow(stub: MonitorServiceStub, replies: Sequence[Reply], subscribed: asyncio.Event) -> None:
+async def _follow(stub: "MonitorServiceAsyncStub", replies: Sequence[Reply], subscribed: asyncio.Event) -> None:
     """Keep `replies` up to date with what the monitor says, until cancelled."""
     by_external_id = {_external_id(reply): reply for reply in replies}
     async for response in stub.Subscribe(pb.SubscribeRequest(kinds=[*FINDINGS, *PROGRESS])):
