@@ -1,32 +1,37 @@
-"""Which KV blocks may have been rewritten since a row was taken: a generation count per scheduler block."""
+"""When each KV block was last given away or rewritten, counted in steps."""
+
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 
 class BlockGenerations:
-    """Written by the runner thread before a step may rewrite blocks, read by the estimator after it has read keys.
+    """Written by the runner thread before a step may rewrite blocks, read by the search before and after it reads keys.
 
-    A reader that finds the same generations before and after its read has read the keys of the row's own context: the
-    bump comes before the write, in program order, and the final check after the last read. (Block ids are unique over
-    all KV cache groups: v1/core/block_pool.py.)
+    A row was taken in generation `now`; one of its blocks of a later generation makes it a raced row. The mark comes
+    before the write, in program order, and the search's final look after its last read. (Block ids are unique over all
+    KV cache groups: v1/core/block_pool.py.)
 
     Args:
-        blocks: number of scheduler blocks of the engine.
+        blocks: number of blocks of the engine.
     """
 
     def __init__(self, blocks: int) -> None:
-        self._generation = np.zeros(blocks, np.uint32)
+        self.of_block = np.zeros(blocks, np.int64)
+        """int64 [blocks], the step that last rewrote each block."""
+        self.now = 0
+        """The running step."""
 
-    def bump(self, block_ids: list[int] | tuple[int, ...]) -> None:
-        """These blocks may be rewritten from now on."""
+    def next_step(self) -> None:
+        """A step begins; marks from here on belong to it."""
+        self.now += 1
+
+    def mark(self, block_ids: Sequence[int]) -> None:
+        """These blocks may be rewritten in the running step."""
         if block_ids:
-            self._generation[list(block_ids)] += 1
+            self.of_block[list(block_ids)] = self.now
 
-    def bump_all(self) -> None:
+    def mark_all(self) -> None:
         """Every block may be rewritten: sleep, weight update, new cache."""
-        self._generation += 1
-
-    def read(self, block_ids: NDArray[np.int32]) -> NDArray[np.uint32]:
-        """Generations of `block_ids`, same shape; a copy."""
-        return self._generation[block_ids]
+        self.next_step()
+        self.of_block[:] = self.now

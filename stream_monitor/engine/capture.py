@@ -156,7 +156,7 @@ class Capture:
         """The KV cache may change as a whole: wait until no search reads it, and let no older row pass."""
         if self._estimator is not None and not self._estimator.drain(timeout=10.0):
             self.fail("the estimator did not finish before the KV cache was replaced")
-        self._generations.bump_all()
+        self._generations.mark_all()
 
     def close(self) -> None:
         """Submit what is left, with the final counts."""
@@ -164,9 +164,10 @@ class Capture:
             self._estimator.submit(self._job(self._steps, time.time_ns(), None))
 
     def _mark_rewritten(self, step: ScheduledStep) -> None:
-        self._generations.bump(step.rewritten_blocks)
+        self._generations.next_step()
+        self._generations.mark(step.rewritten_blocks)
         for request in step.requests:
-            self._generations.bump(request.rewritten_blocks)
+            self._generations.mark(request.rewritten_blocks)
 
     def _follow_requests(self, step: ScheduledStep) -> None:
         for request_id in step.finished:
@@ -217,7 +218,7 @@ class Capture:
                     f"watched layer {layer} left {slot.taken[layer]} query rows where the batch has {len(batch.request_ids)}"
                 )
         assert self._current is not None
-        slot.snapshot(batch, self._current.sampled, self._generations)
+        slot.snapshot(batch, self._current.sampled, self._generations.now)
         return None
 
     def _submit(self, current: _CurrentStep) -> None:

@@ -171,8 +171,20 @@ def layer_caches(runner: Any, names: list[str], static_forward_context: dict[str
 
 
 def tokens_per_block(runner: Any) -> list[int]:
-    """Tokens per block id of the scheduler, per KV cache group."""
-    return [group.kv_cache_spec.block_size for group in runner.kv_cache_config.kv_cache_groups]
+    """Tokens per block, per KV cache group.
+
+    Raises:
+        ValueError: the kernels split the scheduler's blocks (v1/worker/utils.py:460), so ids of one are not the other's.
+    """
+    tokens = [group.kv_cache_spec.block_size for group in runner.kv_cache_config.kv_cache_groups]
+    if tokens != [table.block_size for table in runner.input_batch.block_table.block_tables]:
+        raise ValueError("the attention kernels split the scheduler's KV blocks")
+    return tokens
+
+
+def table_pages(runner: Any) -> list[int]:
+    """Most pages of a request, per KV cache group (v1/worker/block_table.py)."""
+    return [table.block_table.np.shape[1] for table in runner.input_batch.block_table.block_tables]
 
 
 def cpu_cache_writer(layer: Any) -> Callable[[Any, Any, Any], None]:
@@ -279,26 +291,21 @@ class BatchRows:
         request_ids: internal ids.
         block_tables: per KV cache group, int32 [at least rows, pages]; a view of the runner's own buffer.
         page_tokens: per group, tokens per page of that table.
-        pages_per_block: per group, table pages per scheduler block (v1/worker/block_table.py may split blocks).
     """
 
     request_ids: list[str]
     block_tables: list[NDArray[np.int32]]
     page_tokens: list[int]
-    pages_per_block: list[int]
 
 
 def read_batch_v1(runner: Any) -> BatchRows:
     """The persistent batch of model runner V1 (v1/worker/gpu_input_batch.py)."""
     batch = runner.input_batch
     tables = batch.block_table.block_tables
-    page_tokens = [table.block_size for table in tables]
-    blocks = tokens_per_block(runner)
     return BatchRows(
         request_ids=list(batch.req_ids),
         block_tables=[table.block_table.np for table in tables],
-        page_tokens=page_tokens,
-        pages_per_block=[block // page for block, page in zip(blocks, page_tokens, strict=True)],
+        page_tokens=[table.block_size for table in tables],
     )
 
 

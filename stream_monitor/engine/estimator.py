@@ -10,10 +10,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
-from stream_kernels.cpu import CpuSearch
+from stream_kernels.cpu import ROW_INVALID, ROW_OK, ROW_RACED, CpuSearch
 from stream_kernels.search import BlockSummary
 
 from stream_monitor.engine.blocks import BlockGenerations
@@ -27,21 +26,6 @@ from stream_monitor.ring import RingWriter
 log = logging.getLogger("vllm.stream_monitor")
 
 
-@dataclass(frozen=True)
-class CacheGeometry:
-    """How block tables address the cache, per KV cache group.
-
-    Attributes:
-        group_of_layer: group of each watched layer.
-        page_tokens: tokens per table page.
-        pages_per_block: table pages per scheduler block.
-    """
-
-    group_of_layer: list[int]
-    page_tokens: list[int]
-    pages_per_block: list[int]
-
-
 class Estimator:
     """Owns the search, the ring's writing end and the counts of what became of submitted rows.
 
@@ -49,12 +33,12 @@ class Estimator:
         search: compiled for the watched layers.
         summary: output arrays for as many rows as a slot holds.
         generations: bumped by the runner thread.
-        geometry: of the KV cache.
         heads_per_row: watched (layer, head) pairs, the ledger's unit.
         audit_every: recompute one (layer, row, head) exactly every so many searched steps; 0 never.
         cpus: CPUs to run on; empty leaves the affinity alone.
         release: called with a slot once its content is not needed.
-        on_fault: called once with a reason when the thread cannot go on.
+        on_fault: called with a reason when a step could not be worked on.
+        after_job: called after each job; keeps the publisher alive.
     """
 
     def __init__(
@@ -62,24 +46,24 @@ class Estimator:
         search: CpuSearch,
         summary: BlockSummary,
         generations: BlockGenerations,
-        geometry: CacheGeometry,
         heads_per_row: int,
         ring: RingWriter,
         audit_every: int,
         cpus: set[int],
         release: Callable[[StepSlot], None],
         on_fault: Callable[[str], None],
+        after_job: Callable[[], None],
     ) -> None:
         self._search = search
         self._summary = summary
         self._generations = generations
-        self._geometry = geometry
         self._heads = heads_per_row
         self._ring = ring
         self._audit_every = audit_every
         self._cpus = cpus
         self._release = release
         self._on_fault = on_fault
+        self._after_job = after_job
         self._ledger = Ledger()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._unfinished = 0
@@ -121,6 +105,7 @@ class Estimator:
         while (job := self._jobs.get()) is not None:
             try:
                 self._work(job)
+                self._after_job()
             except Exception as error:
                 log.exception("Stream Monitor: estimator failed")
                 self._on_fault(f"estimator: {type(error).__name__}: {error}")
@@ -144,24 +129,21 @@ class Estimator:
 
     def _estimate(self, slot: StepSlot) -> tuple[Rows | None, list[Audit]]:
         """Search the slot's rows; rows whose keys may have been rewritten meanwhile are counted `raced` and left out."""
-        labels = slot.labels
-        n = len(labels)
-        queries = slot.queries[:, slot.batch_rows[:n]].contiguous()
-        summary = self._summary.first_rows(n)
+        labels, rows = slot.labels, len(slot.labels)
+        queries = slot.queries[:, slot.batch_rows[:rows]]
+        tables = [table[:rows] for table in slot.tables]
         begin = time.perf_counter()
-        self._search.run(queries, [table[:n] for table in slot.tables], slot.contexts[:n], summary)
-        audits = self._audit(slot, queries, summary)
+        status = self._search.run(
+            queries, tables, slot.contexts[:rows], self._summary, self._generations.of_block, slot.generations[:rows]
+        )
         self._ledger.estimate_seconds += time.perf_counter() - begin
         self._ledger.estimates += 1
-        stale = slot.rewritten(self._generations, self._geometry.page_tokens, self._geometry.pages_per_block)
-        keep = [row for row in range(n) if not stale[row]]
-        count(self._ledger, [labels[row] for row in range(n) if stale[row]], "raced", "", self._heads)
-        if not keep:
-            return None, []
-        index = {row: i for i, row in enumerate(keep)}
-        return pack_rows(summary, labels, keep), [
-            Audit(index[a.row], a.layer, a.query_head, a.recall, a.unobserved_error) for a in audits if a.row in index
-        ]
+        raced = [labels[row] for row in range(rows) if status[row] == ROW_RACED]
+        invalid = [labels[row] for row in range(rows) if status[row] == ROW_INVALID]
+        count(self._ledger, raced, "raced", "", self._heads)
+        count(self._ledger, invalid, "dropped", "invalid_row", self._heads)
+        keep = [row for row in range(rows) if status[row] == ROW_OK]
+        return (pack_rows(self._summary.first_rows(rows), labels, keep) if keep else None), []
 
     def _audit(self, slot: StepSlot, queries: "object", summary: BlockSummary) -> list[Audit]:
         if not self._audit_every or self._ledger.estimates % self._audit_every:
@@ -186,7 +168,8 @@ class Estimator:
             finished=job.finished,
             audits=audits,
         )
-        if not self._ring.write(encode(record)):
+        written = record.ledger
+        if not self._ring.write(encode(record), written.token_rows.captured, written.chunk_rows.captured):
             count(self._ledger, labels, "captured", "", -self._heads)
             count(self._ledger, labels, "dropped", "record_too_large", self._heads)
 

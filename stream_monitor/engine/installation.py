@@ -12,9 +12,8 @@ from stream_monitor.config import CaptureSettings, SettingsError, load
 from stream_monitor.engine import compat
 from stream_monitor.engine.blocks import BlockGenerations
 from stream_monitor.engine.capture import Capture
-from stream_monitor.engine.estimator import CacheGeometry, Estimator
+from stream_monitor.engine.estimator import Estimator
 from stream_monitor.engine.hooks import install_runner_hooks, install_worker_hooks
-from stream_monitor.engine.ledger import merged
 from stream_monitor.engine.paged_keys import check_against_dense, paged_keys
 from stream_monitor.engine.plan import CapturePlan, make_plan
 from stream_monitor.engine.requests import RequestTable
@@ -78,12 +77,6 @@ class Installation:
         )
         keys = paged_keys(caches, self._layers)
         block_tokens = compat.tokens_per_block(runner)
-        tables = runner.input_batch.block_table.block_tables
-        geometry = CacheGeometry(
-            group_of_layer=[cache.group for cache in caches],
-            page_tokens=[table.block_size for table in tables],
-            pages_per_block=[b // table.block_size for b, table in zip(block_tokens, tables, strict=True)],
-        )
         rows = config.scheduler_config.max_num_seqs
         search_config = SearchConfig(
             strategy=settings.strategy,
@@ -94,14 +87,12 @@ class Installation:
         )
         search = CpuSearch(
             keys,
-            query_heads=facts.query_heads,
-            watched_heads=list(watched[0].query_heads),
-            scales=[planned.facts.scale for planned in watched],
-            config=search_config,
-            query_dtype=config.model_config.dtype,
+            facts.query_heads,
+            search_config,
             max_rows=rows,
             max_context=config.model_config.max_model_len,
-            table_of_layer=geometry.group_of_layer,
+            query_dtype=config.model_config.dtype,
+            query_heads=watched[0].query_heads,
         )
         check_against_dense(search, keys, self._layers, caches, search_config)
         generations = BlockGenerations(runner.kv_cache_config.num_blocks)
@@ -111,7 +102,7 @@ class Installation:
                 rows,
                 facts.query_heads,
                 facts.head_dim,
-                [table.block_table.np.shape[1] for table in tables],
+                compat.table_pages(runner),
                 config.model_config.dtype,
             )
             for _ in range(settings.queue_steps)
@@ -127,18 +118,18 @@ class Installation:
             generations,
             heads_per_row,
         )
-        self._ring = RingWriter.create(settings.ring_bytes)
+        self._ring = RingWriter(settings.ring_bytes)
         self._estimator = Estimator(
             search,
             BlockSummary.allocate(len(watched), rows, len(watched[0].query_heads), search_config),
             generations,
-            geometry,
             heads_per_row,
             self._ring,
             settings.audit_every,
             self._free_cpus(),
             self._capture.release,
             self._capture.report,
+            self._publisher_alive,
         )
         install_runner_hooks(runner, self._capture)
         install_worker_hooks(worker, self._capture)
@@ -159,7 +150,6 @@ class Installation:
             return
         self._capture.close()
         self._estimator.stop(DRAIN_SECONDS)
-        self._ring.close_writing()
         self._publisher.stop(DRAIN_SECONDS)
         self._ring.close()
         self._publisher = None
@@ -174,6 +164,11 @@ class Installation:
             "query_heads": list(self.capture_plan.watched[0].query_heads),
             "backlog": self._estimator.backlog if self._estimator else 0,
         }
+
+    def _publisher_alive(self) -> None:
+        """Start the publisher again if it died (called on the estimator thread, once a job)."""
+        if self._publisher is not None:
+            self._publisher.poll()
 
     def _free_cpus(self) -> set[int]:
         """CPUs the engine's parent may use and the engine's workers do not; empty if there is none."""

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from stream_monitor.engine.blocks import BlockGenerations
 from stream_monitor.engine.compat import BatchRows
 from stream_monitor.engine.requests import RowLabel
 from stream_monitor.records import Ledger, RequestFinished, RequestStarted, TokenRun
@@ -29,13 +28,14 @@ class StepSlot:
         """[L, rows, H, D]; the batch's rows in batch order."""
         self.tables = [np.zeros((rows, width), np.int32) for width in pages]
         """Per group, pages of each sampled row, int32 [rows, pages]."""
-        self.generations = [np.zeros((rows, width), np.uint32) for width in pages]
         self.taken = np.zeros(layers, np.int32)
         """Rows each watched layer left in `queries` this step."""
         self.batch_rows = np.zeros(rows, np.int64)
         """Batch row of each sampled row."""
         self.contexts = np.zeros(rows, np.int32)
         """Keys each sampled row attends to."""
+        self.generations = np.zeros(rows, np.int64)
+        """Step in which each sampled row was taken."""
         self.labels: list[RowLabel] = []
         """The sampled rows."""
 
@@ -44,19 +44,7 @@ class StepSlot:
         """Most rows of a batch."""
         return int(self.queries.shape[1])
 
-    def rewritten(self, generations: BlockGenerations, page_tokens: list[int], pages_per_block: list[int]) -> list[bool]:
-        """Per sampled row, whether a block it attends to may have been rewritten since the snapshot."""
-        result = []
-        for n in range(len(self.labels)):
-            context, stale = int(self.contexts[n]), False
-            for group, table in enumerate(self.tables):
-                pages = -(-context // page_tokens[group])
-                blocks = table[n, :pages] // pages_per_block[group]
-                stale |= bool((generations.read(blocks) != self.generations[group][n, :pages]).any())
-            result.append(stale)
-        return result
-
-    def snapshot(self, batch: BatchRows, labels: list[RowLabel], generations: BlockGenerations) -> None:
+    def snapshot(self, batch: BatchRows, labels: list[RowLabel], generation: int) -> None:
         """Copy what the estimator needs to find the keys of the sampled rows; the runner reuses its tables next step."""
         row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
         self.labels = labels
@@ -67,8 +55,7 @@ class StepSlot:
             for group, table in enumerate(batch.block_tables):
                 pages = -(-(label.position + 1) // batch.page_tokens[group])
                 self.tables[group][n, :pages] = table[row, :pages]
-                blocks = self.tables[group][n, :pages] // batch.pages_per_block[group]
-                self.generations[group][n, :pages] = generations.read(blocks)
+        self.generations[: len(labels)] = generation
 
 
 class LayerTap:

@@ -1,0 +1,104 @@
+"""The plan names every reason and never watches a layer it cannot read."""
+
+from dataclasses import replace
+
+import pytest
+
+from stream_monitor.config import CaptureSettings, SettingsError
+from stream_monitor.engine.plan import LayerFacts, layer_refusals, make_plan
+
+
+def facts(index: int, **changes: object) -> LayerFacts:
+    base = LayerFacts(
+        name=f"model.layers.{index}.self_attn.attn",
+        index=index,
+        kind="Attention",
+        implementation="StreamCPUAttentionImpl",
+        query_heads=9,
+        kv_heads=3,
+        head_dim=64,
+        scale=0.125,
+        tapped=True,
+    )
+    return replace(base, **changes)
+
+
+def plan(model: list[LayerFacts], *refusals: str, **settings: object):
+    return make_plan(model, refusals, CaptureSettings(**settings))
+
+
+def test_auto_watches_the_upper_two_thirds_within_the_head_budget():
+    chosen = plan([facts(i) for i in range(30)]).watched
+    assert [p.facts.index for p in chosen] == [13, 20, 26]
+    assert all(p.query_heads == tuple(range(9)) for p in chosen)
+
+
+def test_a_wide_layer_is_watched_at_evenly_spread_heads():
+    chosen = plan([facts(i, query_heads=64, kv_heads=8) for i in range(36)]).watched
+    assert len(chosen) == 1
+    assert chosen[0].query_heads == tuple(range(0, 64, 2))
+
+
+def test_lists_and_all():
+    layers = [facts(i) for i in range(6)]
+    assert [p.facts.index for p in plan(layers, layers="0,2-3").watched] == [0, 2, 3]
+    assert len(plan(layers, layers="all", heads="0,8").watched) == 6
+    assert plan(layers, heads="0,8").watched[0].query_heads == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"layers": "6"}, "layers: 6 does not exist; valid: 0-5"),
+        ({"layers": "a"}, "layers: 'a' is neither auto, all nor a list"),
+        ({"heads": "9"}, "heads: 9 does not exist; valid: 0-8"),
+    ],
+)
+def test_a_wrong_choice_is_named_with_what_is_valid(settings, says):
+    with pytest.raises(SettingsError, match=says.replace("(", r"\(")):
+        plan([facts(i) for i in range(6)], **settings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"kind": "MLAAttention"}, "latent attention"),
+        ({"kind": "MambaMixer2"}, "MambaMixer2 is not softmax attention"),
+        ({"tapped": False, "implementation": "X"}, "X has no Stream Monitor subclass"),
+        ({"attention_type": "encoder_only"}, "encoder_only attention"),
+        ({"sliding_window": 512}, "sliding window of 512"),
+        ({"logits_soft_cap": 50.0}, "soft cap of 50"),
+        ({"alibi": True}, "ALiBi"),
+        ({"sinks": True}, "sinks"),
+        ({"shares_kv_with": "layer 3"}, "shares the KV cache of layer 3"),
+        ({"kv_cache_dtype": "fp8"}, "KV cache of type fp8"),
+        ({"head_dim": 512}, "head size 512"),
+        ({"draft": True}, "draft model"),
+    ],
+)
+def test_every_kind_of_unreadable_layer_is_refused_with_its_reason(changes, reason):
+    assert layer_refusals(facts(0)) == ()
+    assert any(reason in refusal for refusal in layer_refusals(facts(0, **changes)))
+    mixed = plan([facts(0), facts(1, **changes), facts(2)], layers="all")
+    assert [p.facts.index for p in mixed.watched] == [0, 2]
+    assert any(reason in line and line.startswith("layers 1:") for line in mixed.reasons)
+
+
+def test_all_reasons_of_a_layer_are_collected():
+    assert len(layer_refusals(facts(0, sliding_window=8, sinks=True, alibi=True))) == 3
+
+
+def test_an_engine_refusal_leaves_nothing_watched():
+    refused = plan([facts(0)], "speculative decoding is not supported by this release")
+    assert refused.watched == ()
+    assert refused.reasons == ("speculative decoding is not supported by this release",)
+
+
+def test_layers_of_another_shape_than_most_are_refused():
+    chosen = plan([facts(0), facts(1), facts(2, head_dim=128)], layers="all")
+    assert [p.facts.index for p in chosen.watched] == [0, 1]
+    assert "differ" in chosen.reasons[0]
+
+
+def test_a_model_without_attention_says_so():
+    assert plan([]).reasons == ("the model has no attention layer on this rank",)

@@ -1,0 +1,33 @@
+"""The operator decides; a request may only add distrust."""
+
+import pytest
+
+from stream_monitor.engine.policy import decide
+
+
+def test_no_arguments_mean_capture():
+    assert decide(None, 10, False).refused_reason == ""
+    assert decide({"other": 1}, 10, False).refused_arguments == ()
+
+
+def test_switching_off_needs_leave():
+    denied = decide({"stream_monitor_disable": 1}, 10, client_may_disable=False)
+    assert denied.refused_reason == ""
+    assert denied.refused_arguments == ("stream_monitor_disable:not_allowed",)
+    granted = decide({"stream_monitor_disable": "true"}, 10, client_may_disable=True)
+    assert granted.refused_reason == "client_disabled"
+
+
+def test_untrusted_spans():
+    assert decide({"stream_monitor_untrusted": [0, 3, 3, 10]}, 10, False).untrusted == (0, 3, 3, 10)
+
+
+@pytest.mark.parametrize("spans", [[1], [3, 2], [0, 11], [-1, 2], [0, 5, 4, 6], ["0", "3"], "0,3", [True, 3], [], 4, [0, 0.5]])
+def test_malformed_spans_are_refused_and_named(spans):
+    policy = decide({"stream_monitor_untrusted": spans}, 10, False)
+    assert policy.untrusted == ()
+    assert policy.refused_arguments == ("stream_monitor_untrusted:malformed",)
+
+
+def test_unknown_arguments_are_named():
+    assert decide({"stream_monitor_x": 1}, 10, False).refused_arguments == ("stream_monitor_x:unknown",)
