@@ -89,15 +89,13 @@ async def ask_all(engine: str, monitor: str, model_name: str, replies: Sequence[
     async with grpc.aio.insecure_channel(monitor) as channel:
         stub = MonitorServiceStub(channel)
         subscribed = asyncio.Event()
-        tasks = [watching := asyncio.create_task(_follow(stub, replies, subscribed))]
+        watching = asyncio.create_task(_follow(stub, replies, subscribed))
         try:
             await _unless_ended(watching, subscribed.wait())
             async with openai.AsyncOpenAI(base_url=f"{engine}/v1", api_key="none", max_retries=0) as client:
-                asking = [asyncio.create_task(_ask(client, model_name, reply)) for reply in replies]
-                tasks += asking
-                await asyncio.gather(*asking)
-            drained = asyncio.gather(*(reply.drained.wait() for reply in replies))
-            await _unless_ended(watching, asyncio.wait_for(drained, DRAIN_SECONDS))
+                await _unless_ended(watching, _all_of([_ask(client, model_name, reply) for reply in replies]))
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await _unless_ended(watching, _all_of([reply.drained.wait() for reply in replies]))
             for reply in replies:
                 reply.trace = await stub.GetTrace(pb.GetTraceRequest(request_id=_external_id(reply)))
         except TimeoutError:
@@ -108,20 +106,29 @@ async def ask_all(engine: str, monitor: str, model_name: str, replies: Sequence[
         except grpc.aio.AioRpcError as error:
             raise DemoError(f"the monitor ended the call: {error.code().name}: {error.details()}") from None
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await _cancel(watching)
 
 
 async def _unless_ended(watching: "asyncio.Task[None]", wanted: Coroutine[Any, Any, object]) -> None:
     """Wait for `wanted`, but fail as soon as the subscription does."""
-    task = asyncio.ensure_future(wanted)
-    await asyncio.wait({task, watching}, return_when=asyncio.FIRST_COMPLETED)
-    if not task.done():
-        task.cancel()
-        await watching  # raises what ended it
-        raise DemoError("the monitor ended the subscription")
-    await task
+    task = asyncio.create_task(wanted)
+    try:
+        await asyncio.wait({task, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            await watching  # raises what ended it
+            raise DemoError("the monitor ended the subscription")
+        await task
+    finally:
+        await _cancel(task)
+
+
+async def _all_of(wanted: Sequence[Coroutine[Any, Any, object]]) -> None:
+    await asyncio.gather(*wanted)
+
+
+async def _cancel(task: "asyncio.Task[Any]") -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def _ask(client: openai.AsyncOpenAI, model_name: str, reply: Reply) -> None:

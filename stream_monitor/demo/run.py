@@ -133,8 +133,14 @@ def _answers(url: str) -> bool:
 
 
 def _ask(console: Console, at: Addresses, lookup: Lookup, replies: list[Reply]) -> list[Reply]:
-    with Live(Screen(replies, lookup), console=console, refresh_per_second=FRAMES_PER_SECOND):
-        asyncio.run(ask_all(at.engine, at.grpc, MODEL_NAME, replies))
+    screen = Screen(replies, lookup)
+    asking = ask_all(at.engine, at.grpc, MODEL_NAME, replies)
+    if console.is_terminal:
+        with Live(screen, console=console, refresh_per_second=FRAMES_PER_SECOND):
+            asyncio.run(asking)
+    else:  # in a file or a pipe only the last state is of use
+        asyncio.run(asking)
+        console.print(screen)
     return replies
 
 
