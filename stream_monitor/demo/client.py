@@ -98,6 +98,7 @@ async def ask_all(engine: str, monitor: str, model_name: str, replies: Sequence[
                 await _unless_ended(watching, _all_of([reply.drained.wait() for reply in replies]))
             for reply in replies:
                 reply.trace = await stub.GetTrace(pb.GetTraceRequest(request_id=_external_id(reply)))
+                reply.findings = list(reply.trace.events)
         except TimeoutError:
             missing = ", ".join(reply.id for reply in replies if not reply.drained.is_set())
             raise DemoError(f"the monitor did not report the end of {missing} in {DRAIN_SECONDS:.0f} s") from None

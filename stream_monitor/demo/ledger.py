@@ -2,12 +2,14 @@
 
 import time
 import urllib.request
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
-# Counter of the monitor, one sample per outcome and reason; see monitor/metrics.py.
-ROWS_METRIC = "stream_monitor_rows"
+# Counters of the monitor; see monitor/metrics.py. Fates have one sample per outcome and reason.
+EXPECTED = "stream_monitor_rows_expected_total"
+FATES = "stream_monitor_rows_total"
 # While the engine decodes, the last rows are still on their way; afterwards the account closes within seconds.
 SETTLE_SECONDS = 10.0
 POLL_SECONDS = 0.25
@@ -51,19 +53,18 @@ def read_ledger(http: str) -> RowAccount:
 
 def parse_ledger(metrics: str) -> RowAccount:
     """The account in a page of metrics."""
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for family in text_string_to_metric_families(metrics):
-        if family.name == ROWS_METRIC:
-            for sample in family.samples:
-                if sample.name.endswith("_total"):
-                    outcome = sample.labels["outcome"]
-                    counts[outcome] = counts.get(outcome, 0) + int(sample.value)
+        for sample in family.samples:
+            # Ends of prefill chunks have an account of their own, phase "chunk".
+            if sample.name in (EXPECTED, FATES) and sample.labels["phase"] == "token":
+                counts[sample.labels.get("outcome", "expected")] += int(sample.value)
     return RowAccount(
-        rows_expected=counts.get("expected", 0),
-        rows_captured=counts.get("captured", 0),
-        rows_sampled_out=counts.get("sampled_out", 0),
-        rows_dropped=sum(counts.get(outcome, 0) for outcome in ("dropped", "raced", "discarded")),
-        rows_refused=counts.get("refused", 0),
+        rows_expected=counts["expected"],
+        rows_captured=counts["captured"],
+        rows_sampled_out=counts["sampled_out"],
+        rows_dropped=sum(counts[outcome] for outcome in ("dropped", "raced", "discarded")),
+        rows_refused=counts["refused"],
     )
 
 

@@ -27,10 +27,11 @@ FAULT = os.environ.get("FAKE_FAULT", "")
 PROMPT_IDS = list(range(10, 20))
 OUTPUT_IDS = list(range(20, 32))
 METRICS = """\
+# TYPE stream_monitor_rows_expected_total counter
+stream_monitor_rows_expected_total{phase="token"} 40
 # TYPE stream_monitor_rows_total counter
-stream_monitor_rows_total{outcome="expected",reason=""} 40
-stream_monitor_rows_total{outcome="captured",reason=""} 10
-stream_monitor_rows_total{outcome="sampled_out",reason=""} 30
+stream_monitor_rows_total{phase="token",outcome="captured",reason=""} 10
+stream_monitor_rows_total{phase="token",outcome="sampled_out",reason=""} 30
 """
 USER = pb.Sentence(index=1, role=summary_pb2.ROLE_USER, first_token=4, end_token=10)
 ANSWER = pb.Sentence(index=2, role=summary_pb2.ROLE_ANSWER, first_token=10, end_token=22)
@@ -51,7 +52,8 @@ class Monitor(monitor_pb2_grpc.MonitorServiceServicer):
 
     def GetTrace(self, request: pb.GetTraceRequest, context: grpc.ServicerContext) -> pb.GetTraceResponse:
         scores = np.array([0.5, np.nan], dtype="<f4")
-        return pb.GetTraceResponse(sentences=[USER, ANSWER], vertical_score=scores.tobytes())
+        moved = pb.Event(kind=pb.EVENT_KIND_ANCHOR_SHIFT, summary="It moved.")
+        return pb.GetTraceResponse(sentences=[USER, ANSWER], vertical_score=scores.tobytes(), events=[moved])
 
 
 async def chat(request: Request) -> Response:
