@@ -1,0 +1,165 @@
+"""The command `stream-monitor`. Every command imports what it needs when it runs, so that `--help` is quick."""
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from stream_monitor.config import MonitorSettings
+
+DISTRIBUTION = "stream-monitor"
+
+app = typer.Typer(
+    name="stream-monitor",
+    help="See what a reasoning model's chain of thought rests on, while vLLM serves it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version(DISTRIBUTION)
+
+
+def _fail(message: object) -> NoReturn:
+    """One line on standard error, exit status 2."""
+    typer.echo(f"stream-monitor: {' '.join(str(message).split())}", err=True)
+    raise typer.Exit(2)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"stream-monitor {_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def _settings(arguments: list[str]) -> "MonitorSettings":
+    """MonitorSettings from `--some-key value`, `--some-key=value` and bare `--flag` arguments."""
+    from stream_monitor.config import MonitorSettings, SettingsError, load
+
+    fields = MonitorSettings.model_fields
+    values: dict[str, Any] = {}
+    waiting = list(arguments)
+    while waiting:
+        flag, equals, value = waiting.pop(0).partition("=")
+        key = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or key not in fields:
+            valid = ", ".join("--" + name.replace("_", "-") for name in sorted(fields))
+            _fail(f"{flag}: no such option; valid: {valid}")
+        if not equals:
+            if fields[key].annotation is bool:
+                value = "true"
+            elif waiting:
+                value = waiting.pop(0)
+            else:
+                _fail(f"{flag}: needs a value; {fields[key].description}")
+        values[key] = value
+    try:
+        return load(MonitorSettings, **values)
+    except SettingsError as error:
+        _fail(error)
+
+
+def _serve_help() -> str:
+    """The settings as options, straight from the settings model."""
+    from stream_monitor.config import MonitorSettings
+
+    lines = ["Run the monitor until SIGTERM or SIGINT. Options (also STREAM_MONITOR_* and a file):\n"]
+    for name, field in MonitorSettings.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        lines.append(f"--{name.replace('_', '-')}  {field.description}  [default: {default}]\n")
+    return "\n".join(lines)
+
+
+_PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command(
+    context_settings=_PASS_THROUGH | {"help_option_names": []},
+    short_help="Run the monitor until SIGTERM or SIGINT; `serve --help` lists the settings.",
+)
+def serve(context: typer.Context) -> None:
+    """Run the monitor."""
+    if "--help" in context.args:
+        typer.echo(_serve_help())
+        return
+    settings = _settings(context.args)
+    from stream_monitor.monitor.listen import ListenError
+    from stream_monitor.monitor.run import serve as run
+
+    try:
+        asyncio.run(run(settings, _version()))
+    except ListenError as error:
+        _fail(error)
+
+
+@app.command(help="Follow requests and events: a live table, or with --json one event per line.")
+def watch(
+    target: Annotated[str, typer.Option(help="Address of the monitor: host:port or unix:/path.")] = "127.0.0.1:9750",
+    json: Annotated[bool, typer.Option("--json", help="One JSON event per line.")] = False,
+    request: Annotated[
+        list[str] | None, typer.Option(help="Only this request, by internal or external id; may be repeated.")
+    ] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only events of this kind, such as anchor_shift; may be repeated.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Progress events too, not findings alone.")] = False,
+) -> None:
+    from stream_monitor.config import check_address
+    from stream_monitor.monitor import watch as watching
+
+    try:
+        check_address(target)
+    except ValueError as error:
+        _fail(f"--target: {error} (got {target!r})")
+    try:
+        kinds = watching.kinds(kind or [], everything)
+    except ValueError as error:
+        _fail(f"--kind: {error}")
+    try:
+        asyncio.run(watching.follow(target, request or [], kinds, json))
+    except KeyboardInterrupt:
+        return
+    except BrokenPipeError:
+        # Whoever read us (such as head) has enough.
+        sys.stdout = None
+    except watching.WatchError as error:
+        _fail(error)
+
+
+@app.command(
+    context_settings=_PASS_THROUGH | {"help_option_names": []},
+    help="Serve MODEL with vLLM and this plug-in; all flags are vLLM's.",
+)
+def vllm(context: typer.Context, model: Annotated[str, typer.Argument(help="Model name or folder.")]) -> None:
+    from stream_monitor.engine.launch import main as launch
+
+    raise typer.Exit(launch(model, context.args) or 0)
+
+
+@app.command(
+    help="Print what would be captured of MODEL, and why a layer is refused; exits 1 if nothing can be captured.",
+)
+def doctor(model: Annotated[str, typer.Argument(help="Model name or folder.")]) -> None:
+    from stream_monitor.engine.doctor import main as diagnose
+
+    raise typer.Exit(diagnose(model))

@@ -1,0 +1,139 @@
+"""IngestService: summaries in, one answer each, in order; what breaks the contract ends its own stream and no other."""
+
+import asyncio
+import time
+
+import grpc
+
+from stream_monitor.monitor.faults import Fault, Refusal
+from stream_monitor.monitor.ledger import RankLedger
+from stream_monitor.monitor.merge import Merger, Part
+from stream_monitor.monitor.metrics import Metrics
+from stream_monitor.monitor.pipeline import Pipeline
+from stream_monitor.monitor.ranks import Rank, RankBook
+from stream_monitor.monitor.rows import check_audits, decode
+from stream_monitor.monitor.validate import parse
+from stream_monitor.v1alpha1 import ingest_pb2, summary_pb2
+
+SERVICE = ingest_pb2.DESCRIPTOR.services_by_name["IngestService"].full_name
+Context = grpc.aio.ServicerContext[bytes, ingest_pb2.PublishResponse]
+
+
+class Ingest:
+    """Takes in messages of all streams. `max_bytes` is the largest message taken in."""
+
+    def __init__(self, ranks: RankBook, merger: Merger, pipeline: Pipeline, metrics: Metrics, max_bytes: int) -> None:
+        self.ranks = ranks
+        self.merger = merger
+        self.pipeline = pipeline
+        self.metrics = metrics
+        self.max_bytes = max_bytes
+        self._streams: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service for a grpc.aio server. Requests stay bytes, so that what cannot be parsed is ours to answer."""
+        publish: grpc.RpcMethodHandler[bytes, ingest_pb2.PublishResponse] = grpc.stream_stream_rpc_method_handler(
+            self._publish, response_serializer=ingest_pb2.PublishResponse.SerializeToString
+        )
+        return grpc.method_handlers_generic_handler(SERVICE, {"Publish": publish})
+
+    def stop(self) -> None:
+        """End all streams with UNAVAILABLE after the message in hand; what is not acknowledged will be sent again."""
+        self._stopping = True
+        for stream in self._streams:
+            stream.cancel()
+
+    def flush(self) -> None:
+        """Let go of steps whose deadline is over."""
+        for step in self.merger.flush(time.monotonic()):
+            self.pipeline.apply(step)
+
+    async def _publish(self, _: object, context: Context) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams.add(task)
+        opened: set[Rank] = set()
+        try:
+            await self._read(context, opened)
+        except asyncio.CancelledError:
+            if not self._stopping:
+                raise
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the monitor is stopping")
+        finally:
+            self._streams.discard(task)
+            for rank in opened:
+                rank.streams -= 1
+
+    async def _read(self, context: Context, opened: set[Rank]) -> None:
+        last: dict[Rank, int] = {}
+        while True:
+            raw = await context.read()
+            if not isinstance(raw, bytes):  # grpc.aio.EOF
+                return
+            self.metrics.message_bytes.inc(len(raw))
+            try:
+                answer = self._take(raw, last, opened)
+            except Fault as fault:
+                self.metrics.messages.labels("invalid", fault.reason).inc()
+                await context.abort(fault.status, str(fault))
+            await context.write(answer)
+
+    def _take(self, raw: bytes, last: dict[Rank, int], opened: set[Rank]) -> ingest_pb2.PublishResponse:
+        """Take in one message; `last` is the newest sequence of each rank on this stream."""
+        summary = parse(raw, self.max_bytes)
+        try:
+            rank = self.ranks.admit(summary.engine)
+        except Refusal as refusal:
+            self.metrics.messages.labels("refused", refusal.reason).inc()
+            return _answer(summary, ingest_pb2.PUBLISH_OUTCOME_REFUSED, refusal.reason)
+        if rank not in opened:
+            opened.add(rank)
+            self.ranks.opened(rank)
+        if summary.sequence <= last.get(rank, 0):
+            raise Fault(
+                grpc.StatusCode.OUT_OF_RANGE,
+                "out_of_order",
+                f"sequence is {summary.sequence} after {last[rank]}; it must ascend on a stream",
+            )
+        last[rank] = summary.sequence
+        if summary.sequence <= rank.sequence:
+            self.metrics.messages.labels("duplicate", "").inc()
+            return _answer(summary, ingest_pb2.PUBLISH_OUTCOME_DUPLICATE)
+        part = self._part(rank, summary, len(raw))
+        if rank.sequence:
+            rank.lost_messages += summary.sequence - rank.sequence - 1
+        rank.sequence = summary.sequence
+        _account(rank.ledger, summary)
+        self._observe(rank, summary)
+        for step in self.merger.add(part):
+            self.pipeline.apply(step)
+        self.metrics.messages.labels("accepted", "").inc()
+        return _answer(summary, ingest_pb2.PUBLISH_OUTCOME_ACCEPTED)
+
+    def _part(self, rank: Rank, summary: summary_pb2.StepSummary, size: int) -> Part:
+        rows = decode(summary.rows, rank.engine, ((rank, rank.heads),))
+        if rows and not summary.step:
+            raise Fault(grpc.StatusCode.INVALID_ARGUMENT, "value", "step is missing in a message with rows")
+        check_audits(summary.audits)
+        # The decoded rows replace the arrays, which would otherwise wait in memory with the step.
+        summary.ClearField("rows")
+        return Part(rank, summary, rows, time.monotonic(), size)
+
+    def _observe(self, rank: Rank, summary: summary_pb2.StepSummary) -> None:
+        for audit in summary.audits:
+            self.metrics.recall.labels(*rank.labels).observe(audit.recall)
+        if summary.wall_time_ns > 0:
+            self.metrics.delay.labels(*rank.labels).observe(max(0.0, time.time() - summary.wall_time_ns / 1e9))
+
+
+def _account(ledger: RankLedger, summary: summary_pb2.StepSummary) -> None:
+    if summary.HasField("ledger"):
+        ledger.newest = summary_pb2.Ledger()
+        ledger.newest.CopyFrom(summary.ledger)
+
+
+def _answer(
+    summary: summary_pb2.StepSummary, outcome: ingest_pb2.PublishOutcome.ValueType, reason: str = ""
+) -> ingest_pb2.PublishResponse:
+    return ingest_pb2.PublishResponse(sequence=summary.sequence, outcome=outcome, reason=reason)

@@ -1,0 +1,74 @@
+"""Where the monitor may listen, and how an address is taken without surprises."""
+
+import ipaddress
+import os
+import socket
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+FOLDER_MODE = 0o770
+SOCKET_UMASK = 0o117
+"""Leaves 0660: the user and the group of the monitor."""
+
+
+class ListenError(Exception):
+    """An address cannot be used. One line that names it and what to do."""
+
+
+def check_exposure(name: str, address: str, insecure: bool) -> None:
+    """Refuse what others on the network could reach, unless the operator says so."""
+    if address.startswith("unix:") or insecure:
+        return
+    host = address.rpartition(":")[0].strip("[]")
+    with suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    if host != "localhost":
+        raise ListenError(
+            f"{name}: {address} is reachable from other hosts without TLS; use loopback, unix:, or --insecure"
+        )
+
+
+def prepare_unix(name: str, address: str) -> Path:
+    """Make the socket's folder ours, remove a stale socket, and refuse one that is in use."""
+    path = Path(address.removeprefix("unix:"))
+    with suppress(FileExistsError):
+        os.makedirs(path.parent, mode=FOLDER_MODE)
+        os.chmod(path.parent, FOLDER_MODE)
+    folder = os.lstat(path.parent)
+    if not stat.S_ISDIR(folder.st_mode):
+        raise ListenError(f"{name}: {path.parent} is not a folder (or a symbolic link to one)")
+    if folder.st_uid != os.getuid():
+        raise ListenError(f"{name}: folder {path.parent} belongs to user {folder.st_uid}, not to us ({os.getuid()})")
+    if folder.st_mode & 0o007:
+        raise ListenError(f"{name}: folder {path.parent} is open to every user; it must be 0770 or stricter")
+    try:
+        held = os.lstat(path)
+    except FileNotFoundError:
+        return path
+    if not stat.S_ISSOCK(held.st_mode):
+        raise ListenError(f"{name}: {path} exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return path
+        except OSError as error:
+            raise ListenError(f"{name}: cannot tell whether {path} is in use: {error.strerror}") from None
+    raise ListenError(f"{name}: {path} is in use by another process")
+
+
+def bind_tcp(name: str, address: str) -> socket.socket:
+    """A bound, not yet listening TCP socket."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(where)
+    except OSError as error:
+        raise ListenError(f"{name}: cannot listen on {address}: {error.strerror}") from None
+    return bound

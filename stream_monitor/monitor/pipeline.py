@@ -1,0 +1,98 @@
+"""A merged step -> traces -> sentences -> events: the way of the data inside the monitor, in order."""
+
+import time
+
+from stream_monitor.anchors.matrix import anchor_mass
+from stream_monitor.anchors.shift import Verdict
+from stream_monitor.monitor import views
+from stream_monitor.monitor.events import EventLog
+from stream_monitor.monitor.merge import MergedStep
+from stream_monitor.monitor.metrics import Metrics
+from stream_monitor.monitor.store import TraceStore
+from stream_monitor.monitor.trace import RequestTrace
+from stream_monitor.v1alpha1 import monitor_pb2
+
+
+class Pipeline:
+    """Applies merged steps to the traces and publishes what comes of it."""
+
+    def __init__(self, store: TraceStore, log: EventLog, metrics: Metrics) -> None:
+        self.store = store
+        self.log = log
+        self.metrics = metrics
+
+    def apply(self, step: MergedStep) -> None:
+        """Starts, then rows, then tokens (a token is sampled from its step's row), then ends; then score sentences."""
+        first = step.parts[0]
+        instance, labels = first.rank.engine.instance, first.rank.labels
+        now = first.summary.wall_time_ns or time.time_ns()
+        touched: dict[str, RequestTrace] = {}
+
+        def trace_of(request_id: str) -> RequestTrace:
+            if request_id not in touched:
+                touched[request_id] = self.store.find_or_late(instance, request_id, labels, now)
+            return touched[request_id]
+
+        for started in (started for part in step.parts for started in part.summary.started):
+            trace = self.store.begin(instance, started.request_id, labels, now)
+            new = trace.joined_late
+            touched[started.request_id] = trace
+            trace.start(started)
+            if new:
+                self.metrics.requests_started.labels(*labels).inc()
+                if trace.refused_reason:
+                    self.metrics.requests_refused.labels(*labels).inc()
+                self._progress(trace, monitor_pb2.EVENT_KIND_REQUEST_STARTED, now)
+        if first.summary.step:
+            self.metrics.steps.labels(*labels, "partial" if step.missing else "complete").inc()
+        for row in step.rows:
+            trace = trace_of(row.request_id)
+            trace.missing_ranks.update(step.missing)
+            trace.add_row(row)
+        for run in (run for part in step.parts for run in part.summary.tokens):
+            trace = trace_of(run.request_id)
+            missing = trace.missing_tokens
+            trace.add_tokens(run)
+            if trace.missing_tokens > missing:
+                self.metrics.tokens_missing.labels(*labels).inc(trace.missing_tokens - missing)
+        ended = []
+        for finished in (finished for part in step.parts for finished in part.summary.finished):
+            held = self.store.get(instance, finished.request_id)
+            # The end of a request that was never seen leaves nothing to keep.
+            if held is not None and not held.finished:
+                touched[finished.request_id] = held
+                held.finish(finished.total_tokens)
+                ended.append(held)
+        for trace in touched.values():
+            trace.last_seen_ns = now
+            self._score(trace, now)
+        for trace in ended:
+            self.metrics.requests_finished.labels(*labels).inc()
+            if trace.dropped_sentences:
+                self.metrics.sentences_dropped.labels(*labels).inc(trace.dropped_sentences)
+            self._progress(trace, monitor_pb2.EVENT_KIND_REQUEST_FINISHED, now)
+        for trace in touched.values():
+            self.store.changed(trace)
+
+    def _score(self, trace: RequestTrace, now: int) -> None:
+        for index in trace.settle():
+            row = trace.sentence_row(index)
+            mass = anchor_mass(row.columns, row.shares, index)
+            verdict = trace.detector.update(mass, row.rows)
+            heaviest = views.anchors(trace, mass)[:1]
+            trace.top_anchor = (heaviest[0].sentence.index, heaviest[0].share) if heaviest else None
+            self.metrics.sentences.labels(*trace.labels, verdict.value).inc()
+            if row.rows:
+                self.metrics.unobserved.labels(*trace.labels).observe(row.unobserved)
+            if verdict is Verdict.SHIFT:
+                finding = views.shift_event(trace, index, mass, row.unobserved, now)
+                trace.findings.append(finding)
+                trace.finding_count += 1
+                name = monitor_pb2.EventKind.Name(finding.kind).removeprefix("EVENT_KIND_")
+                severity = monitor_pb2.Severity.Name(finding.severity).removeprefix("SEVERITY_").lower()
+                self.metrics.events.labels(*trace.labels, name, severity).inc()
+                self.log.publish(finding)
+            self.log.publish(views.sentence_event(trace, index, mass, row.unobserved, now))
+
+    def _progress(self, trace: RequestTrace, kind: monitor_pb2.EventKind.ValueType, now: int) -> None:
+        self.log.publish(views.progress_event(trace, kind, now))

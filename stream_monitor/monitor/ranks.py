@@ -1,0 +1,120 @@
+"""Which engine ranks there are, what each has said last, and which of its rows were discarded here."""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+from stream_monitor.monitor.faults import Refusal, invalid
+from stream_monitor.monitor.ledger import RankLedger, add_cells
+from stream_monitor.monitor.validate import check_engine
+from stream_monitor.v1alpha1 import summary_pb2
+
+RankKey = tuple[str, int, int, int]
+"""Engine instance, data-parallel index, tensor-parallel rank, pipeline-parallel rank."""
+Labels = tuple[str, str]
+"""`model_name` and `engine`, as in vLLM's metrics."""
+
+MAX_LABELS = 1024
+"""Distinct label pairs ever exported; what comes later shares OTHER, so that no publisher can grow the export."""
+OTHER: Labels = ("other", "other")
+MAX_RETIRED = 65_536
+"""Retired ranks whose return is still recognised."""
+
+
+def key_of(engine: summary_pb2.EngineInfo) -> RankKey:
+    """The key of the rank that sent this."""
+    return (
+        engine.instance,
+        engine.data_parallel_index,
+        engine.tensor_parallel_rank,
+        engine.pipeline_parallel_rank,
+    )
+
+
+@dataclass(slots=True, eq=False)
+class Rank:
+    """One engine rank: constant description, newest sequence and ledger, open streams."""
+
+    key: RankKey
+    engine: summary_pb2.EngineInfo
+    labels: Labels
+    sequence: int = 0
+    streams: int = 0
+    lost_messages: int = 0
+    ledger: RankLedger = field(default_factory=RankLedger)
+
+    @property
+    def heads(self) -> int:
+        """Watched (layer, query head) pairs: what one row counts in the ledger."""
+        return len(self.engine.layers) * len(self.engine.query_heads)
+
+    @property
+    def name(self) -> str:
+        """Its place in the engine, such as "tp1", as in RequestInfo.missing_ranks."""
+        return rank_name(self.engine, self.engine.tensor_parallel_rank, self.engine.pipeline_parallel_rank)
+
+
+def rank_name(engine: summary_pb2.EngineInfo, tensor: int, pipeline: int) -> str:
+    """Name of one place in an engine; an axis of size 1 is left out."""
+    parts = []
+    if engine.tensor_parallel_size > 1 or engine.pipeline_parallel_size == 1:
+        parts.append(f"tp{tensor}")
+    if engine.pipeline_parallel_size > 1:
+        parts.append(f"pp{pipeline}")
+    return "".join(parts)
+
+
+class RankBook:
+    """All ranks held, the stopped ones included, so that exported counters do not go backwards.
+
+    Of `limit` ranks, those without an open stream make room for new ones, oldest first; their last counts stay in a
+    sum per label pair. A rank that returns after that is refused, since its cumulative counts are in the sum already.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.ranks: dict[RankKey, Rank] = {}
+        self.retired: dict[Labels, Counter[tuple[str, str, str]]] = {}
+        self._retired_keys: deque[RankKey] = deque(maxlen=MAX_RETIRED)
+        self._gone: set[RankKey] = set()
+        self._labels: set[Labels] = set()
+
+    def admit(self, engine: summary_pb2.EngineInfo) -> Rank:
+        """The rank that sent `engine`. Raises Fault if the description is unsound or changed, Refusal if full."""
+        key = key_of(engine)
+        rank = self.ranks.get(key)
+        if rank is not None:
+            if rank.engine != engine:
+                raise invalid("engine", "engine differs from what this rank said before; it is constant for its life")
+            return rank
+        check_engine(engine)
+        if key in self._gone:
+            raise Refusal("rank_retired")
+        if len(self.ranks) >= self.limit:
+            self._retire()
+        kept = summary_pb2.EngineInfo()
+        kept.CopyFrom(engine)
+        rank = self.ranks[key] = Rank(key, kept, self._label_pair(engine))
+        return rank
+
+    def opened(self, rank: Rank) -> None:
+        """A stream of this rank began; it counts as newest."""
+        rank.streams += 1
+        self.ranks[rank.key] = self.ranks.pop(rank.key, rank)
+
+    def _retire(self) -> None:
+        stopped = next((rank for rank in self.ranks.values() if not rank.streams), None)
+        if stopped is None:
+            raise Refusal("too_many_ranks")
+        del self.ranks[stopped.key]
+        add_cells(self.retired.setdefault(stopped.labels, Counter()), stopped.ledger.cells())
+        if len(self._retired_keys) == MAX_RETIRED:
+            self._gone.discard(self._retired_keys[0])
+        self._retired_keys.append(stopped.key)
+        self._gone.add(stopped.key)
+
+    def _label_pair(self, engine: summary_pb2.EngineInfo) -> Labels:
+        labels = (engine.model_name, engine.engine)
+        if labels not in self._labels and len(self._labels) >= MAX_LABELS:
+            return OTHER
+        self._labels.add(labels)
+        return labels

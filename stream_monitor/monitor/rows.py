@@ -1,0 +1,150 @@
+"""Rows of a summary -> per row, how much attention mass lies at which token position."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_monitor.anchors.matrix import NO_BLOCK, forced_block_ids, sum_by_key
+from stream_monitor.monitor.faults import invalid
+from stream_monitor.monitor.validate import MAX_ID, MAX_POSITION
+from stream_monitor.v1alpha1 import summary_pb2
+
+MAX_ROWS = 4096
+ROUNDING = 0.05
+"""How far kept + forced + unobserved may be from 1: float16 logarithms are off by up to 0.4% each."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One query token, summed (not averaged) over the layers and heads of the ranks that reported it.
+
+    Sums of ranks add up exactly, so that two merged ranks equal one rank with all heads.
+
+    Attributes:
+        token: whether a token was sampled from it (else it ends a prefill chunk).
+        keys: uint32 [n], ascending token positions of strongest keys.
+        mass: float32 [n], attention mass at each, summed over heads.
+        unobserved: mass the search did not observe, summed over heads.
+        heads: (layer, head) pairs summed.
+        sources: who reported it: (rank, heads), the unit of the ledger.
+    """
+
+    request_id: str
+    position: int
+    attempt: int
+    token: bool
+    keys: NDArray[np.uint32]
+    mass: NDArray[np.float32]
+    unobserved: float
+    heads: int
+    sources: tuple[tuple[Any, int], ...]
+
+    def shares_source(self, other: "Row") -> bool:
+        """Whether one rank reported both, so that they are one row sent twice and not two parts of a row."""
+        return not {id(rank) for rank, _ in self.sources}.isdisjoint(id(rank) for rank, _ in other.sources)
+
+    def joined(self, other: "Row") -> "Row":
+        """This row with another rank's share of it added."""
+        keys, mass = sum_by_key(
+            np.concatenate([self.keys, other.keys]).astype(np.int64),
+            np.concatenate([self.mass, other.mass]).astype(np.float64),
+        )
+        return Row(
+            self.request_id,
+            self.position,
+            self.attempt,
+            self.token,
+            keys,
+            mass,
+            self.unobserved + other.unobserved,
+            self.heads + other.heads,
+            self.sources + other.sources,
+        )
+
+
+def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tuple[tuple[Any, int], ...]) -> list[Row]:
+    """Check the arrays of one rank against their stated shapes and sum them by key. Raises Fault."""
+    count = rows.count
+    if count > MAX_ROWS:
+        raise invalid("limit", f"rows.count is {count}; at most {MAX_ROWS}")
+    if len(rows.request_ids) != count:
+        raise invalid("shape", f"rows.request_ids has {len(rows.request_ids)} entries for count {count}")
+    if not all(0 < len(request_id) <= MAX_ID for request_id in rows.request_ids):
+        raise invalid("value", f"rows.request_ids must have 1 to {MAX_ID} characters each")
+    geometry = engine.geometry
+    lead = (count, len(engine.layers), len(engine.query_heads))
+    kept, forced = (*lead, geometry.top_k), (*lead, geometry.sink_blocks + geometry.recent_blocks)
+
+    positions = _array(rows, "positions", "<u4", (count,)).astype(np.int64)
+    attempts = _array(rows, "attempts", "<u4", (count,))
+    phases = _array(rows, "phases", "u1", (count,))
+    ids = _array(rows, "block_ids", "<u4", kept).astype(np.int64)
+    log_share = _array(rows, "block_log_share", "<f2", kept)
+    strongest = _array(rows, "block_strongest", "u1", kept)
+    forced_log_share = _array(rows, "forced_log_share", "<f2", forced)
+    forced_strongest = _array(rows, "forced_strongest", "u1", forced)
+    unobserved = _array(rows, "unobserved_log_share", "<f2", lead)
+    total = _array(rows, "total_lse", "<f4", lead)
+    keys_read = _array(rows, "keys_read", "<f4", lead[:2])
+
+    if count and positions.max() >= MAX_POSITION:
+        raise invalid("limit", f"rows.positions reach {positions.max()}; below {MAX_POSITION}")
+    if not np.isin(phases, summary_pb2.Phase.values()[1:]).all():
+        raise invalid("value", "rows.phases has an unknown Phase")
+    if not np.isfinite(total).all() or not np.isfinite(keys_read).all() or (keys_read < 0).any():
+        raise invalid("value", "rows.total_lse and rows.keys_read must be finite, keys_read not negative")
+
+    forced_ids = np.broadcast_to(
+        forced_block_ids(positions, geometry.block_size, geometry.sink_blocks, geometry.recent_blocks)[:, None, None],
+        forced,
+    )
+    shares = np.concatenate([_share(log_share, "block"), _share(forced_log_share, "forced")], axis=-1)
+    blocks = np.concatenate([np.where(ids == NO_BLOCK, -1, ids), forced_ids], axis=-1)
+    offsets = np.concatenate([strongest, forced_strongest], axis=-1)
+    rest = _share(unobserved, "unobserved")
+    keys = blocks * geometry.block_size + offsets
+    used = shares > 0
+    wrong = (blocks < 0) | (offsets >= geometry.block_size) | (keys > positions[:, None, None, None])
+    if (used & wrong).any():
+        raise invalid("value", "rows: a block with mass, or its strongest key, lies outside the row's context")
+    if (abs(shares.sum(axis=-1) + rest - 1.0) > ROUNDING).any():
+        raise invalid("value", "rows: kept, forced and unobserved shares do not sum to 1")
+    return [
+        Row(
+            rows.request_ids[row],
+            int(positions[row]),
+            int(attempts[row]),
+            bool(phases[row] != summary_pb2.PHASE_PREFILL_CHUNK),
+            *sum_by_key(keys[row][used[row]], shares[row][used[row]]),
+            float(rest[row].sum()),
+            lead[1] * lead[2],
+            sources,
+        )
+        for row in range(count)
+    ]
+
+
+def check_audits(audits: Iterable[summary_pb2.Audit]) -> None:
+    """Raise a Fault unless every audit holds numbers that can be averaged."""
+    for audit in audits:
+        if not (0.0 <= audit.recall <= 1.0 + ROUNDING and math.isfinite(audit.unobserved_error)):
+            raise invalid("value", "audits: recall must be in [0, 1] and unobserved_error finite")
+
+
+def _array(rows: summary_pb2.Rows, name: str, kind: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    raw: bytes = getattr(rows, name)
+    expected = math.prod(shape) * np.dtype(kind).itemsize
+    if len(raw) != expected:
+        raise invalid("shape", f"rows.{name} has {len(raw)} bytes; shape {list(shape)} of {kind} has {expected}")
+    return np.frombuffer(raw, kind).reshape(shape)
+
+
+def _share(log_share: NDArray[np.float16], name: str) -> NDArray[np.float64]:
+    """Natural log share -> share; NaN and shares above 1 are refused."""
+    if np.isnan(log_share).any() or (log_share > ROUNDING).any():
+        raise invalid("value", f"rows.{name}_log_share must be at most 0 and not NaN")
+    return np.exp(log_share.astype(np.float64))

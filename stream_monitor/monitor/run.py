@@ -1,0 +1,24 @@
+"""`stream-monitor serve`: a monitor until SIGTERM or SIGINT."""
+
+import asyncio
+import signal
+
+from stream_monitor.config import MonitorSettings
+from stream_monitor.monitor.server import MonitorServer
+
+
+async def serve(settings: MonitorSettings, version: str) -> None:
+    """Serve, say where on standard output, and stop in order on a signal. Raises ListenError."""
+    monitor = MonitorServer(settings, version)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stopping.set)
+    await monitor.start()
+    print(
+        f"ready: ingest {monitor.ingest_address}, grpc {monitor.grpc_address}, http {monitor.http_address}",
+        flush=True,
+    )
+    await stopping.wait()
+    print("stopping", flush=True)
+    await monitor.stop()

@@ -1,0 +1,125 @@
+"""The traces held, bounded in number and memory, and the ids they are found by."""
+
+from collections.abc import Iterator
+
+from stream_monitor.monitor.ranks import Labels
+from stream_monitor.monitor.trace import RequestTrace
+
+TraceKey = tuple[str, str]
+"""Engine instance and internal request id; the sample index is part of the latter."""
+
+EXACT, EXTERNAL, ALIAS = range(3)
+"""How well an id fits: the internal id, the id of the OpenAI response, another form such as the bare X-Request-Id."""
+
+
+class TraceStore:
+    """Traces by key. When full, the request that finished longest ago goes first, then the one that began first.
+
+    Attributes:
+        evicted: traces that had to go, by the limit that was reached ("count" or "bytes").
+        replaced: finished traces whose id was used again.
+        late: traces that began with rows or tokens of a request whose start was not seen.
+    """
+
+    def __init__(self, max_traces: int, max_bytes: int, max_sentences: int) -> None:
+        self.max_traces = max_traces
+        self.max_bytes = max_bytes
+        self.max_sentences = max_sentences
+        self.bytes = 0
+        self.evicted = {"count": 0, "bytes": 0}
+        self.replaced = 0
+        self.late = 0
+        self._serial = 0
+        self._traces: dict[TraceKey, RequestTrace] = {}
+        self._weights: dict[TraceKey, int] = {}
+        self._finished: dict[TraceKey, None] = {}
+        self._index: dict[str, dict[TraceKey, int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._traces)
+
+    @property
+    def finished(self) -> int:
+        """Traces of requests that left the engine."""
+        return len(self._finished)
+
+    def get(self, instance: str, request_id: str) -> RequestTrace | None:
+        """The trace of an internal id, if it is held."""
+        return self._traces.get((instance, request_id))
+
+    def begin(self, instance: str, request_id: str, labels: Labels, now_ns: int) -> RequestTrace:
+        """The running trace of an internal id; a new one if there is none or the id was used and finished before."""
+        key = (instance, request_id)
+        held = self._traces.get(key)
+        if held is not None:
+            if not held.finished:
+                return held
+            self.replaced += 1
+            self._drop(key)
+        return self._create(key, labels, now_ns)
+
+    def find_or_late(self, instance: str, request_id: str, labels: Labels, now_ns: int) -> RequestTrace:
+        """The trace of an internal id; if the monitor has not seen the request start, a trace marked as joined late."""
+        held = self._traces.get((instance, request_id))
+        if held is not None:
+            return held
+        self.late += 1
+        return self._create((instance, request_id), labels, now_ns)
+
+    def changed(self, trace: RequestTrace) -> None:
+        """Weigh a trace again and evict what no longer fits, never the only one."""
+        key = (trace.instance, trace.request_id)
+        if self._traces.get(key) is not trace:
+            return
+        self.bytes += trace.bytes - self._weights[key]
+        self._weights[key] = trace.bytes
+        if trace.finished:
+            self._finished.setdefault(key)
+        while len(self._traces) > 1:
+            if len(self._traces) > self.max_traces:
+                limit = "count"
+            elif self.bytes > self.max_bytes:
+                limit = "bytes"
+            else:
+                break
+            oldest = next(iter(self._finished), None)
+            self._drop(oldest if oldest is not None else next(iter(self._traces)))
+            self.evicted[limit] += 1
+
+    def find(self, request_id: str) -> list[RequestTrace]:
+        """Traces an id may mean, newest first; of several readings of the id, only the best that fits any."""
+        found = self._index.get(request_id, {})
+        best = min(found.values(), default=EXACT)
+        traces = [self._traces[key] for key, fit in found.items() if fit == best]
+        return sorted(traces, key=lambda trace: -trace.serial)
+
+    def newest_first(self) -> Iterator[RequestTrace]:
+        """All traces, newest first."""
+        return reversed(self._traces.values())
+
+    def _create(self, key: TraceKey, labels: Labels, now_ns: int) -> RequestTrace:
+        self._serial += 1
+        trace = RequestTrace(key[0], key[1], labels, self._serial, now_ns, self.max_sentences)
+        self._traces[key] = trace
+        self._weights[key] = trace.bytes
+        self.bytes += trace.bytes
+        for name, fit in _names(trace).items():
+            self._index.setdefault(name, {})[key] = fit
+        return trace
+
+    def _drop(self, key: TraceKey) -> None:
+        trace = self._traces.pop(key)
+        self.bytes -= self._weights.pop(key)
+        self._finished.pop(key, None)
+        for name in _names(trace):
+            keys = self._index[name]
+            del keys[key]
+            if not keys:
+                del self._index[name]
+
+
+def _names(trace: RequestTrace) -> dict[str, int]:
+    names = dict.fromkeys(trace.identity.aliases, ALIAS)
+    names[trace.identity.external_id] = EXTERNAL
+    names[trace.request_id] = EXACT
+    return names

@@ -1,0 +1,287 @@
+"""One request's trace: its sentences, its rows, and the sentence matrix they add up to.
+
+A row waits with its token positions until the sentence it lies in is closed; then its mass is folded to sentences, some
+dozen numbers. Folded rows stay apart (not summed into their sentence), so that a row recomputed after preemption can
+replace the one it repeats.
+"""
+
+import bisect
+from array import array
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_monitor.anchors.matrix import fold
+from stream_monitor.anchors.sentences import SentenceBuilder, Span, coarsen, prompt_sentences
+from stream_monitor.anchors.shift import AnchorShift
+from stream_monitor.monitor.identity import parse
+from stream_monitor.monitor.ledger import CHUNK, TOKEN
+from stream_monitor.monitor.ranks import Labels
+from stream_monitor.monitor.rows import Row
+from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
+
+MAX_PENDING_ROWS = 1024
+"""Rows that may wait for tokens; twice what one sentence can hold when every row is captured."""
+MAX_FINDINGS = 64
+"""Findings kept with a trace, newest last; the event log has the others as long as it holds them."""
+
+_TRACE_BYTES, _SPAN_BYTES, _ROW_BYTES = 4096, 128, 320
+"""Measured sizes of the Python objects, for the memory bound."""
+
+
+@dataclass(slots=True)
+class SentenceRow:
+    """One row of the sentence matrix: the mean over the rows captured in a sentence.
+
+    Attributes:
+        columns: uint32 [n], sentences that got mass, ascending. shares: float64 [n].
+        unobserved: mean share the search did not observe; NaN without rows.
+        rows: captured rows.
+    """
+
+    columns: NDArray[np.uint32]
+    shares: NDArray[np.float64]
+    unobserved: float
+    rows: int
+
+
+class RequestTrace:
+    """State of one request; `instance` and `request_id` are its key."""
+
+    def __init__(
+        self, instance: str, request_id: str, labels: Labels, serial: int, now_ns: int, max_sentences: int
+    ) -> None:
+        self.instance = instance
+        self.request_id = request_id
+        self.identity = parse(request_id)
+        self.labels = labels
+        self.serial = serial
+        self.first_seen_ns = self.last_seen_ns = now_ns
+        self.max_sentences = max_sentences
+        self.joined_late = True
+        self.finished = False
+        self.prompt_tokens = 0
+        self.prompt_sentences = 0
+        self.output_tokens = 0
+        self.total_tokens = 0
+        self.refused_reason = ""
+        self.missing_ranks: set[str] = set()
+        self.spans: list[Span] = []
+        self.dropped_sentences = 0
+        self.token_rows = 0
+        self.findings: deque[monitor_pb2.Event] = deque(maxlen=MAX_FINDINGS)
+        self.finding_count = 0
+        self.detector = AnchorShift()
+        self.top_anchor: tuple[int, float] | None = None
+        self.bytes = _TRACE_BYTES
+        self._starts = array("q")
+        self._builder: SentenceBuilder | None = None
+        self._pending: dict[int, Row] = {}
+        self._kept: dict[int, tuple[Row, bytes, bytes]] = {}
+        self._positions: list[int] = []
+        self._newest_row = -1
+        self._settled = 0
+
+    @property
+    def missing_tokens(self) -> int:
+        """Token positions that were jumped over."""
+        return self._builder.missing if self._builder else 0
+
+    def start(self, started: summary_pb2.RequestStarted) -> None:
+        """The request was scheduled. The same prompt again is the same start, told by another rank or after
+        preemption; another prompt is a session going on: what it replaces is cut off and discarded as `readded`."""
+        if not self.joined_late and started.prompt_tokens == self.prompt_tokens:
+            return
+        end = min(self._builder.end - 1, started.prompt_tokens) if self._builder else 0
+        self._truncate(0 if self.joined_late and self._kept else max(0, end))
+        begin = self.spans[-1].end if self.spans else 0
+        spans = prompt_sentences(
+            started.prompt_tokens,
+            np.frombuffer(started.role_starts, "<u4"),
+            np.frombuffer(started.roles, np.uint8),
+            started.prompt_flags,
+        )
+        fresh = [Span(max(begin, span.start), span.end, span.role) for span in spans if span.end > begin]
+        # Half of the sentences stay free for the output, however long the prompt is.
+        for span in coarsen(fresh, max(1, self.max_sentences // 2 - len(self.spans))):
+            self._close(span)
+        self._builder = SentenceBuilder(started.prompt_tokens)
+        self.joined_late = False
+        self.prompt_tokens = started.prompt_tokens
+        self.prompt_sentences = self._settled = len(self.spans)
+        self.refused_reason = started.refused_reason
+
+    def add_tokens(self, run: summary_pb2.TokenRun) -> None:
+        """Sampled tokens; close the sentences they end."""
+        if self.finished:
+            return
+        if self._builder is None:
+            self._begin_late(run.first_position)
+        assert self._builder is not None
+        before = self._builder.end
+        for span in self._builder.extend(run.first_position, run.flags):
+            self._close(span)
+        self.output_tokens += min(len(run.flags), self._builder.end - before)
+
+    def add_row(self, row: Row) -> None:
+        """Keep a row, or discard it or the one it repeats."""
+        held = self._held(row.position)
+        if self.finished and row.position >= self.total_tokens:
+            _discard(row, "past_end")
+        elif held is None:
+            self._insert(row)
+        elif row.attempt < held.attempt:
+            _discard(row, "stale")
+        elif row.attempt > held.attempt:
+            self._remove(row.position, "recomputed")
+            self._insert(row)
+        elif held.shares_source(row):
+            _discard(row, "repeated")
+        else:
+            self._join(held, row)
+
+    def finish(self, total: int) -> None:
+        """The request left with `total` tokens: rows past them are discarded, the open sentence closes."""
+        if self.finished:
+            return
+        self.finished, self.total_tokens = True, total
+        self._discard_from(total)
+        if self._builder is None:
+            self._begin_late(total)
+        assert self._builder is not None
+        for span in self._builder.finish(total):
+            self._close(span)
+        # What lies beyond the last sentence kept has nowhere to go.
+        for position in list(self._pending):
+            self._remove(position, "unplaced")
+
+    def settle(self) -> list[int]:
+        """Output sentences, in order, whose rows are all in: a later row arrived, a later sentence closed, or the
+        request ended."""
+        first = self._settled
+        while self._settled < len(self.spans) and (
+            self.finished or self._settled + 1 < len(self.spans) or self._newest_row >= self.spans[self._settled].end
+        ):
+            self._settled += 1
+        return list(range(first, self._settled))
+
+    def sentence_row(self, index: int) -> SentenceRow:
+        """Row `index` of the sentence matrix, averaged over the heads of each row, then over the rows."""
+        span = self.spans[index]
+        low, high = (bisect.bisect_left(self._positions, edge) for edge in (span.start, span.end))
+        sums = np.zeros(index + 1)
+        unobserved, count = 0.0, 0
+        for position in self._positions[low:high]:
+            row, columns, mass = self._kept[position]
+            if row.heads:
+                sums[np.frombuffer(columns, np.uint32)] += np.frombuffer(mass, np.float32) / row.heads
+                unobserved += row.unobserved / row.heads
+                count += 1
+        if not count:
+            return SentenceRow(np.zeros(0, np.uint32), np.zeros(0), float("nan"), 0)
+        columns_used = np.flatnonzero(sums).astype(np.uint32)
+        return SentenceRow(columns_used, sums[columns_used] / count, unobserved / count, count)
+
+    def token_row_keys(self) -> tuple[list[int], list[int]]:
+        """Positions, ascending, and attempts of the kept rows from which a token was sampled."""
+        rows = [row for row, _, _ in self._kept.values()] + list(self._pending.values())
+        pairs = sorted((row.position, row.attempt) for row in rows if row.token)
+        return [position for position, _ in pairs], [attempt for _, attempt in pairs]
+
+    def _begin_late(self, first: int) -> None:
+        if first:
+            self._close(Span(0, first, 0))
+        self.prompt_sentences = self._settled = len(self.spans)
+        self._builder = SentenceBuilder(first)
+
+    def _held(self, position: int) -> Row | None:
+        kept = self._kept.get(position)
+        return kept[0] if kept else self._pending.get(position)
+
+    def _insert(self, row: Row) -> None:
+        self._newest_row = max(self._newest_row, row.position)
+        if row.position < (self.spans[-1].end if self.spans else 0):
+            self._fold(row)
+        elif len(self.spans) >= self.max_sentences:
+            _discard(row, "sentence_limit")
+            return
+        elif self.finished or len(self._pending) >= MAX_PENDING_ROWS:
+            _discard(row, "unplaced")
+            return
+        else:
+            self._pending[row.position] = row
+            self.bytes += _ROW_BYTES + row.keys.nbytes + row.mass.nbytes
+        self.token_rows += row.token
+
+    def _fold(self, row: Row) -> None:
+        columns, mass = fold(row.keys, row.mass, np.frombuffer(self._starts, np.int64))
+        row.keys, row.mass = _NO_KEYS, _NO_MASS
+        self._kept[row.position] = (row, columns.tobytes(), mass.tobytes())
+        bisect.insort(self._positions, row.position)
+        self.bytes += _ROW_BYTES + columns.nbytes + mass.nbytes
+
+    def _join(self, held: Row, row: Row) -> None:
+        folded = self._kept.get(row.position)
+        self._pop(row.position)
+        if folded:
+            # The held part is in sentences already; the first position of each stands for its mass.
+            _, columns, mass = folded
+            held.keys = np.frombuffer(self._starts, np.int64)[np.frombuffer(columns, np.uint32)].astype(np.uint32)
+            held.mass = np.frombuffer(mass, np.float32)
+        self._insert(held.joined(row))
+
+    def _close(self, span: Span) -> None:
+        full = len(self.spans) >= self.max_sentences
+        if full:
+            self.dropped_sentences += 1
+        else:
+            self.spans.append(span)
+            self._starts.append(span.start)
+            self.bytes += _SPAN_BYTES
+        for position in [p for p in self._pending if p < span.end]:
+            if full:
+                self._remove(position, "sentence_limit")
+            else:
+                self._insert(self._pop(position))
+
+    def _truncate(self, end: int) -> None:
+        """Forget everything from position `end` on; the sentence that holds it is open again."""
+        self._discard_from(end, "readded")
+        while self.spans and self.spans[-1].end > end:
+            self.spans.pop()
+            self._starts.pop()
+            self.bytes -= _SPAN_BYTES
+        self._newest_row = min(self._newest_row, end - 1)
+        # Sentences the reference knows may be gone.
+        self.detector, self.top_anchor = AnchorShift(), None
+
+    def _discard_from(self, end: int, reason: str = "past_end") -> None:
+        for position in self._positions[bisect.bisect_left(self._positions, end) :]:
+            self._remove(position, reason)
+        for position in [p for p in self._pending if p >= end]:
+            self._remove(position, reason)
+
+    def _remove(self, position: int, reason: str) -> None:
+        _discard(self._pop(position), reason)
+
+    def _pop(self, position: int) -> Row:
+        row = self._pending.pop(position, None)
+        if row is not None:
+            self.bytes -= _ROW_BYTES + row.keys.nbytes + row.mass.nbytes
+        else:
+            row, columns, mass = self._kept.pop(position)
+            del self._positions[bisect.bisect_left(self._positions, position)]
+            self.bytes -= _ROW_BYTES + len(columns) + len(mass)
+        self.token_rows -= row.token
+        return row
+
+
+_NO_KEYS = np.zeros(0, np.uint32)
+_NO_MASS = np.zeros(0, np.float32)
+
+
+def _discard(row: Row, reason: str) -> None:
+    for rank, heads in row.sources:
+        rank.ledger.discard(TOKEN if row.token else CHUNK, reason, heads)

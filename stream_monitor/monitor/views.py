@@ -1,0 +1,136 @@
+"""Traces as the messages of `monitor.proto`."""
+
+import numpy as np
+
+from stream_monitor.anchors.matrix import Mass, vertical_scores
+from stream_monitor.monitor.identity import parse
+from stream_monitor.monitor.trace import RequestTrace
+from stream_monitor.v1alpha1 import monitor_pb2
+
+MAX_ANCHORS = 5
+
+
+def trace_key(trace: RequestTrace) -> monitor_pb2.TraceKey:
+    """Names the trace."""
+    return monitor_pb2.TraceKey(
+        engine_instance=trace.instance, request_id=trace.request_id, sample_index=trace.identity.sample_index
+    )
+
+
+def sentence(trace: RequestTrace, index: int) -> monitor_pb2.Sentence:
+    """Sentence `index` of the trace."""
+    span = trace.spans[index]
+    role = monitor_pb2.Sentence(index=index, first_token=span.start, end_token=span.end)
+    role.role = span.role  # type: ignore[assignment]
+    return role
+
+
+def anchors(trace: RequestTrace, mass: Mass) -> list[monitor_pb2.Anchor]:
+    """The heaviest candidates, heaviest first, with their share of the mass on all candidates."""
+    total = float(mass.sum())
+    if total <= 0:
+        return []
+    heaviest = np.argsort(-mass, kind="stable")[:MAX_ANCHORS]
+    return [
+        monitor_pb2.Anchor(sentence=sentence(trace, int(index)), share=float(mass[index]) / total)
+        for index in heaviest
+        if mass[index] > 0
+    ]
+
+
+def info(trace: RequestTrace) -> monitor_pb2.RequestInfo:
+    """The request in short."""
+    state = monitor_pb2.REQUEST_STATE_FINISHED if trace.finished else monitor_pb2.REQUEST_STATE_RUNNING
+    top = trace.top_anchor
+    return monitor_pb2.RequestInfo(
+        key=trace_key(trace),
+        external_id=trace.identity.external_id,
+        model_name=trace.labels[0],
+        engine=trace.labels[1],
+        state=state,
+        prompt_tokens=trace.prompt_tokens,
+        output_tokens=trace.output_tokens,
+        sentences=len(trace.spans),
+        rows_kept=trace.token_rows,
+        events=trace.finding_count,
+        first_seen_ns=trace.first_seen_ns,
+        last_seen_ns=trace.last_seen_ns,
+        top_anchor=monitor_pb2.Anchor(sentence=sentence(trace, top[0]), share=top[1]) if top else None,
+        refused_reason=trace.refused_reason,
+        missing_ranks=sorted(trace.missing_ranks),
+    )
+
+
+def full(trace: RequestTrace) -> monitor_pb2.GetTraceResponse:
+    """The whole trace with its matrix."""
+    rows = [trace.sentence_row(index) for index in range(len(trace.spans))]
+    row_index = np.repeat(np.arange(len(rows), dtype=np.uint32), [len(row.columns) for row in rows])
+    columns = np.concatenate([np.zeros(0, np.uint32), *(row.columns for row in rows)])
+    shares = np.concatenate([np.zeros(0), *(row.shares for row in rows)])
+    captured = np.array([row.rows for row in rows], "<u4")
+    positions, attempts = trace.token_row_keys()
+    return monitor_pb2.GetTraceResponse(
+        info=info(trace),
+        sentences=[sentence(trace, index) for index in range(len(trace.spans))],
+        matrix_row=row_index.astype("<u4").tobytes(),
+        matrix_column=columns.astype("<u4").tobytes(),
+        matrix_share=shares.astype("<f4").tobytes(),
+        unobserved_share=np.array([row.unobserved for row in rows], "<f4").tobytes(),
+        captured_rows=captured.tobytes(),
+        vertical_score=vertical_scores(row_index, columns, shares, captured > 0).astype("<f4").tobytes(),
+        row_positions=np.array(positions, "<u4").tobytes(),
+        row_attempts=np.array(attempts, "<u4").tobytes(),
+        events=trace.findings,
+    )
+
+
+def event_ids(event: monitor_pb2.Event) -> frozenset[str]:
+    """Every id a subscriber may have named the event's request by."""
+    return parse(event.key.request_id).aliases | {event.key.request_id, event.external_id}
+
+
+def progress_event(trace: RequestTrace, kind: monitor_pb2.EventKind.ValueType, now_ns: int) -> monitor_pb2.Event:
+    """A request started or finished."""
+    if kind == monitor_pb2.EVENT_KIND_REQUEST_STARTED:
+        summary = f"started with {trace.prompt_tokens} prompt tokens"
+        if trace.refused_reason:
+            summary += f"; not captured: {trace.refused_reason}"
+    else:
+        summary = f"finished after {trace.total_tokens} tokens with {trace.finding_count} findings"
+    return monitor_pb2.Event(
+        kind=kind,
+        severity=monitor_pb2.SEVERITY_INFO,
+        key=trace_key(trace),
+        external_id=trace.identity.external_id,
+        model_name=trace.labels[0],
+        engine=trace.labels[1],
+        wall_time_ns=now_ns,
+        summary=summary,
+    )
+
+
+def sentence_event(trace: RequestTrace, index: int, mass: Mass, unobserved: float, now_ns: int) -> monitor_pb2.Event:
+    """A sentence of the output was closed and all its rows are in."""
+    event = progress_event(trace, monitor_pb2.EVENT_KIND_SENTENCE_CLOSED, now_ns)
+    event.sentence.CopyFrom(sentence(trace, index))
+    event.to_anchors.extend(anchors(trace, mass))
+    event.unobserved_share = unobserved
+    rests = f"rests on sentence {event.to_anchors[0].sentence.index}" if event.to_anchors else "shows no anchor"
+    event.summary = f"sentence {index} {rests}"
+    return event
+
+
+def shift_event(trace: RequestTrace, index: int, mass: Mass, unobserved: float, now_ns: int) -> monitor_pb2.Event:
+    """ANCHOR_SHIFT at sentence `index`, right after the detector took it in."""
+    event = sentence_event(trace, index, mass, unobserved, now_ns)
+    detector = trace.detector
+    event.kind = monitor_pb2.EVENT_KIND_ANCHOR_SHIFT
+    event.severity = monitor_pb2.SEVERITY_WARNING
+    event.from_anchors.extend(anchors(trace, detector.before))
+    event.score, event.threshold = detector.statistic, detector.threshold
+    origin = f"from sentence {event.from_anchors[0].sentence.index} " if event.from_anchors else ""
+    event.summary = (
+        f"at sentence {index} the anchors moved {origin}to sentence {event.to_anchors[0].sentence.index} "
+        f"(divergence {detector.divergence:.2f} bit)"
+    )
+    return event
