@@ -1,6 +1,7 @@
 """The search on the CPU (numba): reads the engine's paged cache in place, in one call without the interpreter lock."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from stream_kernels.layout import PagedKeys
 from stream_kernels.reference import probe_offsets, search_units
 from stream_kernels.search import BlockSummary, SearchConfig
 
-__all__ = ["ROW_INVALID", "ROW_OK", "ROW_RACED", "CpuSearch"]
+__all__ = ["ROW_INVALID", "ROW_OK", "ROW_RACED", "Audit", "CpuSearch"]
 
 STRATEGIES = ("descent", "exact")
 
@@ -23,6 +24,15 @@ _ELEMENT_TYPES = {
 }
 _TILE_COLUMNS = 64
 """Probe keys scored at a time: at head size 64 a tile of 16 KiB, half of a first-level cache."""
+
+
+class Audit(NamedTuple):
+    """How a row's summary, in one layer and head, compares with exact attention."""
+
+    recall: float
+    """Mass of the inner blocks kept over the mass of the K heaviest ones; 1 where there are none."""
+    unobserved_error: float
+    """Estimated minus true share of the row's attention that is neither kept nor forced; -1 to 1."""
 
 
 class CpuSearch:
@@ -93,6 +103,10 @@ class CpuSearch:
         self._context_lens = np.zeros(max_rows, np.int32)
         self._snapshots = np.zeros(max_rows, np.int64)
         self._status = np.zeros(max_rows, np.uint8)
+        # An audit is an exact search of one row, layer and head.
+        self._audit_geometry = self._geometry._replace(layers=1, query_heads=1, exact=1)
+        self._audit_scratch = _scratch(self._audit_geometry, 1)
+        self._audit_out = BlockSummary.allocate(1, 1, 1, config)
         self._warm_up()
 
     def run(
@@ -116,9 +130,9 @@ class CpuSearch:
             row_generations: int64 [R], the generation at which each row was snapshotted.
 
         Returns:
-            Status of each row, uint8 [R]: `ROW_OK`; `ROW_RACED` (a page's generation is above the row's, before or after
-            the search); `ROW_INVALID` (context above `max_context` or the block table, or a page id out of range). A
-            row that is not `ROW_OK` holds nothing in `out`. The array is overwritten by the next call.
+            Status of each row, uint8 [R]: `ROW_OK`; `ROW_RACED` (a page's generation is above the row's, before or
+            after the search); `ROW_INVALID` (context above `max_context` or the block table, or a page id out of
+            range). A row that is not `ROW_OK` holds nothing in `out`. The array is overwritten by the next call.
 
         Raises:
             ValueError: an argument does not have the shape or type above.
@@ -143,6 +157,60 @@ class CpuSearch:
             status,
         )
         return status
+
+    def audit(
+        self,
+        layer: int,
+        row: int,
+        slot: int,
+        queries: torch.Tensor,
+        block_tables: Sequence[NDArray[np.int32]],
+        context_lens: NDArray[np.int32],
+        summary: BlockSummary,
+        page_generations: NDArray[np.int64] | None = None,
+        row_generations: NDArray[np.int64] | None = None,
+    ) -> Audit | None:
+        """Recomputes one layer, row and head exactly and judges what `run` wrote for it.
+
+        Args:
+            layer, row, slot: indices into `summary`; `slot` counts the watched heads.
+            queries, block_tables, context_lens, page_generations, row_generations: as they were given to `run`.
+            summary: what `run` filled.
+
+        Returns:
+            The comparison, or None where the row cannot be read (any more): see the statuses of `run`.
+
+        Raises:
+            ValueError: as `run`.
+        """
+        self._check(queries, block_tables, len(context_lens), summary, page_generations, row_generations)
+        head = self.query_heads[slot]
+        one = self._keys[layer : layer + 1]
+        unit = [(head // (self._total_query_heads // one[0].kv_heads), [0])]
+        status = np.zeros(1, np.uint8)
+        cpu_kernel.search_rows(
+            self._audit_geometry,
+            _plan(one, unit, [head], self.config),
+            self._audit_scratch,
+            _query_place(queries[layer:, row:]),
+            _table_places([table[row:] for table in block_tables]),
+            np.array([context_lens[row]], np.int32),
+            0 if page_generations is None else page_generations.ctypes.data,
+            0 if page_generations is None else len(page_generations),
+            np.array([0 if row_generations is None else row_generations[row]], np.int64),
+            tuple(vars(self._audit_out).values()),
+            status,
+        )
+        if status[0] != ROW_OK:
+            return None
+        oracle = self._audit_out
+        total = float(oracle.total_lse()[0, 0, 0])
+        kept, best, forced = (
+            float(np.exp(lse.astype(np.float64) - total).sum())
+            for lse in (summary.block_lse[layer, row, slot], oracle.block_lse, oracle.forced_lse)
+        )
+        claimed = float(np.exp(summary.unobserved_lse[layer, row, slot] - summary.total_lse()[layer, row, slot]))
+        return Audit(kept / best if best > 0 else 1.0, claimed - max(0.0, 1.0 - kept - forced))
 
     def _check(
         self,
@@ -193,6 +261,8 @@ class CpuSearch:
             np.zeros(1, np.int32),
             BlockSummary.allocate(self.layers, 1, len(self.query_heads), self.config),
         )
+        # Arguments of any other type are a mistake; they shall fail rather than compile in the middle of serving.
+        cpu_kernel.search_rows.disable_compile()
 
 
 def _refusals(

@@ -231,7 +231,7 @@ def _load_query(address, element_type, scale, out, head_dim):  # type: ignore[no
 
 
 def _copy_run(convert):  # type: ignore[no-untyped-def]
-    """Makes the copy of `count` neighbouring tokens of one token group into columns of the tile, for one element type."""
+    """The copy of `count` neighbouring tokens of a token group into columns of the tile, for one element type."""
 
     def copy(stored, group, pack, head_dim, count, tile, column):  # type: ignore[no-untyped-def]
         # `stored` starts at the first token's first channel.
@@ -537,19 +537,13 @@ def _search_unit(g, plan, s, summary, layer, row, unit, context, pages):  # type
 
 
 @_jit()
-def _pages_valid(g, pages, context):  # type: ignore[no-untyped-def]
+def _pages_status(g, pages, context, generations, snapshot):  # type: ignore[no-untyped-def]
     for i in range(-(-context // g.page_size)):
         if not 0 <= pages[i] < g.num_pages:
-            return False
-    return True
-
-
-@_jit()
-def _pages_reused(g, pages, context, generations, snapshot):  # type: ignore[no-untyped-def]
-    for i in range(-(-context // g.page_size)):
-        if generations[pages[i]] > snapshot:
-            return True
-    return False
+            return ROW_INVALID
+        if len(generations) and generations[pages[i]] > snapshot:
+            return ROW_RACED
+    return ROW_OK
 
 
 @_jit()
@@ -563,11 +557,9 @@ def _row_status(g, plan, row, context, tables, generations, snapshot):  # type: 
     for table in range(len(tables)):
         if -(-context // g.page_size) > tables[table, 2]:
             return ROW_INVALID
-        pages = _row_pages(tables, table, row)
-        if not _pages_valid(g, pages, context):
-            return ROW_INVALID
-        if len(generations) and _pages_reused(g, pages, context, generations, snapshot):
-            return ROW_RACED
+        status = _pages_status(g, _row_pages(tables, table, row), context, generations, snapshot)
+        if status != ROW_OK:
+            return status
     return ROW_OK
 
 

@@ -20,7 +20,7 @@ class KeyLayout:
 
         offset(t, c) = (t // T) * T * head_dim + (c // P) * T * P + (t % T) * P + c % P
 
-    vLLM's CPU caches are of this form: `vec` has T = page_size, P = 1 and `amx` has T = 16, P = 2; row-major is T = P = 1.
+    vLLM's CPU caches are of this form: `vec` has T = page_size, P = 1; `amx` has T = 16, P = 2. Row-major is T = P = 1.
 
     Raises:
         ValueError: a size is not positive, T does not divide page_size, or P does not divide head_dim.
@@ -68,7 +68,8 @@ class KeyLayout:
         """Where element (token, channel) lies in its tile, int64 [page_size, head_dim]."""
         t, c = np.ogrid[: self.page_size, : self.head_dim]
         group, pack = self.token_group, self.channel_pack
-        return (t // group) * group * self.head_dim + (c // pack) * group * pack + (t % group) * pack + c % pack
+        offsets = (t // group) * group * self.head_dim + (c // pack) * group * pack + (t % group) * pack + c % pack
+        return np.asarray(offsets, np.int64)
 
     def to_logical(self, tile: torch.Tensor) -> torch.Tensor:
         """Stored order [..., page_size * head_dim] to keys [..., page_size, head_dim], a copy."""

@@ -13,8 +13,9 @@ Words used here and in `cpu.py`:
 * Equal scores are decided in favour of the lower block id, everywhere.
 
 `keys_read` counts every read that is done: `probe_keys` per branch scored, two per block summary scored (mean and
-variance), `block_size` per candidate read in full, and the keys of the forced blocks. A unit's read counts once, whatever
-the number of its heads; a key that two rounds read counts twice. The figure is the units' total over the number of heads.
+variance), `block_size` per candidate read in full, and the keys of the forced blocks. A unit's read counts once,
+whatever the number of its heads; a key that two rounds read counts twice. The figure is the units' total over the
+number of heads.
 """
 
 import math
@@ -213,9 +214,10 @@ def _descent(block_logits: torch.Tensor, config: SearchConfig) -> _Found:
 def _beam(queries: torch.Tensor, block_keys: torch.Tensor, config: SearchConfig) -> _Found:
     """Coarse-to-fine search over block summaries (design, "The estimator").
 
-    Node j of level l stands for inner blocks j * 8**l up to (j + 1) * 8**l and holds the mean and variance of their keys,
-    channel by channel; under a diagonal Gaussian its keys' mean exponential has the log q.mean + 1/2 sum q^2 var. The
-    search starts at the coarsest level with more nodes than are kept, and each level keeps c = `width * top_k`.
+    Node j of level l stands for inner blocks j * 8**l up to (j + 1) * 8**l and holds the mean and variance of their
+    keys, channel by channel; under a diagonal Gaussian its keys' mean exponential has the log
+    q.mean + 1/2 sum q^2 var. The search starts at the coarsest level with more nodes than are kept, and each level
+    keeps c = `width * top_k`.
 
     `queries` [n, D] are scaled; `block_keys` are [N, block_size, D].
     """

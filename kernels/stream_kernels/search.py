@@ -32,8 +32,8 @@ class SearchConfig:
         share_kv_group: the query heads of one KV head search together; each head's scores count relative to its best,
             and the group's score is the maximum over its heads.
         rerank: at the leaves every query head takes exact dot products with every key of the candidates and keeps the
-            K blocks of largest exact mass. Without it the last round's scores decide (the paper's descent), and only the
-            K blocks kept are then read in full, to give their mass.
+            K blocks of largest exact mass. Without it the last round's scores decide (the paper's descent), and only
+            the K blocks kept are then read in full, to give their mass.
     """
 
     strategy: Strategy = "descent"
@@ -119,8 +119,7 @@ class BlockSummary:
     def total_lse(self) -> NDArray[np.float32]:
         """Log-sum-exp of all keys of a row, float32 [L, R, H]: kept + forced + unobserved."""
         parts = np.concatenate([self.block_lse, self.forced_lse, self.unobserved_lse[..., None]], axis=-1)
-        peak = parts.max(axis=-1)
-        return (peak + np.log(np.exp(parts - peak[..., None]).sum(axis=-1))).astype(np.float32)
+        return np.asarray(np.logaddexp.reduce(parts, axis=-1), np.float32)
 
 
 def forced_block_ids(context: int, config: SearchConfig) -> list[int]:
