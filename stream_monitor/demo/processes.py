@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from types import TracebackType
 # process that left its group, or whose parent died first, is still found.
 PR_SET_CHILD_SUBREAPER = 36
 POLL_SECONDS = 0.05
+# The last line of a traceback, after whatever a logger put in front of it.
+ERROR_LINE = re.compile(r"(?<![\w.])[\w.]*(?:Error|Exception): .+")
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,14 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path
 
-    def tail(self, lines: int = 25) -> str:
-        """The last lines of its output."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+    def last_words(self, lines: int = 12) -> str:
+        """What of its output most likely says why it failed: the errors it names, first to last, and its last lines.
+
+        vLLM's front end ends with a traceback of its own; the cause is further up, from the process that had it.
+        """
+        text = self.log.read_text(errors="replace").splitlines()
+        errors = dict.fromkeys(found.group() for line in text if (found := ERROR_LINE.search(line)))
+        return "\n".join([*errors, "...", *text[-lines:]])
 
 
 class Children:

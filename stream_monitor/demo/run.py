@@ -113,16 +113,22 @@ def _start_engine(children: Children, folder: Path, at: Addresses, model: Path) 
 
 
 def _wait(progress: Progress, what: str, child: Child, url: str, seconds: float) -> None:
-    """Wait until `url` answers 200. Raises DemoError with the end of the child's log if it dies or takes too long."""
+    """Wait until `url` answers 200. Raises DemoError that quotes the child's log if it dies or takes too long."""
     task = progress.add_task(what, total=None)
     deadline = time.monotonic() + seconds
     while not _answers(url):
         if child.process.poll() is not None:
-            raise DemoError(f"{child.name} ended with code {child.process.returncode}; its last lines:\n{child.tail()}")
+            raise _failure(child, f"ended with code {child.process.returncode}")
         if time.monotonic() > deadline:
-            raise DemoError(f"{child.name} was not ready after {seconds:.0f} s; its last lines:\n{child.tail()}")
+            raise _failure(child, f"was not ready after {seconds:.0f} s")
         time.sleep(0.2)
     progress.update(task, description=f"{what}: ready", total=1, completed=1)
+
+
+def _failure(child: Child, what: str) -> DemoError:
+    with tempfile.NamedTemporaryFile(prefix=f"{child.log.stem}-", suffix=".log", delete=False) as out:
+        out.write(child.log.read_bytes())
+    return DemoError(f"{child.name} {what} (whole log: {out.name}):\n{child.last_words()}")
 
 
 def _answers(url: str) -> bool:

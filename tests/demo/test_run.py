@@ -104,6 +104,10 @@ def test_an_engine_that_dies_is_quoted(demo: Demo) -> None:
     assert "demo: vLLM ended with code 1" in err
     assert "ValueError: no such device" in err
     assert "Traceback" not in err
+    # The whole log is kept for whoever must find out, and nothing else.
+    (log,) = demo.temporary.iterdir()
+    assert "no such device" in log.read_text()
+    log.unlink()
     demo.assert_gone()
 
 
