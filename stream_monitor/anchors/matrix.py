@@ -27,22 +27,26 @@ def forced_block_ids(positions: Positions, block_size: int, sink: int, recent: i
     return np.concatenate([np.where(first < blocks, first, -1), np.where(last >= sink, last, -1)], axis=1)
 
 
-def sum_by_key(keys: Positions, mass: Mass) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Join equal keys: keys [n], mass [n] -> ascending distinct keys uint32 [m], their summed mass float32 [m]."""
+def sum_by_key(keys: Positions, mass: Mass) -> tuple[Positions, NDArray[np.float32]]:
+    """Join equal keys: keys [n], mass [n] -> ascending distinct keys [m], their summed mass float32 [m]."""
     distinct, inverse = np.unique(keys, return_inverse=True)
-    return distinct.astype(np.uint32), np.bincount(inverse, mass, len(distinct)).astype(np.float32)
+    return distinct, np.bincount(inverse, mass, len(distinct)).astype(np.float32)
 
 
 def fold(
     keys: NDArray[np.uint32], mass: NDArray[np.float32], starts: Positions
 ) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Mass at token positions -> mass in sentences, given each sentence's first position.
+    """Mass at ascending token positions -> mass in sentences, given each sentence's first position.
 
     >>> columns, shares = fold(np.array([3, 9, 40], np.uint32), np.float32([0.2, 0.3, 0.5]), np.array([0, 8, 16]))
     >>> columns.tolist(), [round(float(share), 2) for share in shares]
     ([0, 1, 2], [0.2, 0.3, 0.5])
     """
-    return sum_by_key(np.searchsorted(starts, keys, side="right") - 1, mass.astype(np.float64))
+    columns = np.searchsorted(starts, keys, side="right") - 1
+    # Keys ascend and so do their sentences: equal ones stand together.
+    firsts = np.flatnonzero(np.diff(columns, prepend=-1))
+    shares = np.add.reduceat(mass, firsts) if len(firsts) else mass[:0]
+    return columns[firsts].astype(np.uint32), shares
 
 
 def anchor_mass(columns: NDArray[np.uint32], shares: Mass, sentence: int) -> Mass:

@@ -112,7 +112,7 @@ class Ingest:
         return _answer(summary, ingest_pb2.PUBLISH_OUTCOME_ACCEPTED)
 
     def _part(self, rank: Rank, summary: summary_pb2.StepSummary, size: int) -> Part:
-        rows = decode(summary.rows, rank.engine, ((rank, rank.heads),))
+        rows = decode(summary.rows, rank.engine, ((rank, rank.heads),)) if summary.HasField("rows") else []
         if rows and not summary.step:
             raise Fault(grpc.StatusCode.INVALID_ARGUMENT, "value", "step is missing in a message with rows")
         check_audits(summary.audits)

@@ -58,7 +58,7 @@ class Row:
             self.position,
             self.attempt,
             self.token,
-            keys,
+            keys.astype(np.uint32),
             mass,
             self.unobserved + other.unobserved,
             self.heads + other.heads,
@@ -113,14 +113,22 @@ def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tupl
         raise invalid("value", "rows: a block with mass, or its strongest key, lies outside the row's context")
     if (abs(shares.sum(axis=-1) + rest - 1.0) > ROUNDING).any():
         raise invalid("value", "rows: kept, forced and unobserved shares do not sum to 1")
+    # One sort for all rows: the row number stands above the bits of the position.
+    row_of = np.broadcast_to(np.arange(count)[:, None, None, None], keys.shape)
+    combined, mass = sum_by_key(row_of[used] * MAX_POSITION + keys[used], shares[used])
+    edges = np.searchsorted(combined, np.arange(count + 1) * MAX_POSITION)
+    distinct = (combined % MAX_POSITION).astype(np.uint32)
+    rest_of = rest.sum(axis=(1, 2))
     return [
         Row(
             rows.request_ids[row],
             int(positions[row]),
             int(attempts[row]),
             bool(phases[row] != summary_pb2.PHASE_PREFILL_CHUNK),
-            *sum_by_key(keys[row][used[row]], shares[row][used[row]]),
-            float(rest[row].sum()),
+            # Copies: a view would keep the arrays of all rows for as long as one of them waits.
+            distinct[edges[row] : edges[row + 1]].copy(),
+            mass[edges[row] : edges[row + 1]].copy(),
+            float(rest_of[row]),
             lead[1] * lead[2],
             sources,
         )
