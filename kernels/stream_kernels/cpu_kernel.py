@@ -15,6 +15,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
@@ -171,6 +172,106 @@ def _float_as_int(typing_context, value):  # type: ignore[no-untyped-def]
     return types.int32(value), generate
 
 
+LANES = 8
+"""Float32 lanes handled at a time: one AVX2 register; wider and narrower machines split or join them."""
+
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_STORED = {BFLOAT16: ir.IntType(16), FLOAT16: ir.HalfType(), FLOAT32: ir.FloatType()}
+
+
+def _vector_at(builder, address, element, lanes):  # type: ignore[no-untyped-def]
+    """Loads `lanes` elements from an address of any alignment."""
+    pointer = builder.inttoptr(address, ir.VectorType(element, lanes).as_pointer())
+    return builder.load(pointer, align=2)
+
+
+def _widen_vector(builder, vector, element_type):  # type: ignore[no-untyped-def]
+    """Stored elements to a float32 vector."""
+    if element_type == FLOAT32:
+        return vector
+    if element_type == FLOAT16:
+        return builder.fpext(vector, _FLOATS)
+    words = ir.VectorType(ir.IntType(32), LANES)
+    shift = ir.Constant(words, [16] * LANES)
+    return builder.bitcast(builder.shl(builder.zext(vector, words), shift), _FLOATS)
+
+
+def _widen(element_type):  # type: ignore[no-untyped-def]
+    """Makes the intrinsic that widens LANES neighbouring tokens of one channel (P = 1)."""
+
+    @intrinsic
+    def widen(typing_context, source, target):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            vector = _vector_at(builder, args[0], _STORED[element_type], LANES)
+            pointer = builder.inttoptr(args[1], _FLOATS.as_pointer())
+            builder.store(_widen_vector(builder, vector, element_type), pointer, align=4)
+            return context.get_dummy_value()
+
+        return types.none(source, target), generate
+
+    return widen
+
+
+def _widen_pairs(element_type):  # type: ignore[no-untyped-def]
+    """Makes the intrinsic that widens LANES neighbouring tokens of two channels stored in turn (P = 2)."""
+
+    @intrinsic
+    def widen(typing_context, source, even, odd):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            both = _vector_at(builder, args[0], _STORED[element_type], 2 * LANES)
+            for channel in range(2):
+                lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(range(channel, 2 * LANES, 2)))
+                vector = builder.shuffle_vector(both, ir.Constant(both.type, ir.Undefined), lanes)
+                pointer = builder.inttoptr(args[1 + channel], _FLOATS.as_pointer())
+                builder.store(_widen_vector(builder, vector, element_type), pointer, align=4)
+            return context.get_dummy_value()
+
+        return types.none(source, even, odd), generate
+
+    return widen
+
+
+def _dot_columns(vectors):  # type: ignore[no-untyped-def]
+    """Makes the intrinsic that scores vectors * LANES columns of a tile against one query, sums held in registers.
+
+    Its arguments are int64: addresses of the query [D] and of the tile's first column, bytes from a channel's row to the
+    next, D, and the address for the logits.
+    """
+
+    @intrinsic
+    def dot(typing_context, query, tile, row_bytes, head_dim, logits):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            query, tile, row_bytes, head_dim, logits = args
+            size = query.type
+            sums = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [0.0] * LANES)) for _ in range(vectors)]
+            with cgutils.for_range(builder, head_dim) as loop:
+                row = builder.add(tile, builder.mul(loop.index, row_bytes))
+                element = builder.add(query, builder.mul(loop.index, ir.Constant(size, 4)))
+                scalar = builder.load(builder.inttoptr(element, ir.FloatType().as_pointer()))
+                lane = builder.insert_element(
+                    ir.Constant(_FLOATS, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0)
+                )
+                spread = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+                factor = builder.shuffle_vector(lane, lane, spread)
+                for i, total in enumerate(sums):
+                    address = builder.add(row, ir.Constant(size, 4 * LANES * i))
+                    keys = builder.load(builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
+                    product = builder.fmul(factor, keys, flags=("contract",))
+                    builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+            for i, total in enumerate(sums):
+                address = builder.add(logits, ir.Constant(size, 4 * LANES * i))
+                builder.store(builder.load(total), builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        return types.none(query, tile, row_bytes, head_dim, logits), generate
+
+    return dot
+
+
+_dot_32_columns = _dot_columns(4)
+_dot_8_columns = _dot_columns(1)
+
+
 @intrinsic
 def _acquire_fence(typing_context):  # type: ignore[no-untyped-def]
     """Keeps every earlier read before every later one, for the compiler and the processor."""
@@ -230,29 +331,55 @@ def _load_query(address, element_type, scale, out, head_dim):  # type: ignore[no
         out[c] = (_bfloat16_to_float(bits[c]) if element_type == BFLOAT16 else _float16_to_float(bits[c])) * scale
 
 
-def _copy_run(convert):  # type: ignore[no-untyped-def]
-    """The copy of `count` neighbouring tokens of a token group into columns of the tile, for one element type."""
+def _copies(element_type, stored_type, convert):  # type: ignore[no-untyped-def]
+    """Makes, for one element type, the copies of keys of one token group into columns of the tile.
 
-    def copy(stored, group, pack, head_dim, count, tile, column):  # type: ignore[no-untyped-def]
-        # `stored` starts at the first token's first channel.
+    `address` is that of the first channel of the first token.
+    """
+    itemsize = 4 if element_type == FLOAT32 else 2
+    widen, widen_pairs = _widen(element_type), _widen_pairs(element_type)
+
+    def copy_run(address, group, pack, head_dim, count, tile, column):  # type: ignore[no-untyped-def]
+        """`count` neighbouring tokens."""
+        stored = numba.carray(_pointer(address, stored_type), (group * head_dim,))
+        row_bytes = 4 * tile.shape[1]
+        target = tile.ctypes.data + 4 * column
+        whole = count - count % LANES if pack <= 2 else 0
         if pack == 1:
             for c in range(head_dim):
-                source, target = stored[c * group :], tile[c, column:]
-                for t in range(count):
-                    target[t] = convert(source[t])
+                for t in range(0, whole, LANES):
+                    widen(address + (c * group + t) * itemsize, target + c * row_bytes + 4 * t)
         elif pack == 2:
             for c in range(0, head_dim, 2):
-                source, even, odd = stored[c * group :], tile[c, column:], tile[c + 1, column:]
-                for t in range(count):
-                    even[t] = convert(source[2 * t])
-                    odd[t] = convert(source[2 * t + 1])
+                for t in range(0, whole, LANES):
+                    row = target + c * row_bytes + 4 * t
+                    widen_pairs(address + (c * group + 2 * t) * itemsize, row, row + row_bytes)
+        if whole < count:
+            for c in range(head_dim):
+                first = (c // pack) * pack * group + c % pack
+                for t in range(whole, count):
+                    tile[c, column + t] = convert(stored[first + t * pack])
+
+    def copy_probes(address, group, pack, head_dim, offsets, tile, column):  # type: ignore[no-untyped-def]
+        """The tokens at `offsets`."""
+        stored = numba.carray(_pointer(address, stored_type), (group * head_dim,))
+        probes = len(offsets)
+        if probes == 4:  # the default; unrolled it is several times faster
+            o0, o1, o2, o3 = offsets[0] * pack, offsets[1] * pack, offsets[2] * pack, offsets[3] * pack
+            for c in range(head_dim):
+                first = (c // pack) * pack * group + c % pack
+                tile[c, column] = convert(stored[first + o0])
+                tile[c, column + 1] = convert(stored[first + o1])
+                tile[c, column + 2] = convert(stored[first + o2])
+                tile[c, column + 3] = convert(stored[first + o3])
         else:
             for c in range(head_dim):
-                source, target = stored[(c // pack) * pack * group + c % pack :], tile[c, column:]
-                for t in range(count):
-                    target[t] = convert(source[t * pack])
+                first = (c // pack) * pack * group + c % pack
+                for i in range(probes):
+                    tile[c, column + i] = convert(stored[first + offsets[i] * pack])
 
-    return copy
+    jit = numba.njit(nogil=True, error_model="numpy")
+    return jit(copy_run), jit(copy_probes)
 
 
 @_jit()
@@ -260,9 +387,9 @@ def _same(x):  # type: ignore[no-untyped-def]
     return x
 
 
-_copy_bfloat16 = numba.njit(nogil=True, error_model="numpy")(_copy_run(_bfloat16_to_float))
-_copy_float16 = numba.njit(nogil=True, error_model="numpy")(_copy_run(_float16_to_float))
-_copy_float32 = numba.njit(nogil=True, error_model="numpy")(_copy_run(_same))
+_copy_bfloat16, _probe_bfloat16 = _copies(BFLOAT16, types.uint16, _bfloat16_to_float)
+_copy_float16, _probe_float16 = _copies(FLOAT16, types.uint16, _float16_to_float)
+_copy_float32, _probe_float32 = _copies(FLOAT32, types.float32, _same)
 
 
 @_jit()
@@ -271,40 +398,63 @@ def _load_keys(g, address, page_stride, pages, first, count, tile, column):  # t
 
     `address` is that of the layer's and KV head's tile in page 0; `pages` is the row's block table.
     """
-    size = g.page_size * g.head_dim
     done = 0
     while done < count:
         token = first + done
-        within = token % g.page_size
-        in_group = within % g.token_group
+        in_group = token % g.page_size % g.token_group
         run = min(count - done, g.token_group - in_group)
-        element = (
-            pages[token // g.page_size] * page_stride + (within - in_group) * g.head_dim + in_group * g.channel_pack
-        )
-        if g.key_type == FLOAT32:
-            wide = numba.carray(_pointer(address + 4 * element, types.float32), (size,))
-            _copy_float32(wide, g.token_group, g.channel_pack, g.head_dim, run, tile, column + done)
+        at = address + _token_bytes(g, page_stride, pages, token)
+        if g.key_type == BFLOAT16:
+            _copy_bfloat16(at, g.token_group, g.channel_pack, g.head_dim, run, tile, column + done)
+        elif g.key_type == FLOAT16:
+            _copy_float16(at, g.token_group, g.channel_pack, g.head_dim, run, tile, column + done)
         else:
-            bits = numba.carray(_pointer(address + 2 * element, types.uint16), (size,))
-            if g.key_type == BFLOAT16:
-                _copy_bfloat16(bits, g.token_group, g.channel_pack, g.head_dim, run, tile, column + done)
-            else:
-                _copy_float16(bits, g.token_group, g.channel_pack, g.head_dim, run, tile, column + done)
+            _copy_float32(at, g.token_group, g.channel_pack, g.head_dim, run, tile, column + done)
         done += run
 
 
-@_jit(fastmath=_REORDER)
+@_jit()
+def _load_probes(g, plan, address, page_stride, pages, first, tile, column):  # type: ignore[no-untyped-def]
+    """Copies the probe keys of the block that starts at key `first` into the tile, from `column` on."""
+    if g.token_group % g.block_size:
+        for i in range(len(plan.probe_offsets)):
+            _load_keys(g, address, page_stride, pages, first + plan.probe_offsets[i], 1, tile, column + i)
+        return
+    at = address + _token_bytes(g, page_stride, pages, first)
+    if g.key_type == BFLOAT16:
+        _probe_bfloat16(at, g.token_group, g.channel_pack, g.head_dim, plan.probe_offsets, tile, column)
+    elif g.key_type == FLOAT16:
+        _probe_float16(at, g.token_group, g.channel_pack, g.head_dim, plan.probe_offsets, tile, column)
+    else:
+        _probe_float32(at, g.token_group, g.channel_pack, g.head_dim, plan.probe_offsets, tile, column)
+
+
+@_jit()
+def _token_bytes(g, page_stride, pages, token):  # type: ignore[no-untyped-def]
+    """Bytes from a layer's and head's tile in page 0 to the first channel of a token of the context."""
+    within = token % g.page_size
+    in_group = within % g.token_group
+    element = pages[token // g.page_size] * page_stride + (within - in_group) * g.head_dim + in_group * g.channel_pack
+    return element * (4 if g.key_type == FLOAT32 else 2)
+
+
+@_jit()
 def _dot(query, heads, tile, count, head_dim, logits):  # type: ignore[no-untyped-def]
-    """logits[h, t] = query[h] . tile[:, t] for the first `heads` heads and `count` columns; D is a multiple of 4."""
+    """logits[h, t] = query[h] . tile[:, t] for the first `heads` heads and `count` columns.
+
+    Columns up to the next multiple of LANES are scored as well, on whatever the tile holds there.
+    """
+    row_bytes = 4 * tile.shape[1]
     for h in range(heads):
-        row = logits[h]
-        for t in range(count):
-            row[t] = _ZERO
-        for c in range(0, head_dim, 4):
-            q0, q1, q2, q3 = query[h, c], query[h, c + 1], query[h, c + 2], query[h, c + 3]
-            k0, k1, k2, k3 = tile[c], tile[c + 1], tile[c + 2], tile[c + 3]
-            for t in range(count):
-                row[t] += (q0 * k0[t] + q1 * k1[t]) + (q2 * k2[t] + q3 * k3[t])
+        column = 0
+        while column < count:
+            source, target = tile.ctypes.data + 4 * column, logits[h].ctypes.data + 4 * column
+            if count - column > 3 * LANES:
+                _dot_32_columns(query[h].ctypes.data, source, row_bytes, head_dim, target)
+                column += 4 * LANES
+            else:
+                _dot_8_columns(query[h].ctypes.data, source, row_bytes, head_dim, target)
+                column += LANES
 
 
 @_jit(fastmath=_REORDER_NO_NAN)
@@ -377,8 +527,7 @@ def _score_branches(g, plan, s, heads, address, page_stride, pages, branches):  
         for b in range(count):
             centre = s.start[first + b] + (s.end[first + b] - s.start[first + b]) // 2
             token = (g.sink_blocks + centre) * g.block_size
-            for i in range(probes):
-                _load_keys(g, address, page_stride, pages, token + plan.probe_offsets[i], 1, s.tile, b * probes + i)
+            _load_probes(g, plan, address, page_stride, pages, token, s.tile, b * probes)
         _dot(s.query, heads, s.tile, count * probes, g.head_dim, s.logits)
         for h in range(heads):
             for b in range(count):
