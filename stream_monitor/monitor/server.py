@@ -23,6 +23,10 @@ from stream_monitor.monitor.service import MonitorService
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.v1alpha1 import monitor_pb2_grpc
 
+TRANSPORT_BYTES = 64 << 20
+"""The transport's own limit on a message, well above ours, so that ours is the answer that names it and is counted. What
+is larger still, the transport refuses by itself with RESOURCE_EXHAUSTED, before it is held in memory, uncounted."""
+
 SERVICES = (ingest.SERVICE, service.SERVICE)
 
 
@@ -113,8 +117,7 @@ class MonitorServer:
             options=[
                 # Two monitors on one port would each get half of the connections.
                 ("grpc.so_reuseport", 0),
-                # Above our own limit, so that ours is the answer that names it and is counted.
-                ("grpc.max_receive_message_length", 4 * self.settings.max_message_bytes),
+                ("grpc.max_receive_message_length", max(TRANSPORT_BYTES, 4 * self.settings.max_message_bytes)),
                 ("grpc.max_send_message_length", -1),
             ]
         )
