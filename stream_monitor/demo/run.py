@@ -145,8 +145,10 @@ def _ask(console: Console, at: Addresses, lookup: Lookup, replies: list[Reply]) 
         with Live(screen, console=console, refresh_per_second=FRAMES_PER_SECOND):
             asyncio.run(asking)
     else:  # in a file or a pipe only the last state is of use
-        asyncio.run(asking)
-        console.print(screen)
+        try:
+            asyncio.run(asking)
+        finally:
+            console.print(screen)
     return replies
 
 

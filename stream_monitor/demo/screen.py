@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from stream_monitor.demo.client import Lookup, Reply, top_sentences
@@ -31,29 +30,30 @@ class Screen:
         title = Text(f"{reply.id}  {state}, {len(reply.output_ids)} tokens")
         parts: list[RenderableType] = [Text(_tail(reply.text), style="dim" if reply.answered else "")]
         if reply.trace is not None:
-            parts += self._table("Read most by later sentences, over the whole answer", reply, _scores(reply.trace))
+            parts += self._lines("Read most by later sentences, over the whole answer", reply, _scores(reply.trace))
         elif reply.newest is not None:
             number = reply.newest.sentence.index
             anchors = [(anchor.sentence, anchor.share) for anchor in reply.newest.to_anchors[:ANCHORS_SHOWN]]
-            parts += self._table(f"Sentence {number} rests on", reply, anchors)
+            parts += self._lines(f"Sentence {number} rests on", reply, anchors)
         parts += [Text(f"! {finding.summary}", style="bold yellow") for finding in reply.findings[-2:]]
         return Panel(Group(*parts), title=title, title_align="left", border_style="green" if reply.answered else "cyan")
 
-    def _table(self, title: str, reply: Reply, rows: Iterable[tuple[pb.Sentence, float]]) -> list[RenderableType]:
-        table = Table.grid(padding=(0, 1))
-        for _ in range(3):
-            table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        for sentence, share in rows:
-            table.add_row(
-                Text("█" * round(share * BAR_CELLS) or "▏", style="cyan"),
-                f"{share:4.0%}",
-                Text(f"{role_name(sentence.role)} {sentence.index}", style="magenta"),
-                Text(self._lookup.text(reply, sentence)),
+    def _lines(self, title: str, reply: Reply, rows: Iterable[tuple[pb.Sentence, float]]) -> list[RenderableType]:
+        # One line each, cut at the panel's edge: the share and the place matter more than the sentence's end.
+        lines = [
+            Text.assemble(
+                (f"{'█' * round(share * BAR_CELLS) or '▏':<{BAR_CELLS}} ", "cyan"),
+                f"{share:4.0%} ",
+                (f"{role_name(sentence.role)} {sentence.index} ", "magenta"),
+                self._lookup.text(reply, sentence),
+                no_wrap=True,
+                overflow="ellipsis",
             )
-        if not table.row_count:
+            for sentence, share in rows
+        ]
+        if not lines:
             return [Text(f"{title}: nothing yet (too few sentences before it)", style="dim")]
-        return [Text(title, style="bold"), table]
+        return [Text(title, style="bold"), *lines]
 
 
 def role_name(role: summary_pb2.Role.ValueType) -> str:
