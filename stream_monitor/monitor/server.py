@@ -24,8 +24,8 @@ from stream_monitor.monitor.store import TraceStore
 from stream_monitor.v1alpha1 import monitor_pb2_grpc
 
 TRANSPORT_BYTES = 64 << 20
-"""The transport's own limit on a message, well above ours, so that ours is the answer that names it and is counted. What
-is larger still, the transport refuses by itself with RESOURCE_EXHAUSTED, before it is held in memory, uncounted."""
+"""The transport's own limit on a message, well above ours, so that ours is the answer that names it and is counted.
+What is larger still, the transport refuses by itself with RESOURCE_EXHAUSTED before it is in memory, uncounted."""
 
 SERVICES = (ingest.SERVICE, service.SERVICE)
 

@@ -77,7 +77,7 @@ async def follow(target: str, requests: Sequence[str], wanted: Sequence[Kind], a
 
 
 async def _events(
-    stub: monitor_pb2_grpc.MonitorServiceAsyncStub, target: str, requests: Sequence[str], wanted: Sequence[Kind]
+    stub: "monitor_pb2_grpc.MonitorServiceAsyncStub", target: str, requests: Sequence[str], wanted: Sequence[Kind]
 ) -> AsyncIterator[monitor_pb2.SubscribeResponse]:
     """Events across restarts of the monitor; resumes by cursor where the monitor still holds it."""
     cursor, attempt = "", 0
@@ -106,7 +106,7 @@ def _tell(message: str) -> None:
 
 
 async def _table(
-    stub: monitor_pb2_grpc.MonitorServiceAsyncStub, target: str, requests: Sequence[str], wanted: Sequence[Kind]
+    stub: "monitor_pb2_grpc.MonitorServiceAsyncStub", target: str, requests: Sequence[str], wanted: Sequence[Kind]
 ) -> None:
     newest: deque[monitor_pb2.Event] = deque(maxlen=EVENT_LINES)
 
@@ -126,7 +126,7 @@ async def _table(
 
 
 async def _listed(
-    stub: monitor_pb2_grpc.MonitorServiceAsyncStub, requests: Sequence[str]
+    stub: "monitor_pb2_grpc.MonitorServiceAsyncStub", requests: Sequence[str]
 ) -> list[monitor_pb2.RequestInfo]:
     found: list[monitor_pb2.RequestInfo] = []
     try:

@@ -1,0 +1,210 @@
+"""Listening, health, HTTP, start and stop."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import httpx
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from stream_monitor.config import MonitorSettings
+from stream_monitor.monitor.listen import ListenError, prepare_unix
+from stream_monitor.monitor.server import SERVICES, MonitorServer
+from stream_monitor.v1alpha1 import monitor_pb2
+from tests.monitor.conftest import Running
+from tests.monitor.synthetic import Engine
+from tests.monitor.test_ingest import Stream
+
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def health(monitor: Running, service: str) -> int:
+    stub = health_pb2_grpc.HealthStub(monitor.channel)
+    return int(stub.Check(health_pb2.HealthCheckRequest(service=service)).status)
+
+
+def test_health_by_service_and_reflection(monitor: Running) -> None:
+    assert [health(monitor, name) for name in ("", *SERVICES)] == [SERVING] * 3
+    assert SERVICES == ("stream_monitor.v1alpha1.IngestService", "stream_monitor.v1alpha1.MonitorService")
+    stub = reflection_pb2_grpc.ServerReflectionStub(monitor.channel)
+    (answer,) = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+    assert set(SERVICES) < {service.name for service in answer.list_services_response.service}
+
+
+def test_http_speaks_both_formats(monitor: Running) -> None:
+    monitor.publish(Engine().request("r", [4] * 20))
+    assert monitor.http("/healthz").status_code == monitor.http("/readyz").status_code == 200
+    plain = monitor.http("/metrics")
+    assert plain.headers["content-type"].startswith("text/plain")
+    open_metrics = monitor.http("/metrics", "application/openmetrics-text; version=1.0.0")
+    assert open_metrics.headers["content-type"].startswith("application/openmetrics-text")
+    families = {family.name: family for family in text_string_to_metric_families(open_metrics.text)}
+    assert families["stream_monitor_rows"].type == "counter"
+    labels = {label for family in families.values() for sample in family.samples for label in sample.labels}
+    assert labels <= {
+        "model_name",
+        "engine",
+        "phase",
+        "outcome",
+        "reason",
+        "result",
+        "verdict",
+        "kind",
+        "severity",
+        "state",
+        "limit",
+        "version",
+        "le",
+    }
+    assert all(name.startswith(("stream_monitor_", "process_")) for name in families)
+
+
+def test_stop_announces_before_it_ends_streams(run: Callable[..., Running]) -> None:
+    monitor = run()
+    stub = health_pb2_grpc.HealthStub(monitor.channel)
+    watched = stub.Watch(health_pb2.HealthCheckRequest(service=SERVICES[1]))
+    assert next(watched).status == SERVING
+    events = monitor.api.Subscribe(monitor_pb2.SubscribeRequest())
+    next(events)
+    publisher, rank = Stream(monitor), Engine()
+    publisher.send(rank.summary())
+    order: list[str] = []
+    graceful, stop_ingest = monitor.server.health.enter_graceful_shutdown, monitor.server.ingest.stop
+
+    async def announced() -> None:
+        order.append("not_serving")
+        await graceful()
+
+    def ended() -> None:
+        order.append("streams")
+        stop_ingest()
+
+    monitor.server.health.enter_graceful_shutdown = announced  # type: ignore[method-assign]
+    monitor.server.ingest.stop = ended  # type: ignore[method-assign]
+    started = time.monotonic()
+    monitor.call(monitor.server.stop())
+    monitor.stopped = True
+    assert order == ["not_serving", "streams"]
+    assert time.monotonic() - started < 3
+    assert next(watched).status == NOT_SERVING
+    for stream in (lambda: next(events), lambda: publisher.send(rank.summary())):
+        with pytest.raises(grpc.RpcError) as error:
+            stream()
+        assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert not os.path.exists(monitor.server.ingest_address.removeprefix("unix:"))
+
+
+def test_the_socket_is_for_user_and_group_only(monitor: Running, tmp_path: Path) -> None:
+    assert (tmp_path / "ingest.sock").stat().st_mode & 0o777 == 0o660
+
+
+def test_a_missing_folder_is_made_for_user_and_group(tmp_path: Path) -> None:
+    prepare_unix("ingest", f"unix:{tmp_path / 'new' / 'ingest.sock'}")
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o770
+
+
+def test_a_stale_socket_is_replaced_and_a_live_one_is_not(run: Callable[..., Running], tmp_path: Path) -> None:
+    path = tmp_path / "ingest.sock"
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(path))
+    stale.close()
+    monitor = run()
+    monitor.publish([Engine().summary()])
+    with pytest.raises(ListenError, match="in use by another process"):
+        run()
+    monitor.publish([Engine().summary()])
+
+
+def test_folders_that_are_not_ours_are_refused(tmp_path: Path) -> None:
+    real, link, shared = tmp_path / "real", tmp_path / "link", tmp_path / "shared"
+    real.mkdir()
+    link.symlink_to(real)
+    shared.mkdir()
+    shared.chmod(0o777)
+    for folder, why in (
+        (link, "symbolic link"),
+        (shared, "open to every user"),
+        (Path("/proc/1"), "in use|cannot|belongs|open"),
+    ):
+        with pytest.raises(ListenError, match=why):
+            prepare_unix("ingest", f"unix:{folder / 'x.sock'}")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ListenError, match="not a socket"):
+        prepare_unix("ingest", f"unix:{tmp_path / 'file'}")
+
+
+@pytest.mark.parametrize("key", ["grpc", "http"])
+def test_a_port_in_use_is_one_clear_line(run: Callable[..., Running], key: str, tmp_path: Path) -> None:
+    first = run()
+    address = getattr(first.server, f"{key}_address")
+    with pytest.raises(ListenError, match=f"^{key}: cannot listen on {address}"):
+        run(**{key: address, "ingest": f"unix:{tmp_path / 'other.sock'}"})
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:0", "example.org:0"])
+def test_nothing_listens_beyond_loopback_unless_told(address: str) -> None:
+    for key in ("ingest", "grpc", "http"):
+        with pytest.raises(ListenError, match=f"^{key}: .*--insecure"):
+            asyncio.run(MonitorServer(MonitorSettings(**{key: address}), "test").start())
+
+
+def test_insecure_listens_everywhere(run: Callable[..., Running]) -> None:
+    monitor = run(http="0.0.0.0:0", insecure=True)
+    port = monitor.server.http_address.rpartition(":")[2]
+    assert httpx.get(f"http://127.0.0.1:{port}/healthz", trust_env=False).status_code == 200
+
+
+def test_one_address_may_serve_both(run: Callable[..., Running], tmp_path: Path) -> None:
+    monitor = run(grpc=f"unix:{tmp_path / 'ingest.sock'}")
+    monitor.publish(Engine().request("r", [4]))
+    assert len(monitor.api.ListRequests(monitor_pb2.ListRequestsRequest()).requests) == 1
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_the_command_is_ready_in_two_seconds_and_stops_on_sigterm(tmp_path: Path) -> None:
+    http = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, "-m", "stream_monitor", "serve", "--http", http, "--grpc", "127.0.0.1:0"]
+    times = []
+    # The better of two, as the first may find a cold page cache. Where other work takes the cores, what counts is the
+    # time the monitor had one.
+    for _ in range(2):
+        begun = time.monotonic()
+        process = subprocess.Popen(
+            [*command, "--ingest", f"unix:{tmp_path / 's' / 'i.sock'}"], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready: ingest unix:")
+        took = time.monotonic() - begun
+        usage = psutil.Process(process.pid).cpu_times()
+        busy = os.getloadavg()[0] > (os.cpu_count() or 1)
+        times.append(usage.user + usage.system if busy else took)
+        assert httpx.get(f"http://{http}/readyz", trust_env=False).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 0
+    assert min(times) < 2
+
+
+def test_the_monitor_imports_neither_torch_nor_vllm() -> None:
+    code = (
+        "import sys, pkgutil, importlib, stream_monitor.monitor as m, stream_monitor.anchors as a\n"
+        "for p in (m, a):\n"
+        "    for i in pkgutil.iter_modules(p.__path__): importlib.import_module(p.__name__ + '.' + i.name)\n"
+        "print([n for n in ('torch', 'vllm', 'numba', 'scipy', 'river') if n in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
