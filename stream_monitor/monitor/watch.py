@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stream_monitor.monitor.events import FINDINGS
-from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
+from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc, summary_pb2
 
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 TABLE_ROWS, EVENT_LINES = 20, 10
@@ -142,14 +142,14 @@ async def _listed(
 
 def _requests_table(requests: Sequence[monitor_pb2.RequestInfo]) -> Table:
     table = Table(title="Requests, newest first")
-    for name in ("request", "model", "state", "tokens", "sentences", "rows", "top anchor", "events"):
-        table.add_column(name, justify="left" if name in ("request", "model", "state", "top anchor") else "right")
+    table.add_column("request", overflow="fold", min_width=24)
+    for name in ("model", "state", "tokens", "sentences", "rows", "top anchor", "events"):
+        table.add_column(name, justify="left" if name in ("model", "state", "top anchor") else "right")
     for info in requests:
         top = ""
         if info.HasField("top_anchor"):
-            role = monitor_pb2.RequestInfo.DESCRIPTOR.file.pool.FindEnumTypeByName("stream_monitor.v1alpha1.Role")
-            name = role.values_by_number[info.top_anchor.sentence.role].name.removeprefix("ROLE_").lower()
-            top = f"#{info.top_anchor.sentence.index} {name} {info.top_anchor.share:.0%}"
+            role = summary_pb2.Role.Name(info.top_anchor.sentence.role).removeprefix("ROLE_").lower()
+            top = f"#{info.top_anchor.sentence.index} {role} {info.top_anchor.share:.0%}"
         state = "running" if info.state == monitor_pb2.REQUEST_STATE_RUNNING else "finished"
         table.add_row(
             Text(info.external_id),

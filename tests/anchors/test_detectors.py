@@ -1,0 +1,94 @@
+"""The detectors against well-known libraries, and on streams with and without a shift."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from river.drift import PageHinkley as RiverPageHinkley
+from scipy.spatial.distance import jensenshannon
+
+from stream_monitor.anchors.page_hinkley import PageHinkley
+from stream_monitor.anchors.shift import AnchorShift, Verdict, jensen_shannon
+
+
+@given(st.integers(0, 1 << 16))
+def test_divergence_is_scipys_squared(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    p, q = (generator.dirichlet(np.full(12, 0.3)) * (generator.random(12) < 0.8) + 1e-9 for _ in range(2))
+    p, q = p / p.sum(), q / q.sum()
+    assert jensen_shannon(p, q) == pytest.approx(jensenshannon(p, q, 2) ** 2, abs=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.99])
+@pytest.mark.parametrize("seed", range(4))
+def test_page_hinkley_alarms_where_rivers_does(seed: int, alpha: float) -> None:
+    generator = np.random.default_rng(seed)
+    values = np.concatenate([generator.normal(level, 0.3, 150) for level in (0, 1, 0, 2)])
+    ours, theirs = PageHinkley(20, 0.05, 5.0, alpha), RiverPageHinkley(20, 0.05, 5.0, alpha, "up")
+    alarms = []
+    for value in values:
+        ours.update(float(value))
+        theirs.update(float(value))
+        alarms.append((ours.drift_detected, theirs.drift_detected))
+    assert all(a == b for a, b in alarms)
+    assert any(a for a, _ in alarms)
+
+
+def stream(
+    generator: np.random.Generator, sentences: int, shift_at: int | None, entering: float = 0.0
+) -> list[np.ndarray]:
+    """Anchor mass of sentences that rest on one of the first eight anchors, and change that once."""
+    base, other = np.full(8, 0.3), np.full(8, 0.3)
+    base[1], other[6] = 12.0, 12.0
+    result = []
+    for index in range(sentences):
+        mass = np.zeros(8 + index)
+        mass[:8] = 0.5 * generator.dirichlet(other if shift_at is not None and index >= shift_at else base)
+        if index:
+            mass[-1] += entering
+        result.append(mass)
+    return result
+
+
+def first_alarm(masses: list[np.ndarray]) -> int | None:
+    detector = AnchorShift()
+    for index, mass in enumerate(masses):
+        detector.update(mass, rows=4)
+        if detector.drift_detected:
+            return index
+    return None
+
+
+def test_a_shift_is_found_soon_and_a_steady_chain_is_left_alone() -> None:
+    generator = np.random.default_rng(0)
+    found = [first_alarm(stream(generator, 60, 30)) for _ in range(50)]
+    assert all(alarm is not None and 30 <= alarm <= 32 for alarm in found)
+    false = sum(first_alarm(stream(generator, 60, None)) is not None for _ in range(100))
+    assert false <= 5
+
+
+def test_mass_on_new_sentences_is_no_shift() -> None:
+    generator = np.random.default_rng(1)
+    false = sum(first_alarm(stream(generator, 60, None, entering=0.3)) is not None for _ in range(50))
+    assert false <= 3
+    detector = AnchorShift()
+    for mass in stream(generator, 10, None, entering=0.3):
+        detector.update(mass, rows=4)
+    assert detector.entering == pytest.approx(0.3 / 0.8, abs=0.01)
+
+
+def test_warm_up_and_restart() -> None:
+    detector = AnchorShift(warm_up=4)
+    one, two = np.array([0.5, 0.0]), np.array([0.0, 0.5])
+    assert [detector.update(one, 4) for _ in range(6)] == [Verdict.WARM_UP] * 4 + [Verdict.STEADY] * 2
+    assert detector.update(two, 4) is Verdict.SHIFT
+    assert detector.before.tolist() == [1.0, 0.0]
+    assert [detector.update(two, 4) for _ in range(4)] == [Verdict.WARM_UP] * 3 + [Verdict.STEADY]
+
+
+@pytest.mark.parametrize(("mass", "rows"), [(np.full(5, 0.1), 1), (np.full(5, 0.001), 9), (np.zeros(0), 9)])
+def test_too_little_to_say_anything(mass: np.ndarray, rows: int) -> None:
+    detector = AnchorShift()
+    assert detector.update(mass, rows) is Verdict.INSUFFICIENT
+    assert len(detector.reference) == 0
+    assert not detector.drift_detected

@@ -1,0 +1,62 @@
+"""Sentence mass and vertical scores against plain loops over the definitions."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream_monitor.anchors.matrix import ANCHOR_GAP, anchor_mass, fold, forced_block_ids, sum_by_key, vertical_scores
+
+SEEDS = st.integers(0, 1 << 16)
+
+
+@given(SEEDS)
+def test_folding_loses_no_mass(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    starts = np.unique(np.append(0, generator.integers(1, 200, 12)))
+    keys, mass = sum_by_key(generator.integers(0, 250, 60), generator.random(60))
+    columns, shares = fold(keys.astype(np.uint32), mass, starts)
+    expected = np.zeros(len(starts))
+    for key, value in zip(keys, mass, strict=True):
+        expected[max(j for j, start in enumerate(starts) if start <= key)] += value
+    dense = np.zeros(len(starts))
+    dense[columns] = shares
+    assert np.allclose(dense, expected, rtol=1e-5)
+    assert len(columns) == len(set(columns.tolist()))
+
+
+def test_folding_nothing() -> None:
+    columns, shares = fold(np.zeros(0, np.uint32), np.zeros(0, np.float32), np.array([0, 4]))
+    assert len(columns) == len(shares) == 0
+
+
+@given(SEEDS)
+def test_vertical_scores_are_the_definition(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    size = int(generator.integers(1, 20))
+    dense = np.tril(generator.random((size, size))) * (generator.random((size, size)) < 0.5)
+    observed = generator.random(size) < 0.7
+    dense[~observed] = 0
+    rows, columns = (axis.astype(np.uint32) for axis in np.nonzero(dense))
+    scores = vertical_scores(rows, columns, dense[rows, columns], observed)
+    for j in range(size):
+        later = [dense[i, j] for i in range(j + 4, size) if observed[i]]
+        if later:
+            assert np.isclose(scores[j], np.mean(later))
+        else:
+            assert np.isnan(scores[j])
+
+
+def test_anchor_mass_leaves_the_neighbourhood_out() -> None:
+    columns = np.arange(10, dtype=np.uint32)
+    mass = anchor_mass(columns, np.full(10, 0.1), 9)
+    assert ANCHOR_GAP == 4
+    assert mass.tolist() == [0.1] * 6
+    assert anchor_mass(columns, np.full(10, 0.1), 3).tolist() == []
+
+
+@given(st.integers(0, 400), st.integers(0, 3), st.integers(1, 5))
+def test_forced_blocks_are_first_and_last_each_once(position: int, sink: int, recent: int) -> None:
+    (ids,) = forced_block_ids(np.array([position]), 16, sink, recent)
+    blocks = position // 16 + 1
+    expected = set(range(min(sink, blocks))) | {b for b in range(blocks - recent, blocks) if b >= 0}
+    assert sorted(i for i in ids if i >= 0) == sorted(expected)

@@ -1,0 +1,153 @@
+"""The command line: what it says, what it refuses, what it loads."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from stream_monitor.v1alpha1 import ingest_pb2, ingest_pb2_grpc
+from tests.monitor.conftest import Running, run
+from tests.monitor.synthetic import Engine
+
+__all__ = ["run"]  # the fixture
+
+CHAT = "chatcmpl-my-req-1-aee6d49e"
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "stream_monitor", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | environment,
+    )
+
+
+def test_version_and_help() -> None:
+    assert command("--version").stdout.startswith("stream-monitor 0.")
+    text = command("--help").stdout
+    assert all(name in text for name in ("serve", "watch", "vllm", "doctor"))
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom stream_monitor.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        "print([n for n in ('torch', 'vllm', 'grpc', 'numpy', 'numba', 'uvicorn') if n in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1] == "[]"
+
+
+def test_serve_help_lists_every_setting() -> None:
+    text = command("serve", "--help").stdout
+    assert all(flag in text for flag in ("--ingest", "--max-message-bytes", "--insecure"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "named"),
+    [
+        (("serve", "--max-tarces", "3"), {}, ("--max-tarces", "--max-traces")),
+        (("serve", "--max-traces", "many"), {}, ("max_traces", "many", "integer")),
+        (("serve", "--max-traces"), {}, ("--max-traces", "needs a value")),
+        (("serve", "--grpc", "9750"), {}, ("grpc", "host:port")),
+        (("serve", "--grpc=0.0.0.0:0"), {}, ("grpc", "--insecure")),
+        (("serve",), {"STREAM_MONITOR_MAX_TRACES": "0"}, ("max_traces", "greater than or equal to 1")),
+        (("serve",), {"STREAM_MONITOR_MAX_TARCES": "1"}, ("STREAM_MONITOR_MAX_TARCES", "STREAM_MONITOR_MAX_TRACES")),
+        (("watch", "--target", "nowhere"), {}, ("--target", "host:port")),
+        (("watch", "--kind", "shift"), {}, ("--kind", "anchor_shift")),
+    ],
+)
+def test_a_wrong_value_is_one_line_with_the_key_and_what_is_valid(
+    arguments: tuple[str, ...], environment: dict[str, str], named: tuple[str, ...]
+) -> None:
+    done = command(*arguments, **environment)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert all(word in done.stderr for word in named)
+    assert "Traceback" not in done.stderr
+
+
+def test_commands_of_the_engine_get_their_arguments(tmp_path: Path) -> None:
+    # Stands in for the engine's modules, which bring torch.
+    code = (
+        "import sys, types\n"
+        "def fake(name, main):\n"
+        "    module = types.ModuleType(name); module.main = main; sys.modules[name] = module\n"
+        "fake('stream_monitor.engine.launch', lambda model, flags: print(model, flags) or 0)\n"
+        "fake('stream_monitor.engine.doctor', lambda model: print(model) or 1)\n"
+        "from stream_monitor.cli import main\n"
+        "main()"
+    )
+
+    def called(*arguments: str) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=30)
+        return done.returncode, done.stdout.strip()
+
+    flags = ["--max-model-len", "512", "--help", "-tp=2", "--enforce-eager"]
+    assert called("vllm", "some/model", *flags) == (0, f"some/model {flags}")
+    assert called("doctor", "some/model") == (1, "some/model")
+
+
+def published(monitor: Running, request_id: str) -> None:
+    stub = ingest_pb2_grpc.IngestServiceStub(monitor.ingest_channel)
+    summaries = Engine().request(request_id, [4] * 14 + [30] * 8)
+    list(stub.Publish(iter([ingest_pb2.PublishRequest(summary=summary) for summary in summaries])))
+
+
+def wait_for_subscriber(monitor: Running) -> None:
+    deadline = time.monotonic() + 20
+    while not monitor.server.log.subscribers:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def watching(monitor: Running, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "stream_monitor", "watch", "--target", monitor.server.grpc_address, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "160"},
+    )
+
+
+def test_watch_prints_one_event_a_line_and_outlives_the_monitor(run: Callable[..., Running], tmp_path: Path) -> None:
+    first = run()
+    process = watching(first, "--json", "--request", "my-req-1")
+    assert process.stdout is not None
+    wait_for_subscriber(first)
+    published(first, "chatcmpl-other-aee6d49e")
+    published(first, CHAT)
+    event = json.loads(process.stdout.readline())
+    assert (event["kind"], event["external_id"], event["request_id"]) == ("ANCHOR_SHIFT", "chatcmpl-my-req-1", CHAT)
+    assert event["severity"] == "WARNING"
+    assert event["to_anchors"][0]["sentence"]["index"] == 5
+    first.call(first.server.stop())
+    first.stopped = True
+    second = run(grpc=first.server.grpc_address, ingest=f"unix:{tmp_path / 'second.sock'}")
+    wait_for_subscriber(second)
+    published(second, CHAT)
+    assert json.loads(process.stdout.readline())["engine_instance"] != event["engine_instance"]
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode in (0, 130)
+    assert "Traceback" not in errors
+
+
+def test_watch_shows_a_table(run: Callable[..., Running]) -> None:
+    monitor = run()
+    published(monitor, CHAT)
+    process = watching(monitor, "--all")
+    wait_for_subscriber(monitor)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=20)
+    assert "chatcmpl-my-req-1" in output
+    assert "Traceback" not in errors

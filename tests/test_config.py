@@ -1,0 +1,66 @@
+"""Settings: which source wins, and what a wrong one is told."""
+
+from pathlib import Path
+
+import pytest
+
+from stream_monitor.config import CaptureSettings, MonitorSettings, SettingsError, check_address, load
+
+
+def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("[monitor]\nmax_traces = 1\nmax_sentences = 17\nevent_log = 1\n[capture]\nstride = 9\n")
+    monkeypatch.setenv("STREAM_MONITOR_CONFIG", str(file))
+    monkeypatch.setenv("STREAM_MONITOR_MAX_SENTENCES", "18")
+    monkeypatch.setenv("STREAM_MONITOR_EVENT_LOG", "2")
+    settings = load(MonitorSettings, event_log=3, max_engines=None)
+    assert (settings.max_traces, settings.max_sentences, settings.event_log) == (1, 18, 3)
+    assert settings.max_engines == MonitorSettings.model_fields["max_engines"].default
+    assert load(CaptureSettings).stride == 9
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("[monitr]\n", ("[monitr]", "[capture], [monitor]")),
+        ("[monitor]\nmax_tarces = 1\n", ("max_tarces", "max_traces")),
+        ("[monitor]\nmax_traces = 'x'\n", ("max_traces", "'x'")),
+        ("[monitor\n", ("STREAM_MONITOR_CONFIG", "not TOML")),
+    ],
+)
+def test_a_wrong_file_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, named: tuple[str, ...]
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(content)
+    monkeypatch.setenv("STREAM_MONITOR_CONFIG", str(file))
+    with pytest.raises(SettingsError) as error:
+        load(MonitorSettings)
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in named)
+
+
+def test_a_missing_file_and_an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAM_MONITOR_CONFIG", "/nowhere/settings.toml")
+    with pytest.raises(SettingsError, match="cannot read /nowhere"):
+        load(MonitorSettings)
+    monkeypatch.delenv("STREAM_MONITOR_CONFIG")
+    monkeypatch.setenv("STREAM_MONITOR_GPRC", "127.0.0.1:1")
+    with pytest.raises(SettingsError, match=r"STREAM_MONITOR_GPRC: no such setting; valid: .*STREAM_MONITOR_GRPC"):
+        load(MonitorSettings)
+
+
+@pytest.mark.parametrize("address", ["unix:/run/x.sock", "localhost:0", "[::1]:9750", "10.0.0.1:65535"])
+def test_addresses(address: str) -> None:
+    assert check_address(address) == address
+
+
+@pytest.mark.parametrize("address", ["", "unix:", "9750", ":9750", "host:", "host:99999", "host:http"])
+def test_what_is_no_address(address: str) -> None:
+    with pytest.raises(ValueError, match="unix:/path or host:port"):
+        check_address(address)
+
+
+def test_the_default_socket_is_in_the_users_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    assert load(MonitorSettings).ingest == load(CaptureSettings).target == "unix:/run/user/7/stream-monitor/ingest.sock"
