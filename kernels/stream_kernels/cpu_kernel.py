@@ -7,17 +7,29 @@ per unit, in a tile [head_dim, tokens] that stays in the first-level cache, and 
 All jitted functions are in this one file because numba's disk cache watches only the file of the function it compiled.
 """
 
+# mypy: disable-error-code="no-any-return"
+# Jitted callees have no types that mypy can see.
+
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
+import numba.extending
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+# numba has no types of its own; what its decorators return is called freely below.
+intrinsic: Callable[[Callable[..., Any]], Any] = numba.extending.intrinsic
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Pages = NDArray[np.int32]
+Summary = tuple[NDArray[Any], ...]
+"""The arrays of a `BlockSummary`, in its order."""
 
 BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
 """Element types, as a number because one compiled search serves all three."""
@@ -122,20 +134,20 @@ _REORDER_NO_NAN = _REORDER | {"nnan"}
 
 
 @intrinsic
-def _pointer(typing_context, address, element):  # type: ignore[no-untyped-def]
+def _pointer(typing_context: Any, address: Any, element: Any) -> Any:
     """The integer `address` as a pointer to elements of the numba type `element`."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(element.dtype)(address, element), generate
 
 
 @intrinsic
-def _bfloat16_to_float(typing_context, bits):  # type: ignore[no-untyped-def]
+def _bfloat16_to_float(typing_context: Any, bits: Any) -> Any:
     """The float32 whose upper half is the uint16 `bits`."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         wide = builder.zext(args[0], ir.IntType(32))
         return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
 
@@ -143,30 +155,30 @@ def _bfloat16_to_float(typing_context, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _float16_to_float(typing_context, bits):  # type: ignore[no-untyped-def]
+def _float16_to_float(typing_context: Any, bits: Any) -> Any:
     """The uint16 `bits`, read as float16, as float32."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
 
     return types.float32(bits), generate
 
 
 @intrinsic
-def _int_as_float(typing_context, bits):  # type: ignore[no-untyped-def]
+def _int_as_float(typing_context: Any, bits: Any) -> Any:
     """The float32 with the int32 `bits`."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.FloatType())
 
     return types.float32(bits), generate
 
 
 @intrinsic
-def _float_as_int(typing_context, value):  # type: ignore[no-untyped-def]
+def _float_as_int(typing_context: Any, value: Any) -> Any:
     """The bits of a float32, as int32."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.bitcast(args[0], ir.IntType(32))
 
     return types.int32(value), generate
@@ -179,13 +191,13 @@ _FLOATS = ir.VectorType(ir.FloatType(), LANES)
 _STORED = {BFLOAT16: ir.IntType(16), FLOAT16: ir.HalfType(), FLOAT32: ir.FloatType()}
 
 
-def _vector_at(builder, address, element, lanes):  # type: ignore[no-untyped-def]
+def _vector_at(builder: Any, address: Any, element: Any, lanes: Any) -> Any:
     """Loads `lanes` elements from an address of any alignment."""
     pointer = builder.inttoptr(address, ir.VectorType(element, lanes).as_pointer())
     return builder.load(pointer, align=2)
 
 
-def _widen_vector(builder, vector, element_type):  # type: ignore[no-untyped-def]
+def _widen_vector(builder: Any, vector: Any, element_type: Any) -> Any:
     """Stored elements to a float32 vector."""
     if element_type == FLOAT32:
         return vector
@@ -196,12 +208,12 @@ def _widen_vector(builder, vector, element_type):  # type: ignore[no-untyped-def
     return builder.bitcast(builder.shl(builder.zext(vector, words), shift), _FLOATS)
 
 
-def _widen(element_type):  # type: ignore[no-untyped-def]
+def _widen(element_type: int) -> Any:
     """Makes the intrinsic that widens LANES neighbouring tokens of one channel (P = 1)."""
 
     @intrinsic
-    def widen(typing_context, source, target):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def widen(typing_context: Any, source: Any, target: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             vector = _vector_at(builder, args[0], _STORED[element_type], LANES)
             pointer = builder.inttoptr(args[1], _FLOATS.as_pointer())
             builder.store(_widen_vector(builder, vector, element_type), pointer, align=4)
@@ -212,12 +224,12 @@ def _widen(element_type):  # type: ignore[no-untyped-def]
     return widen
 
 
-def _widen_pairs(element_type):  # type: ignore[no-untyped-def]
+def _widen_pairs(element_type: int) -> Any:
     """Makes the intrinsic that widens LANES neighbouring tokens of two channels stored in turn (P = 2)."""
 
     @intrinsic
-    def widen(typing_context, source, even, odd):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def widen(typing_context: Any, source: Any, even: Any, odd: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             both = _vector_at(builder, args[0], _STORED[element_type], 2 * LANES)
             for channel in range(2):
                 lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(range(channel, 2 * LANES, 2)))
@@ -231,16 +243,16 @@ def _widen_pairs(element_type):  # type: ignore[no-untyped-def]
     return widen
 
 
-def _dot_columns(vectors):  # type: ignore[no-untyped-def]
+def _dot_columns(vectors: int) -> Any:
     """Makes the intrinsic that scores vectors * LANES columns of a tile against one query, sums held in registers.
 
-    Its arguments are int64: addresses of the query [D] and of the tile's first column, bytes from a channel's row to the
-    next, D, and the address for the logits.
+    Its arguments are int64: addresses of the query [D] and of the tile's first column, bytes from a channel's row to
+    the next, D, and the address for the logits.
     """
 
     @intrinsic
-    def dot(typing_context, query, tile, row_bytes, head_dim, logits):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def dot(typing_context: Any, query: Any, tile: Any, row_bytes: Any, head_dim: Any, logits: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             query, tile, row_bytes, head_dim, logits = args
             size = query.type
             sums = [cgutils.alloca_once_value(builder, ir.Constant(_FLOATS, [0.0] * LANES)) for _ in range(vectors)]
@@ -273,10 +285,10 @@ _dot_8_columns = _dot_columns(1)
 
 
 @intrinsic
-def _acquire_fence(typing_context):  # type: ignore[no-untyped-def]
+def _acquire_fence(typing_context: Any) -> Any:
     """Keeps every earlier read before every later one, for the compiler and the processor."""
 
-    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("acquire")
         return context.get_dummy_value()
 
@@ -297,7 +309,7 @@ _MINUS_INFINITY = np.float32(-np.inf)
 
 
 @_jit(fastmath={"contract"})
-def _exp(x):  # type: ignore[no-untyped-def]
+def _exp(x: np.float32) -> np.float32:
     """exp(x) for float32 x <= 0, to 2e-7 relative; in a loop it vectorises, which the library's does not."""
     x = max(x, _EXP_FLOOR)
     whole = np.float32(math.floor(x * _LOG2_E + _HALF))
@@ -307,7 +319,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def _add_mass(left, head, peak, weight):  # type: ignore[no-untyped-def]
+def _add_mass(left: Floats, head: int, peak: np.float32, weight: np.float32) -> None:
     """Adds weight * exp(peak) to a head's (peak, weight) in `left` [n, 2]."""
     if weight == _ZERO or peak == _MINUS_INFINITY:
         return
@@ -319,7 +331,7 @@ def _add_mass(left, head, peak, weight):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def _load_query(address, element_type, scale, out, head_dim):  # type: ignore[no-untyped-def]
+def _load_query(address: int, element_type: int, scale: np.float32, out: Floats, head_dim: int) -> None:
     """Reads one query from `address` into `out` [D], times `scale`."""
     if element_type == FLOAT32:
         wide = numba.carray(_pointer(address, types.float32), (head_dim,))
@@ -331,7 +343,7 @@ def _load_query(address, element_type, scale, out, head_dim):  # type: ignore[no
         out[c] = (_bfloat16_to_float(bits[c]) if element_type == BFLOAT16 else _float16_to_float(bits[c])) * scale
 
 
-def _copies(element_type, stored_type, convert):  # type: ignore[no-untyped-def]
+def _copies(element_type: int, stored_type: Any, convert: Any) -> tuple[Any, Any]:
     """Makes, for one element type, the copies of keys of one token group into columns of the tile.
 
     `address` is that of the first channel of the first token.
@@ -339,7 +351,7 @@ def _copies(element_type, stored_type, convert):  # type: ignore[no-untyped-def]
     itemsize = 4 if element_type == FLOAT32 else 2
     widen, widen_pairs = _widen(element_type), _widen_pairs(element_type)
 
-    def copy_run(address, group, pack, head_dim, count, tile, column):  # type: ignore[no-untyped-def]
+    def copy_run(address: int, group: int, pack: int, head_dim: int, count: int, tile: Floats, column: int) -> None:
         """`count` neighbouring tokens."""
         stored = numba.carray(_pointer(address, stored_type), (group * head_dim,))
         row_bytes = 4 * tile.shape[1]
@@ -360,7 +372,9 @@ def _copies(element_type, stored_type, convert):  # type: ignore[no-untyped-def]
                 for t in range(whole, count):
                     tile[c, column + t] = convert(stored[first + t * pack])
 
-    def copy_probes(address, group, pack, head_dim, offsets, tile, column):  # type: ignore[no-untyped-def]
+    def copy_probes(
+        address: int, group: int, pack: int, head_dim: int, offsets: Ints, tile: Floats, column: int
+    ) -> None:
         """The tokens at `offsets`."""
         stored = numba.carray(_pointer(address, stored_type), (group * head_dim,))
         probes = len(offsets)
@@ -383,7 +397,7 @@ def _copies(element_type, stored_type, convert):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def _same(x):  # type: ignore[no-untyped-def]
+def _same(x: np.float32) -> np.float32:
     return x
 
 
@@ -393,7 +407,9 @@ _copy_float32, _probe_float32 = _copies(FLOAT32, types.float32, _same)
 
 
 @_jit()
-def _load_keys(g, address, page_stride, pages, first, count, tile, column):  # type: ignore[no-untyped-def]
+def _load_keys(
+    g: Geometry, address: int, page_stride: int, pages: Pages, first: int, count: int, tile: Floats, column: int
+) -> None:
     """Copies keys `first` to `first + count` of a row's context into the tile, from `column` on.
 
     `address` is that of the layer's and KV head's tile in page 0; `pages` is the row's block table.
@@ -414,7 +430,9 @@ def _load_keys(g, address, page_stride, pages, first, count, tile, column):  # t
 
 
 @_jit()
-def _load_probes(g, plan, address, page_stride, pages, first, tile, column):  # type: ignore[no-untyped-def]
+def _load_probes(
+    g: Geometry, plan: Plan, address: int, page_stride: int, pages: Pages, first: int, tile: Floats, column: int
+) -> None:
     """Copies the probe keys of the block that starts at key `first` into the tile, from `column` on."""
     if g.token_group % g.block_size:
         for i in range(len(plan.probe_offsets)):
@@ -430,7 +448,7 @@ def _load_probes(g, plan, address, page_stride, pages, first, tile, column):  # 
 
 
 @_jit()
-def _token_bytes(g, page_stride, pages, token):  # type: ignore[no-untyped-def]
+def _token_bytes(g: Geometry, page_stride: int, pages: Pages, token: int) -> int:
     """Bytes from a layer's and head's tile in page 0 to the first channel of a token of the context."""
     within = token % g.page_size
     in_group = within % g.token_group
@@ -439,7 +457,7 @@ def _token_bytes(g, page_stride, pages, token):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def _dot(query, heads, tile, count, head_dim, logits):  # type: ignore[no-untyped-def]
+def _dot(query: Floats, heads: int, tile: Floats, count: int, head_dim: int, logits: Floats) -> None:
     """logits[h, t] = query[h] . tile[:, t] for the first `heads` heads and `count` columns.
 
     Columns up to the next multiple of LANES are scored as well, on whatever the tile holds there.
@@ -458,7 +476,7 @@ def _dot(query, heads, tile, count, head_dim, logits):  # type: ignore[no-untype
 
 
 @_jit(fastmath=_REORDER_NO_NAN)
-def _largest(values, first, count):  # type: ignore[no-untyped-def]
+def _largest(values: Floats, first: int, count: int) -> np.float32:
     largest = values[first]
     for t in range(count):
         largest = max(largest, values[first + t])
@@ -466,7 +484,7 @@ def _largest(values, first, count):  # type: ignore[no-untyped-def]
 
 
 @_jit(fastmath=_REORDER)
-def _weight(values, first, count, peak):  # type: ignore[no-untyped-def]
+def _weight(values: Floats, first: int, count: int, peak: np.float32) -> np.float32:
     """Sum of exp(value - peak)."""
     total = _ZERO
     for t in range(count):
@@ -475,7 +493,7 @@ def _weight(values, first, count, peak):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def _first_equal(values, first, count, wanted):  # type: ignore[no-untyped-def]
+def _first_equal(values: Floats, first: int, count: int, wanted: np.float32) -> int:
     for t in range(count):
         if values[first + t] == wanted:
             return t
@@ -483,7 +501,7 @@ def _first_equal(values, first, count, wanted):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def _rank(score, tie):  # type: ignore[no-untyped-def]
+def _rank(score: np.float32, tie: int) -> np.int64:
     """A sort key: larger for a larger float32 score, and among equal ones for a smaller `tie` (below 2**31)."""
     if not score > _MINUS_INFINITY:  # also a NaN: it is never chosen before a number
         score = _MINUS_INFINITY
@@ -493,7 +511,7 @@ def _rank(score, tie):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def _kth_largest(work, count, k):  # type: ignore[no-untyped-def]
+def _kth_largest(work: Ints, count: int, k: int) -> np.int64:
     """The k-th largest of the first `count` distinct numbers in `work`, which is reordered."""
     low, high, target = 0, count - 1, k - 1
     while low < high:
@@ -518,7 +536,9 @@ def _kth_largest(work, count, k):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def _score_branches(g, plan, s, heads, address, page_stride, pages, branches):  # type: ignore[no-untyped-def]
+def _score_branches(
+    g: Geometry, plan: Plan, s: Scratch, heads: int, address: int, page_stride: int, pages: Pages, branches: int
+) -> int:
     """Peak and weight of every branch's probe keys per head, the unit's score per branch; returns the keys read."""
     probes = len(plan.probe_offsets)
     batch = s.tile.shape[1] // probes
@@ -543,7 +563,7 @@ def _score_branches(g, plan, s, heads, address, page_stride, pages, branches):  
 
 
 @_jit()
-def _keep_branches(g, plan, s, heads, branches, keep):  # type: ignore[no-untyped-def]
+def _keep_branches(g: Geometry, plan: Plan, s: Scratch, heads: int, branches: int, keep: int) -> int:
     """Keeps the `keep` best of `branches`, in their order; the mass of the others is estimated and added to `left`."""
     if branches <= keep:
         return branches
@@ -564,7 +584,9 @@ def _keep_branches(g, plan, s, heads, branches, keep):  # type: ignore[no-untype
 
 
 @_jit()
-def _descend(g, plan, s, heads, address, page_stride, pages, inner):  # type: ignore[no-untyped-def]
+def _descend(
+    g: Geometry, plan: Plan, s: Scratch, heads: int, address: int, page_stride: int, pages: Pages, inner: int
+) -> tuple[int, int]:
     """The descent: fills `start` with the candidates, ascending. Returns their number and the keys read."""
     if g.exact or inner <= g.top_k or (g.rerank and inner <= g.width):
         for b in range(inner):
@@ -601,7 +623,7 @@ def _descend(g, plan, s, heads, address, page_stride, pages, inner):  # type: ig
 
 
 @_jit()
-def _clear_row(summary, g, row):  # type: ignore[no-untyped-def]
+def _clear_row(summary: Summary, g: Geometry, row: int) -> None:
     ids, lse, strongest, forced_lse, forced_strongest, unobserved, keys_read = summary
     ids[:, row] = -1
     lse[:, row] = _MINUS_INFINITY
@@ -613,7 +635,9 @@ def _clear_row(summary, g, row):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def _search_unit(g, plan, s, summary, layer, row, unit, context, pages):  # type: ignore[no-untyped-def]
+def _search_unit(
+    g: Geometry, plan: Plan, s: Scratch, summary: Summary, layer: int, row: int, unit: int, context: int, pages: Pages
+) -> int:
     """Searches for one unit, whose queries are in `s.query`, and writes its heads' results. Returns the keys read."""
     ids, lse, strongest, forced_lse, forced_strongest, unobserved, _ = summary
     slots = plan.unit_slots[plan.unit_first[unit] : plan.unit_first[unit + 1]]
@@ -686,7 +710,7 @@ def _search_unit(g, plan, s, summary, layer, row, unit, context, pages):  # type
 
 
 @_jit()
-def _pages_status(g, pages, context, generations, snapshot):  # type: ignore[no-untyped-def]
+def _pages_status(g: Geometry, pages: Pages, context: int, generations: Ints, snapshot: int) -> int:
     for i in range(-(-context // g.page_size)):
         if not 0 <= pages[i] < g.num_pages:
             return ROW_INVALID
@@ -696,7 +720,7 @@ def _pages_status(g, pages, context, generations, snapshot):  # type: ignore[no-
 
 
 @_jit()
-def _row_status(g, plan, row, context, tables, generations, snapshot):  # type: ignore[no-untyped-def]
+def _row_status(g: Geometry, plan: Plan, row: int, context: int, tables: Ints, generations: Ints, snapshot: int) -> int:
     """Whether a row can be read: its context and pages are in range and no page was reused since its snapshot.
 
     `tables` [tables, 3] are address, row stride and columns of each block table, the last two in elements.
@@ -713,15 +737,25 @@ def _row_status(g, plan, row, context, tables, generations, snapshot):  # type: 
 
 
 @_jit()
-def _row_pages(tables, table, row):  # type: ignore[no-untyped-def]
+def _row_pages(tables: Ints, table: int, row: int) -> Pages:
     """A row's block table, int32 [max_pages]."""
     return numba.carray(_pointer(tables[table, 0] + 4 * row * tables[table, 1], types.int32), (tables[table, 2],))
 
 
 @_jit()
-def search_rows(  # type: ignore[no-untyped-def]
-    g, plan, s, queries, tables, context_lens, generations_address, generations_count, snapshots, summary, status
-):
+def search_rows(
+    g: Geometry,
+    plan: Plan,
+    s: Scratch,
+    queries: Ints,
+    tables: Ints,
+    context_lens: NDArray[np.int32],
+    generations_address: int,
+    generations_count: int,
+    snapshots: Ints,
+    summary: Summary,
+    status: NDArray[np.uint8],
+) -> None:
     """Searches every row, layer and unit.
 
     `queries` int64 [4]: address, then the strides of layer, row and head in elements. `generations_address` points at

@@ -5,8 +5,9 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stream_kernels.layout import KeyLayout, PagedKeys, probe_permutation
 
 
@@ -16,6 +17,7 @@ def layouts(draw: st.DrawFn) -> KeyLayout:
     return KeyLayout(group * draw(st.integers(1, 4)), pack * draw(st.integers(1, 20)), group, pack)
 
 
+@settings(max_examples=30, deadline=None)
 @given(layouts())
 def test_a_layout_is_found_again_from_its_permutation(layout: KeyLayout) -> None:
     offsets = layout.offsets()
@@ -23,6 +25,7 @@ def test_a_layout_is_found_again_from_its_permutation(layout: KeyLayout) -> None
     assert np.array_equal(KeyLayout.from_permutation(offsets).offsets(), offsets)
 
 
+@settings(max_examples=30, deadline=None)
 @given(layouts())
 def test_to_logical_undoes_from_logical(layout: KeyLayout) -> None:
     keys = torch.arange(3 * layout.page_size * layout.head_dim).view(3, layout.page_size, layout.head_dim)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from stream_kernels.cpu import ROW_OK, CpuSearch
 from stream_kernels.reference import search
 from stream_kernels.search import NO_BLOCK, BlockSummary, SearchConfig

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from stream_kernels.cpu import ROW_INVALID, ROW_OK, ROW_RACED, CpuSearch
 from stream_kernels.search import NO_BLOCK, BlockSummary, SearchConfig, forced_block_ids
 
@@ -217,7 +218,7 @@ def test_the_audit_of_a_reused_row_is_none() -> None:
 
 def test_what_the_cpu_search_cannot_do_is_refused_with_every_reason() -> None:
     case = dataclasses.replace(CASE, config=SearchConfig(strategy="beam"), query_heads=(1, 1))
-    with pytest.raises(ValueError, match="beam needs block summaries.*valid on CPU: descent, exact.*distinct"):
+    with pytest.raises(ValueError, match=r"beam needs block summaries.*valid on CPU: descent, exact.*distinct"):
         run_cpu(case, draw(case))
 
 
