@@ -164,8 +164,11 @@ class Backlog:
         if self._attempted and (full or self.careful):
             return None
         if self._carriers:
+            if self._attempted:
+                return None
             entry = self._carriers.popleft()
             self._carrier_bytes -= entry.size
+            self._book(entry)
         elif self._waiting:
             entry = self._waiting.popleft()
             self._waiting_bytes -= entry.size
@@ -174,6 +177,18 @@ class Backlog:
         self._attempted.append(entry)
         self._attempted_bytes += entry.size
         return entry
+
+    def _book(self, entry: Entry) -> None:
+        """Settle a carrier's losses before it is sent.
+
+        A successor would read its records in the ring again and send one with rows under the carrier's number, which
+        the monitor would take for a duplicate. For that all before must be settled, too.
+        """
+        self._settled_losses += entry.losses
+        self._sent_losses += entry.losses
+        entry.losses = Losses()
+        self._ledger, self._settled = entry.record.ledger, entry.mark
+        self._commit()
 
     @property
     def unanswered(self) -> Entry | None:

@@ -19,13 +19,15 @@ You are a default.<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 # Llama 2: no tool role, roles must alternate, the system prompt is inside the user's turn, headers are plain text.
-LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}
+LLAMA2 = """{% if messages[0]['role'] == 'system' %}
+{%- set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}
 {%- set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{% for message in messages %}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}
 {%- if message['role'] == 'user' %}{{ '<s>[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}
 {%- else %}{{ ' ' + message['content'] + ' </s>' }}{% endif %}{% endfor %}"""
 # Gemma: refuses a system role, and calls the assistant otherwise.
-GEMMA = """{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}
+GEMMA = """{% for message in messages %}
+{%- if message['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}
 {%- if message['role'] not in ('user', 'assistant') %}{{ raise_exception('no such role') }}{% endif %}
 {{- '<|im_start|>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n'
 + message['content'] | trim + '<|im_end|>\n' }}{% endfor %}"""
