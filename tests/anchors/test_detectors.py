@@ -67,14 +67,17 @@ def test_a_shift_is_found_soon_and_a_steady_chain_is_left_alone() -> None:
     assert false <= 5
 
 
-def test_mass_on_new_sentences_is_no_shift() -> None:
+def test_mass_on_a_new_sentence_is_kept_apart() -> None:
     generator = np.random.default_rng(1)
     false = sum(first_alarm(stream(generator, 60, None, entering=0.3)) is not None for _ in range(50))
     assert false <= 3
     detector = AnchorShift()
-    for mass in stream(generator, 10, None, entering=0.3):
-        detector.update(mass, rows=4)
-    assert detector.entering == pytest.approx(0.3 / 0.8, abs=0.01)
+    for candidates in range(4, 24):
+        detector.update(np.eye(1, candidates)[0] * 0.5, rows=4)
+    half_on_the_new_one = np.zeros(24)
+    half_on_the_new_one[[0, -1]] = 0.25
+    detector.update(half_on_the_new_one, rows=4)
+    assert (detector.divergence, detector.entering) == (0.0, 0.5)
 
 
 def test_warm_up_and_restart() -> None:
