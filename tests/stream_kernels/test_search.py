@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_kernels.cpu import ROW_INVALID, ROW_OK, ROW_RACED, CpuSearch
+from stream_kernels.reference import probe_offsets, search_units
 from stream_kernels.search import NO_BLOCK, BlockSummary, SearchConfig, forced_block_ids
 
 from .cases import Case, Inputs, draw
@@ -111,6 +112,17 @@ def test_keys_read_of_the_stateless_default() -> None:
     case = Case(SearchConfig(), (8192,), layers=1, kv_heads=1)
     found = run_reference(case, draw(case))
     assert found.keys_read[0, 0] == pytest.approx((253 * 4 + 128 * 32 + 96) / 3)
+
+
+def test_probe_keys_are_spread_over_the_block() -> None:
+    assert probe_offsets(SearchConfig.paper()) == [16]
+    assert probe_offsets(SearchConfig(probe_keys=4)) == [4, 12, 20, 28]
+    assert probe_offsets(SearchConfig(probe_keys=32)) == list(range(32))
+
+
+def test_heads_of_one_kv_head_form_a_unit_only_where_they_share() -> None:
+    assert search_units([7, 0, 8, 1], 3, SearchConfig()) == [(0, [1, 3]), (2, [0, 2])]
+    assert search_units([7, 0, 8, 1], 3, SearchConfig.paper()) == [(2, [0]), (0, [1]), (2, [2]), (0, [3])]
 
 
 def test_an_empty_summary_has_no_mass() -> None:
