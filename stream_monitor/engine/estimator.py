@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from stream_kernels.cpu import ROW_INVALID, ROW_OK, ROW_RACED, CpuSearch
 from stream_kernels.search import BlockSummary
 
@@ -115,7 +117,8 @@ class Estimator:
                     self._idle.notify_all()
 
     def _work(self, job: Job) -> None:
-        rows, audits = None, []
+        rows: Rows | None = None
+        audits: list[Audit] = []
         if job.slot is not None:
             slot, labels = job.slot, job.slot.labels
             try:
@@ -132,10 +135,9 @@ class Estimator:
         labels, rows = slot.labels, len(slot.labels)
         queries = slot.queries[:, slot.batch_rows[:rows]]
         tables = [table[:rows] for table in slot.tables]
+        contexts, taken = slot.contexts[:rows], slot.generations[:rows]
         begin = time.perf_counter()
-        status = self._search.run(
-            queries, tables, slot.contexts[:rows], self._summary, self._generations.of_block, slot.generations[:rows]
-        )
+        status = self._search.run(queries, tables, contexts, self._summary, self._generations.of_block, taken)
         self._ledger.estimate_seconds += time.perf_counter() - begin
         self._ledger.estimates += 1
         raced = [labels[row] for row in range(rows) if status[row] == ROW_RACED]
@@ -143,17 +145,29 @@ class Estimator:
         count(self._ledger, raced, "raced", "", self._heads)
         count(self._ledger, invalid, "dropped", "invalid_row", self._heads)
         keep = [row for row in range(rows) if status[row] == ROW_OK]
-        return (pack_rows(self._summary.first_rows(rows), labels, keep) if keep else None), []
+        if not keep:
+            return None, []
+        return pack_rows(self._summary.first_rows(rows), labels, keep), self._audit(keep, queries, tables, contexts, taken)
 
-    def _audit(self, slot: StepSlot, queries: "object", summary: BlockSummary) -> list[Audit]:
+    def _audit(
+        self,
+        keep: list[int],
+        queries: torch.Tensor,
+        tables: list[NDArray[np.int32]],
+        contexts: NDArray[np.int32],
+        taken: NDArray[np.int64],
+    ) -> list[Audit]:
+        """Every `audit_every` steps, judge one (layer, kept row, head) by exact attention."""
         if not self._audit_every or self._ledger.estimates % self._audit_every:
             return []
-        layers, rows, heads = summary.unobserved_lse.shape
-        layer, row, head = (int(self._random.integers(size)) for size in (layers, rows, heads))
-        recall, error = self._search.audit(
-            queries, [table[:rows] for table in slot.tables], slot.contexts[:rows], summary, layer, row, head
+        layers, _, heads = self._summary.unobserved_lse.shape
+        layer, index, head = (int(self._random.integers(size)) for size in (layers, len(keep), heads))
+        found = self._search.audit(
+            layer, keep[index], head, queries, tables, contexts, self._summary, self._generations.of_block, taken
         )
-        return [Audit(row, layer, head, recall, error)]
+        if found is None:  # the row's blocks were reused since the search
+            return []
+        return [Audit(index, layer, head, found.recall, found.unobserved_error)]
 
     def _write(self, job: Job, rows: Rows | None, audits: list[Audit]) -> None:
         labels = _labels_of(rows)

@@ -85,7 +85,7 @@ class Installation:
             sink_blocks=settings.sink_blocks,
             recent_blocks=settings.recent_blocks,
         )
-        search = CpuSearch(
+        self.search = search = CpuSearch(
             keys,
             facts.query_heads,
             search_config,
