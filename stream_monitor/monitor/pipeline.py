@@ -49,17 +49,19 @@ class Pipeline:
             trace = trace_of(row.request_id)
             trace.missing_ranks.update(step.missing)
             trace.add_row(row)
-        for run in (run for part in step.parts for run in part.summary.tokens):
+        for source, run in ((part.rank, run) for part in step.parts for run in part.summary.tokens):
             trace = trace_of(run.request_id)
+            trace.token_source = source
             missing = trace.missing_tokens
             trace.add_tokens(run)
             if trace.missing_tokens > missing:
                 self.metrics.tokens_missing.labels(*labels).inc(trace.missing_tokens - missing)
         ended = []
-        for finished in (finished for part in step.parts for finished in part.summary.finished):
+        for source, finished in ((part.rank, end) for part in step.parts for end in part.summary.finished):
             held = self.store.get(instance, finished.request_id)
-            # The end of a request that was never seen leaves nothing to keep.
-            if held is not None and not held.finished:
+            # The end of a request that was never seen leaves nothing to keep. Where one rank sees the tokens, only that
+            # one knows how many there were.
+            if held is not None and not held.finished and held.token_source in (None, source):
                 touched[finished.request_id] = held
                 held.finish(finished.total_tokens)
                 ended.append(held)

@@ -18,7 +18,7 @@ from stream_monitor.anchors.sentences import SentenceBuilder, Span, coarsen, pro
 from stream_monitor.anchors.shift import AnchorShift
 from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.ledger import CHUNK, TOKEN
-from stream_monitor.monitor.ranks import Labels
+from stream_monitor.monitor.ranks import Labels, Rank
 from stream_monitor.monitor.rows import Row
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 
@@ -76,6 +76,7 @@ class RequestTrace:
         self.detector = AnchorShift()
         self.top_anchor: tuple[int, float] | None = None
         self.bytes = _TRACE_BYTES
+        self.token_source: Rank | None = None
         self._starts = array("q")
         self._builder: SentenceBuilder | None = None
         self._pending: dict[int, Row] = {}
@@ -83,6 +84,7 @@ class RequestTrace:
         self._positions: list[int] = []
         self._newest_row = -1
         self._settled = 0
+        self._prompt_split = False
 
     @property
     def missing_tokens(self) -> int:
@@ -93,24 +95,15 @@ class RequestTrace:
         """The request was scheduled. The same prompt again is the same start, told by another rank or after
         preemption; another prompt is a session going on: what it replaces is cut off and discarded as `readded`."""
         if not self.joined_late and started.prompt_tokens == self.prompt_tokens:
+            if started.prompt_flags and not self._prompt_split and not self._kept and self._builder_is_fresh():
+                self._split_prompt(started, 0)
             return
         end = min(self._builder.end - 1, started.prompt_tokens) if self._builder else 0
         self._truncate(0 if self.joined_late and self._kept else max(0, end))
-        begin = self.spans[-1].end if self.spans else 0
-        spans = prompt_sentences(
-            started.prompt_tokens,
-            np.frombuffer(started.role_starts, "<u4"),
-            np.frombuffer(started.roles, np.uint8),
-            started.prompt_flags,
-        )
-        fresh = [Span(max(begin, span.start), span.end, span.role) for span in spans if span.end > begin]
-        # Half of the sentences stay free for the output, however long the prompt is.
-        for span in coarsen(fresh, max(1, self.max_sentences // 2 - len(self.spans))):
-            self._close(span)
+        self._split_prompt(started, len(self.spans))
         self._builder = SentenceBuilder(started.prompt_tokens)
         self.joined_late = False
         self.prompt_tokens = started.prompt_tokens
-        self.prompt_sentences = self._settled = len(self.spans)
         self.refused_reason = started.refused_reason
 
     def add_tokens(self, run: summary_pb2.TokenRun) -> None:
@@ -190,6 +183,26 @@ class RequestTrace:
         pairs = sorted((row.position, row.attempt) for row in rows if row.token)
         return [position for position, _ in pairs], [attempt for _, attempt in pairs]
 
+    def _builder_is_fresh(self) -> bool:
+        return self._builder is not None and self._builder.end == self.prompt_tokens
+
+    def _split_prompt(self, started: summary_pb2.RequestStarted, keep: int) -> None:
+        """Sentences of the prompt, from the end of the first `keep` sentences held."""
+        self._drop_spans(keep)
+        begin = self.spans[-1].end if self.spans else 0
+        spans = prompt_sentences(
+            started.prompt_tokens,
+            np.frombuffer(started.role_starts, "<u4"),
+            np.frombuffer(started.roles, np.uint8),
+            started.prompt_flags,
+        )
+        fresh = [Span(max(begin, span.start), span.end, span.role) for span in spans if span.end > begin]
+        # Half of the sentences stay free for the output, however long the prompt is.
+        for span in coarsen(fresh, max(1, self.max_sentences // 2 - len(self.spans))):
+            self._close(span)
+        self._prompt_split = bool(started.prompt_flags)
+        self.prompt_sentences = self._settled = len(self.spans)
+
     def _begin_late(self, first: int) -> None:
         if first:
             self._close(Span(0, first, 0))
@@ -249,13 +262,16 @@ class RequestTrace:
     def _truncate(self, end: int) -> None:
         """Forget everything from position `end` on; the sentence that holds it is open again."""
         self._discard_from(end, "readded")
-        while self.spans and self.spans[-1].end > end:
-            self.spans.pop()
-            self._starts.pop()
-            self.bytes -= _SPAN_BYTES
+        self._drop_spans(sum(span.end <= end for span in self.spans))
         self._newest_row = min(self._newest_row, end - 1)
         # Sentences the reference knows may be gone.
         self.detector, self.top_anchor = AnchorShift(), None
+
+    def _drop_spans(self, keep: int) -> None:
+        while len(self.spans) > keep:
+            self.spans.pop()
+            self._starts.pop()
+            self.bytes -= _SPAN_BYTES
 
     def _discard_from(self, end: int, reason: str = "past_end") -> None:
         for position in self._positions[bisect.bisect_left(self._positions, end) :]:

@@ -96,7 +96,8 @@ def _check_lifecycle(summary: summary_pb2.StepSummary) -> None:
         tokens = started.prompt_tokens
         if tokens > MAX_POSITION:
             raise invalid("limit", f"started.prompt_tokens is {tokens}; at most {MAX_POSITION}")
-        if len(started.prompt_flags) != tokens:
+        # Ranks without a tokenizer, and requests that are not captured, come without flags.
+        if len(started.prompt_flags) not in (0, tokens):
             raise invalid("shape", f"started.prompt_flags has {len(started.prompt_flags)} bytes for {tokens} tokens")
         if len(started.prompt_token_ids) not in (0, 4 * tokens):
             raise invalid(

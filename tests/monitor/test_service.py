@@ -341,6 +341,26 @@ def test_two_ranks_merged_equal_one_rank_with_all_heads(run: Callable[..., Runni
     assert split.metric("stream_monitor_steps_total", result="complete") == 9
 
 
+def test_a_rank_that_sees_no_tokens_decides_neither_prompt_nor_end(monitor: Running) -> None:
+    instance = engine().instance
+    first, second = (
+        Engine(engine(instance, tensor_parallel_size=2, tensor_parallel_rank=rank, first_query_head=2 * rank))
+        for rank in (0, 1)
+    )
+    blind = summary_pb2.RequestStarted(request_id="r", prompt_tokens=48)
+    monitor.publish([second.summary(started=[blind])])
+    assert [s.end_token for s in trace(monitor, "r").sentences] == [48]
+    monitor.publish([first.summary(started=[started("r")]), first.summary(tokens=[tokens("r", 48)])])
+    looks = [Look("r", 48), Look("r", 52)]
+    monitor.publish([second.summary(looks), second.summary(finished=[finished("r", 48)])])
+    monitor.publish([first.summary(looks), first.summary(finished=[finished("r", 54)])])
+    response = trace(monitor, "r")
+    assert [s.end_token for s in response.sentences] == [6 * i + 6 for i in range(9)]
+    assert {s.role for s in response.sentences[:8]} == {summary_pb2.ROLE_SYSTEM, summary_pb2.ROLE_USER}
+    assert (response.info.state, response.info.rows_kept) == (monitor_pb2.REQUEST_STATE_FINISHED, 2)
+    assert monitor.metric("stream_monitor_requests_started_total") == 1
+
+
 def test_a_missing_rank_makes_steps_partial_after_the_deadline(run: Callable[..., Running]) -> None:
     monitor = run(merge_deadline_seconds=0.1)
     rank = Engine(engine(tensor_parallel_size=2))
