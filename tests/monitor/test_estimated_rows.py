@@ -1,0 +1,58 @@
+"""What the estimator finds on random keys, packed as the engine packs it, is what the monitor takes in."""
+
+import numpy as np
+import pytest
+import torch
+
+from stream_kernels import reference
+from stream_kernels.search import SearchConfig
+from stream_monitor.engine.packing import pack_rows
+from stream_monitor.engine.requests import RowLabel
+from stream_monitor.monitor.rows import decode
+from stream_monitor.records import Phase
+from stream_monitor.v1alpha1 import summary_pb2
+from tests.monitor.synthetic import engine
+from tests.stream_kernels.cases import Case, draw
+
+CONTEXTS = (1, 31, 32, 33, 70, 97, 500, 2300)
+
+
+@pytest.mark.parametrize("strategy", ["descent", "beam", "exact"])
+def test_estimates_of_every_context_length_are_sound(strategy: str) -> None:
+    config = SearchConfig(strategy=strategy, top_k=4)
+    case = Case(config, CONTEXTS, grid=False)
+    inputs = draw(case)
+    found = reference.search(
+        inputs.queries, inputs.keys, inputs.block_tables, torch.as_tensor(inputs.context_lens), config
+    )
+    labels = [
+        RowLabel(
+            request_id=f"r{index}",
+            position=context - 1,
+            attempt=0,
+            phase=Phase.DECODE,
+            refused_reason="",
+            sampled=True,
+        )
+        for index, context in enumerate(CONTEXTS)
+    ]
+    packed = pack_rows(found, labels, list(range(len(CONTEXTS))))
+    fields = {name: getattr(packed, name) for name in summary_pb2.Rows.DESCRIPTOR.fields_by_name if name != "count"}
+    info = engine(
+        layers=range(case.layers),
+        heads=range(case.total_heads),
+        geometry=summary_pb2.BlockGeometry(
+            block_size=config.block_size,
+            top_k=config.top_k,
+            sink_blocks=config.sink_blocks,
+            recent_blocks=config.recent_blocks,
+            strategy=strategy,
+        ),
+    )
+    rows = decode(summary_pb2.Rows(count=len(CONTEXTS), **fields), info, ())
+    for row, context in zip(rows, CONTEXTS, strict=True):
+        assert row.keys.max() < context
+        assert row.mass.sum() + row.unobserved == pytest.approx(row.heads, rel=0.01)
+        assert row.heads == case.layers * case.total_heads
+    assert rows[0].keys.tolist() == [0]
+    assert np.isclose(rows[0].unobserved, 0)
