@@ -76,14 +76,13 @@ class Running:
         self.thread.join(TIMEOUT)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[..., Running]]:
-    """Starts monitors; settings are given by name."""
+def starter(folder: Path) -> Iterator[Callable[..., Running]]:
+    """Starts monitors, settings given by name, and stops them all at the end."""
     running: list[Running] = []
 
     def start(**settings: Any) -> Running:
         defaults = {
-            "ingest": f"unix:{tmp_path / 'ingest.sock'}",
+            "ingest": f"unix:{folder / 'ingest.sock'}",
             "grpc": "127.0.0.1:0",
             "http": "127.0.0.1:0",
             "shutdown_grace_seconds": 1,
@@ -97,6 +96,19 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 
 @pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts monitors."""
+    yield from starter(tmp_path)
+
+
+@pytest.fixture
 def monitor(run: Callable[..., Running]) -> Running:
     """A monitor at default limits."""
     return run()
+
+
+@pytest.fixture(scope="module")
+def shared_monitor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """One monitor for all tests of a module that only look at what changed."""
+    for start in starter(tmp_path_factory.mktemp("shared")):
+        yield start()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import grpc
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_monitor.v1alpha1 import ingest_pb2, ingest_pb2_grpc, monitor_pb2, summary_pb2
@@ -133,8 +133,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_message_ends_its_own_stream_with_a_name(monitor: Running, name: str) -> None:
+def test_a_bad_message_ends_its_own_stream_with_a_name(shared_monitor: Running, name: str) -> None:
+    monitor = shared_monitor
     make, status, reason = BAD[name]
+    before = monitor.metric("stream_monitor_messages_total", outcome="invalid", reason=reason)
     other, bystander = Stream(monitor), Engine()
     assert other.send(bystander.summary(started=[started("fine")])).outcome == ACCEPTED
     summary = make()
@@ -142,7 +144,7 @@ def test_a_bad_message_ends_its_own_stream_with_a_name(monitor: Running, name: s
         monitor.publish_raw([ingest_pb2.PublishRequest(summary=summary).SerializeToString()])
     assert error.value.code() is status
     assert error.value.details()
-    assert monitor.metric("stream_monitor_messages_total", outcome="invalid", reason=reason) == 1
+    assert monitor.metric("stream_monitor_messages_total", outcome="invalid", reason=reason) == before + 1
     assert other.send(bystander.summary([Look("fine", 48)])).outcome == ACCEPTED
     other.close()
 
@@ -376,9 +378,10 @@ def test_a_refused_request_says_why(monitor: Running) -> None:
     assert monitor.metric("stream_monitor_requests_refused_total") == 1
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_no_bytes_bring_the_monitor_down(monitor: Running, data: st.DataObject) -> None:
+def test_no_bytes_bring_the_monitor_down(shared_monitor: Running, data: st.DataObject) -> None:
+    monitor = shared_monitor
     whole = bytearray(ingest_pb2.PublishRequest(summary=good()).SerializeToString())
     if data.draw(st.booleans()):
         raw = data.draw(st.binary(max_size=200))
