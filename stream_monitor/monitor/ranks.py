@@ -47,11 +47,6 @@ class Rank:
         """Watched (layer, query head) pairs: what one row counts in the ledger."""
         return len(self.engine.layers) * len(self.engine.query_heads)
 
-    @property
-    def name(self) -> str:
-        """Its place in the engine, such as "tp1", as in RequestInfo.missing_ranks."""
-        return rank_name(self.engine, self.engine.tensor_parallel_rank, self.engine.pipeline_parallel_rank)
-
 
 def rank_name(engine: summary_pb2.EngineInfo, tensor: int, pipeline: int) -> str:
     """Name of one place in an engine; an axis of size 1 is left out."""

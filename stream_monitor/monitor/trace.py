@@ -27,8 +27,8 @@ MAX_PENDING_ROWS = 1024
 MAX_FINDINGS = 64
 """Findings kept with a trace, newest last; the event log has the others as long as it holds them."""
 
-_TRACE_BYTES, _SPAN_BYTES, _ROW_BYTES = 4096, 128, 320
-"""Measured sizes of the Python objects, for the memory bound."""
+_TRACE_BYTES, _SPAN_BYTES, _ROW_BYTES = 4096, 128, 560
+"""Sizes of the Python objects, by tracemalloc on 64-bit CPython 3.11, for the memory bound."""
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ class RequestTrace:
         """The request was scheduled. The same prompt again is the same start, told by another rank or after
         preemption; another prompt is a session going on: what it replaces is cut off and discarded as `readded`."""
         if not self.joined_late and started.prompt_tokens == self.prompt_tokens:
-            if started.prompt_flags and not self._prompt_split and not self._kept and self._builder_is_fresh():
+            if started.prompt_flags and not self._prompt_split and not self._kept and self.output_tokens == 0:
                 self._split_prompt(started, 0)
             return
         end = min(self._builder.end - 1, started.prompt_tokens) if self._builder else 0
@@ -182,9 +182,6 @@ class RequestTrace:
         rows = [row for row, _, _ in self._kept.values()] + list(self._pending.values())
         pairs = sorted((row.position, row.attempt) for row in rows if row.token)
         return [position for position, _ in pairs], [attempt for _, attempt in pairs]
-
-    def _builder_is_fresh(self) -> bool:
-        return self._builder is not None and self._builder.end == self.prompt_tokens
 
     def _split_prompt(self, started: summary_pb2.RequestStarted, keep: int) -> None:
         """Sentences of the prompt, from the end of the first `keep` sentences held."""
