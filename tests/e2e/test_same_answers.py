@@ -13,19 +13,21 @@ pytestmark = pytest.mark.engine
 
 SHARED_PREFIX = "You are a careful assistant. Think step by step, check each step, and state the final answer plainly. " * 6
 ABORTED = "r5"
+SEEDED = "r0"
 
 
 def requests(model: Path) -> list[Request]:
     """16 requests: a shared prefix, uneven lengths, one aborted at a fixed step, one with two seeded samples."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    made = []
-    for i in range(16):
+    # First in the queue, so neither chunked nor preempted: the CPU runner of vLLM 0.32 itself fails on a seeded request
+    # whose prefill is cut (v1/worker/gpu_model_runner.py:3502, "CPU Generator does not use offset").
+    seeded = tokenizer("The next prime after 7 is")["input_ids"]
+    made = [Request(SEEDED, seeded, max_tokens=24, n=2, temperature=0.8, seed=1234)]
+    for i in range(1, 16):
         question = f"Question {i}: a train leaves at {i + 6}:15 and travels {40 + 7 * i} km at {50 + i} km/h. " * (1 + i % 4)
         request = Request(f"r{i}", tokenizer(SHARED_PREFIX + question)["input_ids"], max_tokens=24 + i)
         if request.request_id == ABORTED:
             request.abort_before_step = 20
-        if i == 7:
-            request.n, request.temperature, request.seed = 2, 0.8, 1234
         made.append(request)
     return made
 
@@ -40,7 +42,7 @@ def arms(offline: Callable[..., OfflineResult], model_dir: Path, dtype: str) -> 
         "max_num_seqs": 16,
         "max_num_batched_tokens": 128,
         "block_size": 32,
-        "num_gpu_blocks_override": 64,
+        "num_gpu_blocks_override": 36,
     }
 
     def spec(worker: str, repeat: int) -> Spec:
@@ -59,7 +61,7 @@ def test_the_workload_is_as_hard_as_it_claims(arms):
     chunked = [step for step in run["schedule"] if any(32 < tokens < 128 for tokens in step.values())]
     assert chunked, "no prompt was prefilled in chunks"
     assert 0 < len(run["tokens"][ABORTED][0]) < 29, "the abort came too late or too early"
-    assert run["tokens"]["r7"][0] != run["tokens"]["r7"][1], "the two samples are equal"
+    assert run["tokens"][SEEDED][0] != run["tokens"][SEEDED][1], "the two samples are equal"
     assert len(run["attention"][0]) == 30, "not every layer's attention was hashed"
 
 
@@ -88,10 +90,10 @@ def test_the_plug_in_captured_meanwhile_and_lost_nothing_unseen(arms):
 
 
 def test_kept_rows_are_the_positions_of_the_output_for_preempted_requests_too(arms):
-    result, prompts = arms["stream"], {}
+    result, prompts, missing = arms["stream"], {}, 0
     for summary in result.summaries:
         prompts |= {started.request_id: started.prompt_tokens for started in summary.started}
-    assert {id_ for id_ in result.runs[0]["preempted"]} <= set(prompts)
+    assert set(result.runs[0]["preempted"]) <= set(prompts)
     for parent, samples in result.runs[0]["tokens"].items():
         for index, sample in enumerate(samples):
             request_id = parent if len(samples) == 1 else f"{index}_{parent}"
@@ -99,4 +101,11 @@ def test_kept_rows_are_the_positions_of_the_output_for_preempted_requests_too(ar
                 continue
             positions = sorted(row.position for row in result.rows if row.request_id == request_id and row.phase != 1)
             start = prompts[request_id] - 1
-            assert positions == list(range(start, start + len(sample))), request_id
+            output = range(start, start + len(sample))
+            assert len(set(positions)) == len(positions), request_id
+            assert set(positions) <= set(output), request_id
+            missing += len(output) - len(positions)
+    # A preempted request's blocks may change hands before its last row is searched: such rows are counted, not kept.
+    counts = ledger(result.summaries)
+    lost = (counts["raced"] + counts.get("dropped", 0)) // (30 * 9)
+    assert missing <= lost <= missing + 1, "the aborted request, not looked at here, can have lost one"
