@@ -3,7 +3,7 @@
 The writer never waits and makes no system call: a full ring loses its oldest records, and the reader learns from the
 numbers in each record exactly how many records and rows it lost. Layout, all little-endian:
 
-    0      writer's page: ten uint64 words (`_MAGIC` .. `_CHUNK_ROWS`)
+    0      uint64 words: the writer's (`_MAGIC` .. `_CHUNK_ROWS`), and the reader's `_ATTEMPTED`
     4096   consumer slots 0 and 1, 16 KiB each: where the reader will resume, written alternately
     36864  data, `capacity` bytes; a byte's place is its monotone position modulo `capacity`
 
@@ -29,7 +29,7 @@ FOLDER = Path("/dev/shm")
 _NAME = re.compile(r"stream-monitor-ring-\d+-[0-9a-f]{16}")
 _MAGIC_VALUE = 0x676E69526E6F4D53  # b"SMonRing"
 _VERSION = 1
-_MAGIC, _FORMAT, _CAPACITY, _PID, _CLOSED, _HEAD, _TAIL, _SEQUENCE, _TOKEN_ROWS, _CHUNK_ROWS = range(10)
+_MAGIC, _FORMAT, _CAPACITY, _PID, _CLOSED, _HEAD, _TAIL, _SEQUENCE, _TOKEN_ROWS, _CHUNK_ROWS, _ATTEMPTED = range(11)
 _SLOT_BYTES = 16384
 _SLOTS = (4096, 4096 + _SLOT_BYTES)
 _DATA = 4096 + 2 * _SLOT_BYTES
@@ -258,6 +258,11 @@ class RingReader:
         first = Mark(*(self._words[word] for word in order))
         return first if first == Mark(*(self._words[word] for word in order)) else None
 
+    @property
+    def unread_share(self) -> float:
+        """Share of the ring that is written and not read yet."""
+        return (self._words[_HEAD] - max(self._mark.position, self._words[_TAIL])) / self._capacity
+
     def commit(self, mark: Mark, state: bytes) -> None:
         """Keep in the ring where a reader that takes over after a crash resumes, and `state`, at most STATE_BYTES.
 
@@ -278,6 +283,15 @@ class RingReader:
             if generation > best[0] and crc32(body) == crc:
                 best = (generation, Mark(*mark), body[_SLOT.size - 4 :])
         return best
+
+    @property
+    def attempted(self) -> int:
+        """Sequence of the last record that any reader of this ring tried to pass on; kept for successors."""
+        return int(self._words[_ATTEMPTED])
+
+    @attempted.setter
+    def attempted(self, sequence: int) -> None:
+        self._words[_ATTEMPTED] = sequence
 
     @property
     def closed_by_writer(self) -> bool:

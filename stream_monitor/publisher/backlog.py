@@ -5,7 +5,7 @@ Three queues, in ascending sequence:
     attempted   handed to gRPC at least once and not answered; sent again, first, after a reconnection. Never dropped,
                 because the monitor may have taken them in; bounded by the window.
     carriers    lifecycle entries of records whose rows were dropped
-    waiting     not sent yet; beyond `WAITING_BYTES` the oldest lose their rows and become carriers
+    waiting     not sent yet; where they fill `WAITING_BYTES` and the ring fills up, too, the oldest become carriers
 
 Whatever is answered is settled: the place to resume from moves on in the ring, together with all counts, so that a
 publisher that takes over after a crash sends exactly what was not settled, under the same sequence numbers.
@@ -31,6 +31,8 @@ from stream_monitor.records import Ledger, StepRecord, decode
 from stream_monitor.ring import Mark, Record, RingReader
 
 WAITING_BYTES = 8 << 20
+RING_SHARE = 0.5
+"""So much of the ring may wait, too, before the backlog drops anything."""
 CARRIER_BYTES = 4 << 20
 ONE_CARRIER_BYTES = 1 << 20
 """A quarter of the largest message that gRPC and the monitor take by default."""
@@ -71,6 +73,7 @@ class Backlog:
         self._carriers: deque[Entry] = deque()
         self._waiting: deque[Entry] = deque()
         self._attempted_bytes = self._carrier_bytes = self._waiting_bytes = 0
+        self._attempted_before = reader.attempted  # by a publisher that crashed
         self._cursor = 0  # entries of `attempted` sent on the present stream
         self._unreadable = Losses()
         self._last_sent: Ledger | None = None
@@ -80,8 +83,15 @@ class Backlog:
     # From the ring
 
     def take(self, most: int = 256) -> int:
-        """Move up to `most` records from the ring to the backlog; return how many."""
+        """Move up to `most` records from the ring to the backlog; return how many.
+
+        A full backlog leaves them in the ring while that has room, and only then drops rows: a burst is no loss.
+        """
         for count in range(most):
+            while self._waiting_bytes >= WAITING_BYTES:
+                if self._reader.unread_share < RING_SHARE:
+                    return count
+                self._drop_oldest()
             record = self._reader.read()
             if record is None:
                 return count
@@ -99,20 +109,14 @@ class Backlog:
         losses += self._unreadable
         self._unreadable = Losses()
         size = len(record.payload) + _ENTRY_OVERHEAD
-        self._waiting.append(
-            Entry(
-                record.mark.sequence + self._extra,
-                step,
-                record.mark,
-                size,
-                record.token_rows,
-                record.chunk_rows,
-                losses,
-            )
-        )
-        self._waiting_bytes += size
-        while self._waiting_bytes > WAITING_BYTES:
-            self._drop_oldest()
+        sequence = record.mark.sequence + self._extra
+        entry = Entry(sequence, step, record.mark, size, record.token_rows, record.chunk_rows, losses)
+        if record.mark.sequence <= self._attempted_before:
+            self._attempted.append(entry)
+            self._attempted_bytes += size
+        else:
+            self._waiting.append(entry)
+            self._waiting_bytes += size
 
     def _drop_oldest(self) -> None:
         """Drop the rows of the oldest entry that was never sent, and keep its lifecycle entries."""
@@ -176,6 +180,7 @@ class Backlog:
             return None
         self._attempted.append(entry)
         self._attempted_bytes += entry.size
+        self._reader.attempted = entry.mark.sequence
         return entry
 
     def _book(self, entry: Entry) -> None:

@@ -129,6 +129,7 @@ ACTIONS = [
 def test_the_books_are_right_whatever_happens(actions: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "WAITING_BYTES", module.WAITING_BYTES)
+        patch.setattr(module, "RING_SHARE", 0.0)
         patch.setattr(module, "WINDOW_ENTRIES", 3)
         model = Model()
         try:
@@ -152,6 +153,7 @@ def test_a_successor_does_not_reuse_the_number_of_a_correction() -> None:
 
 def test_a_successor_does_not_reuse_the_number_of_a_carrier(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAITING_BYTES", 4_000)
+    monkeypatch.setattr(module, "RING_SHARE", 0.0)
     model = Model()
     for action in (*["write"] * 9, "read", "send", "lose_answers", "crash", "grow"):
         getattr(model, action)()
@@ -162,6 +164,7 @@ def test_a_successor_does_not_reuse_the_number_of_a_carrier(monkeypatch: pytest.
 
 def test_what_is_sent_again_does_not_count_the_losses_of_what_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAITING_BYTES", 4_000)
+    monkeypatch.setattr(module, "RING_SHARE", 0.0)
     model = Model()
     for action in ("write", "read", "send", *["write"] * 9, "read", "send", "send"):
         getattr(model, action)()
@@ -174,6 +177,7 @@ def test_what_is_sent_again_does_not_count_the_losses_of_what_comes_later(monkey
 
 def test_lifecycle_entries_are_bounded_and_their_losses_are_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "WAITING_BYTES", 4_000)
+    monkeypatch.setattr(module, "RING_SHARE", 0.0)
     monkeypatch.setattr(module, "ONE_CARRIER_BYTES", 3_000)
     monkeypatch.setattr(module, "CARRIER_BYTES", 6_000)
     model = Model()
@@ -183,4 +187,23 @@ def test_lifecycle_entries_are_bounded_and_their_losses_are_not_forgotten(monkey
     assert len(model.backlog._carriers) <= 3
     model.finish()
     assert model.newest[1].token_rows.dropped["monitor_unreachable"] > 90 * PER_STEP
+    model.close()
+
+
+def test_a_full_backlog_leaves_a_burst_in_the_ring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "WAITING_BYTES", 4_000)
+    model = Model()
+    for _ in range(100):
+        model.write()
+    model.read()
+    assert len(model.backlog._waiting) <= 4
+    assert model.reader.unread_share > 0.03
+    model.finish()
+    assert model.newest[1].token_rows.dropped == {}
+    for _ in range(1000):
+        model.write()
+        model.read()
+    assert 0.4 < model.reader.unread_share < 0.51
+    model.finish()
+    assert model.newest[1].token_rows.dropped.keys() == {"monitor_unreachable"}
     model.close()
