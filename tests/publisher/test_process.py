@@ -52,7 +52,7 @@ def test_everything_arrives_in_order_and_the_ledger_counts_it(
     for _ in range(300):
         worker.step()
     worker.finish()
-    publisher.stop()
+    publisher.stop(15)
     assert sorted(monitor.accepted) == list(range(1, 302))
     first = monitor.accepted[1]
     assert (first.schema_version, first.engine.instance, first.step) == (1, INFO.instance, 1)
@@ -69,7 +69,7 @@ def test_each_summary_is_true_when_it_is_sent(worker: Worker, monitor: Monitor, 
     monitor.verdict = lambda summary: "quota" if summary.sequence % 3 == 0 else None
     for _ in range(50):
         worker.step()
-    publisher.stop()
+    publisher.stop(15)
     for summary in monitor.accepted.values():
         counts = {(c.outcome, c.reason): c.count for c in summary.ledger.token_rows}
         assert counts["expected", ""] == sum(counts.values()) - counts["expected", ""]
@@ -110,7 +110,7 @@ def test_a_summary_that_ends_the_stream_is_refused_and_the_others_arrive(
     wait_until(lambda: max(monitor.accepted) == 9)
     assert 3 not in monitor.accepted
     time.sleep(0.1)
-    publisher.stop()
+    publisher.stop(15)
     tokens, _ = check_ledger(monitor, worker)
     assert tokens[f"refused/monitor_{status.name.lower()}"] == 3 * HEADS
 
@@ -127,7 +127,7 @@ def test_a_monitor_that_restarts_gets_what_it_missed_and_nothing_twice(
             worker.step()
         monitor.start()
         wait_until(lambda due=due: len(monitor.accepted) == due)
-    publisher.stop()
+    publisher.stop(15)
     assert sorted(monitor.accepted) == list(range(1, 181))
     tokens, _ = check_ledger(monitor, worker)
     assert not any(key.startswith(("dropped", "refused")) for key in tokens)
@@ -150,7 +150,7 @@ def test_a_hung_monitor_costs_bounded_memory_and_every_loss_is_counted(
     assert grown < 40 << 20
     monitor.hang.clear()
     wait_until(lambda: max(monitor.accepted) >= worker.steps)
-    publisher.stop()
+    publisher.stop(15)
     tokens, _ = check_ledger(monitor, worker)
     assert tokens["dropped/monitor_unreachable"] > 0
 
@@ -166,7 +166,7 @@ def test_lifecycle_of_dropped_rows_still_arrives(worker: Worker, monitor: Monito
     worker.finish()
     monitor.start()
     wait_until(lambda: max(monitor.accepted) >= worker.steps + 1, 15)
-    publisher.stop()
+    publisher.stop(15)
     tokens, _ = check_ledger(monitor, worker)
     assert tokens["dropped/monitor_unreachable"] > 0
     assert tokens["dropped/ring_full"] == 0
@@ -179,7 +179,7 @@ def test_a_ring_that_overflows_is_counted_to_the_row(worker: Worker, monitor: Mo
         worker.step()
     publisher = PublisherProcess(worker.ring.name, INFO, monitor.address)
     publisher.start()
-    publisher.stop()
+    publisher.stop(15)
     tokens, chunks = check_ledger(monitor, worker)
     assert tokens["dropped/ring_full"] == 3 * chunks["dropped/ring_full"] > 0
     assert max(monitor.accepted) == 3000
@@ -193,7 +193,7 @@ def test_a_record_that_cannot_be_read_is_counted(
     worker.step(payload=b"\xc1 not msgpack")
     if not last:
         worker.step()
-    publisher.stop()
+    publisher.stop(15)
     tokens, chunks = check_ledger(monitor, worker) if not last else monitor.ledger()
     assert (tokens["dropped/torn"], chunks["dropped/torn"]) == (3 * HEADS, HEADS)
     assert tokens["expected"] == sum(tokens.values()) - tokens["expected"]
@@ -220,7 +220,7 @@ def test_a_publisher_that_is_killed_is_replaced_and_nothing_is_lost_or_counted_t
             worker.step()
         wait_until(lambda restarts=restarts: publisher.poll() and publisher.restarts == restarts)
         wait_until(lambda restarts=restarts: rows_received() == 70 * restarts - 1)
-    publisher.stop()
+    publisher.stop(15)
     tokens, _ = check_ledger(monitor, worker)
     assert tokens["refused/quota"] == 3 * HEADS
     assert not any(key.startswith("dropped") for key in tokens)
@@ -251,7 +251,7 @@ def test_it_runs_on_the_cpus_it_is_given_and_sleeps_when_idle(worker: Worker, mo
     before = sum(psutil.Process(publisher.pid).cpu_times()[:2])
     time.sleep(1)
     assert sum(psutil.Process(publisher.pid).cpu_times()[:2]) - before < 0.05
-    publisher.stop()
+    publisher.stop(15)
 
 
 def test_a_worker_killed_outright_leaves_no_process_no_memory_and_its_rows_arrive(monitor: Monitor) -> None:
@@ -289,7 +289,7 @@ def test_a_missing_monitor_is_mentioned_once(worker: Worker, tmp_path: Path, cap
     publisher.start()
     worker.step()
     time.sleep(2.6)
-    publisher.stop()
+    publisher.stop(15)
     lines = capfd.readouterr().err.splitlines()
     assert [line.split(": ", 1)[1] for line in lines] == [
         f"monitor at unix:{tmp_path}/nobody.sock unreachable, will keep trying",
