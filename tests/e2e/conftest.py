@@ -53,12 +53,24 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OfflineRe
             "STREAM_MONITOR_TARGET": target,
             **{f"STREAM_MONITOR_{key.upper()}": str(value) for key, value in settings.items()},
         }
-        command = [sys.executable, "-m", "tests.e2e.offline_engine", str(folder / "spec.json"), str(folder / "result.json")]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.e2e.offline_engine",
+            str(folder / "spec.json"),
+            str(folder / "result.json"),
+        ]
         log = folder / "engine.log"
         try:
             with log.open("w") as output:
                 code = subprocess.run(
-                    command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=600, check=False
+                    command,
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=600,
+                    check=False,
                 ).returncode
         finally:
             recorder.stop()

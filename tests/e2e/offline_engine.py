@@ -31,7 +31,11 @@ class Request:
 
 @dataclass
 class Spec:
-    """What to run. `worker` is "plain" or "stream"; `slow_estimator` delays each search by so many seconds."""
+    """What to run. `worker` is "plain" or "stream".
+
+    The requests run `repeat` times, with an empty prefix cache; from the second time on their ids end in `@1`, `@2`, ...
+    and each search is delayed by `slow_estimator` seconds.
+    """
 
     model: str
     worker: str
@@ -84,18 +88,18 @@ def run(spec: Spec) -> dict[str, Any]:
     hashes: list[tuple[int, int]] = []
     if spec.hash_attention:
         _hash_attention(native, hashes)
-    if spec.slow_estimator:
-        _slow_down(native, spec.slow_estimator)
     runs = []
-    for _ in range(spec.repeat):
-        runs.append(_run_once(engine, core.scheduler, spec.requests, hashes))
+    for number in range(spec.repeat):
+        if number and spec.slow_estimator:
+            _slow_down(native, spec.slow_estimator)
+        runs.append(_run_once(engine, core.scheduler, spec.requests, f"@{number}" if number else "", hashes))
         engine.reset_prefix_cache()
     status = native.stream_monitor_status() if spec.worker == "stream" else {}
     engine.engine_core.shutdown()
     return {"runs": [asdict(run) for run in runs], "status": status}
 
 
-def _run_once(engine: Any, scheduler: Any, requests: list[Request], hashes: list[tuple[int, int]]) -> Run:
+def _run_once(engine: Any, scheduler: Any, requests: list[Request], suffix: str, hashes: list[tuple[int, int]]) -> Run:
     from vllm import SamplingParams
 
     result = Run()
@@ -107,26 +111,30 @@ def _run_once(engine: Any, scheduler: Any, requests: list[Request], hashes: list
             max_tokens=request.max_tokens,
             ignore_eos=True,
         )
-        engine.add_request(request.request_id, {"prompt_token_ids": request.prompt_token_ids}, params)
+        engine.add_request(request.request_id + suffix, {"prompt_token_ids": request.prompt_token_ids}, params)
         result.tokens[request.request_id] = [[] for _ in range(request.n)]
+
+    def bare(request_id: str) -> str:
+        return request_id.removesuffix(suffix) if suffix else request_id
+
     native_schedule: Callable[[], Any] = scheduler.schedule
 
     def schedule(*args: Any, **kwargs: Any) -> Any:
         output = native_schedule(*args, **kwargs)
-        result.schedule.append(dict(output.num_scheduled_tokens))
-        result.preempted += sorted(output.scheduled_cached_reqs.resumed_req_ids)
+        result.schedule.append({bare(id_): tokens for id_, tokens in output.num_scheduled_tokens.items()})
+        result.preempted += sorted(map(bare, output.scheduled_cached_reqs.resumed_req_ids))
         return output
 
     scheduler.schedule = schedule
     while engine.has_unfinished_requests():
         for request in requests:
             if request.abort_before_step == len(result.schedule):
-                engine.abort_request([request.request_id])
+                engine.abort_request([request.request_id + suffix])
         hashes.clear()
         for output in engine.step():
             for sample in output.outputs:
-                result.tokens[output.request_id][sample.index] = list(sample.token_ids)
-            result.cached_tokens[output.request_id] = output.num_cached_tokens or 0
+                result.tokens[bare(output.request_id)][sample.index] = list(sample.token_ids)
+            result.cached_tokens[bare(output.request_id)] = output.num_cached_tokens or 0
         result.attention.append(list(hashes))
     scheduler.schedule = native_schedule
     return result

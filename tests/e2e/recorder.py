@@ -1,4 +1,4 @@
-"""An IngestService that keeps every summary it is sent: what a monitor would see, for tests to compare with the truth."""
+"""An IngestService that keeps every summary it is sent: what a monitor would see, to compare with the truth."""
 
 from collections.abc import Iterator
 from concurrent import futures
@@ -23,7 +23,7 @@ class Recorder(ingest_pb2_grpc.IngestServiceServicer):
         self._server.add_insecure_port(address)
         self._server.start()
 
-    def Publish(  # noqa: N802 - the generated base class names it
+    def Publish(
         self, request_iterator: Iterator[ingest_pb2.PublishRequest], context: grpc.ServicerContext
     ) -> Iterator[ingest_pb2.PublishResponse]:
         for request in request_iterator:

@@ -11,7 +11,9 @@ from tests.e2e.offline_engine import Request, Spec
 
 pytestmark = pytest.mark.engine
 
-SHARED_PREFIX = "You are a careful assistant. Think step by step, check each step, and state the final answer plainly. " * 6
+SHARED_PREFIX = (
+    "You are a careful assistant. Think step by step, check each step, and state the final answer plainly. " * 6
+)
 ABORTED = "r5"
 SEEDED = "r0"
 
@@ -24,7 +26,9 @@ def requests(model: Path) -> list[Request]:
     seeded = tokenizer("The next prime after 7 is")["input_ids"]
     made = [Request(SEEDED, seeded, max_tokens=24, n=2, temperature=0.8, seed=1234)]
     for i in range(1, 16):
-        question = f"Question {i}: a train leaves at {i + 6}:15 and travels {40 + 7 * i} km at {50 + i} km/h. " * (1 + i % 4)
+        question = f"Question {i}: a train leaves at {i + 6}:15 and travels {40 + 7 * i} km at {50 + i} km/h. " * (
+            1 + i % 4
+        )
         request = Request(f"r{i}", tokenizer(SHARED_PREFIX + question)["input_ids"], max_tokens=24 + i)
         if request.request_id == ABORTED:
             request.abort_before_step = 20

@@ -22,9 +22,13 @@ MEDIAN_BOUND, P99_BOUND = 0.02, 0.05
 NEW_TOKENS = 12
 
 
-def capture(offline: Callable[..., OfflineResult], model: Path, dtype: str, context: int, **settings: object):
-    """Two requests decode side by side; returns their captured rows and full token ids."""
-    prompts = {"long": prose(str(model), context), "other": prose(str(model), context + 40)[40:]}
+def capture(
+    offline: Callable[..., OfflineResult], model: Path, dtype: str, context: int, company: bool, **settings: object
+):
+    """Decode some tokens after a long text; returns the captured rows and each request's full token ids."""
+    prompts = {"long": prose(str(model), context)}
+    if company:
+        prompts["other"] = prose(str(model), context + 40)[40:]
     engine = {"dtype": dtype, "enforce_eager": True, "max_model_len": 8192, "max_num_seqs": 4}
     result = offline(
         Spec(str(model), "stream", engine, [Request(i, ids, NEW_TOKENS) for i, ids in prompts.items()]),
@@ -44,8 +48,10 @@ def true_masses(model: Path, token_ids: list[int], layers: tuple[int, ...]) -> N
 
 @pytest.fixture(scope="session")
 def exact_capture(offline, model_dir, dtype):
-    """Every block of every row, by the exact strategy, over 4,000 tokens."""
-    return capture(offline, model_dir, dtype, 4000, strategy="exact", top_k=160, layers="0,9,15,21,29", heads="all")
+    """Every block of every row, by the exact strategy, over 4,000 tokens, beside a second request."""
+    return capture(
+        offline, model_dir, dtype, 4000, True, strategy="exact", top_k=160, layers="0,9,15,21,29", heads="all"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -91,13 +97,18 @@ def test_captured_rows_equal_recomputed_attention(exact_capture, exact_truth, re
 
 def mutants(capture) -> dict[str, list[CapturedRow]]:
     """Five ways in which a capture could be wrong and look right."""
-    rows, first = rows_of_long(capture)
+    rows, _ = rows_of_long(capture)
     other = {row.position: row for row in capture[0] if row.request_id == "other"}
     swapped = [
         replace(other[row.position], request_id="long") if row.position in other else replace(row) for row in rows
     ]
     heads = [
-        replace(row, block_ids=np.roll(row.block_ids, 1, 1), block_share=np.roll(row.block_share, 1, 1), forced_share=np.roll(row.forced_share, 1, 1))
+        replace(
+            row,
+            block_ids=np.roll(row.block_ids, 1, 1),
+            block_share=np.roll(row.block_share, 1, 1),
+            forced_share=np.roll(row.forced_share, 1, 1),
+        )
         for row in rows
     ]
     # One decode step apart: what the neighbouring position read, under this position's name.
@@ -124,7 +135,7 @@ def test_a_wrong_capture_fails_the_same_check(mutant, exact_capture, exact_truth
 @pytest.fixture(scope="session")
 def default_capture(offline, model_dir, dtype):
     """The default strategy and table over 7,000 tokens, every layer and head."""
-    return capture(offline, model_dir, dtype, 7040, layers="0,9,15,21,29", heads="all")
+    return capture(offline, model_dir, dtype, 7040, False, layers="0,9,15,21,29", heads="all")
 
 
 @pytest.fixture(scope="session")
@@ -149,6 +160,9 @@ def test_the_default_search_keeps_nine_tenths_of_what_exact_keeps(default_captur
         best.append(np.sort(inner, -1)[..., -8:].sum(-1) / total)
         reads.append(row.keys_read / (row.position + 1))
     ratio = float(np.mean(kept) / np.mean(best))
-    print(f"inner recall {np.mean(kept):.3f}, exact's {np.mean(best):.3f}, ratio {ratio:.3f}, keys read {np.mean(reads):.1%}")
+    print(
+        f"inner recall {np.mean(kept):.3f}, exact's {np.mean(best):.3f}, ratio {ratio:.3f}, "
+        f"keys read {np.mean(reads):.1%}"
+    )
     assert math.isfinite(ratio)
     assert ratio >= 0.9

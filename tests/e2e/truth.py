@@ -34,7 +34,9 @@ def attention_rows(
     cache = None
     with torch.inference_mode():
         for begin in range(0, first, CHUNK):
-            cache = network(ids[:, begin : min(begin + CHUNK, first)], past_key_values=cache, use_cache=True).past_key_values
+            cache = network(
+                ids[:, begin : min(begin + CHUNK, first)], past_key_values=cache, use_cache=True
+            ).past_key_values
         network.set_attn_implementation("eager")
         attentions = network(ids[:, first:], past_key_values=cache, output_attentions=True).attentions
     chosen = [attentions[index] for index in (layers or range(len(attentions)))]
