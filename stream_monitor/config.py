@@ -82,7 +82,8 @@ class CaptureSettings(_Layered):
     stride: int = Field(4, ge=1, le=4096, description="Capture one row in every `stride` positions of a request.")
     layers: str = Field(
         "auto",
-        description="Layers to watch: auto, all, or a list such as 8,12,20-23. auto picks layers evenly over the upper two thirds of the model, as many as max_heads allows, at most 4.",
+        description="Layers to watch: auto, all, or a list such as 8,12,20-23. auto picks layers evenly over the upper "
+        "two thirds of the model, as many as max_heads allows, at most 4.",
     )
     heads: str = Field("auto", description="Query heads to watch in each layer of a rank: auto, all, or a list.")
     max_heads: int = Field(32, ge=1, le=4096, description="Watched (layer, head) pairs per rank under auto.")
@@ -91,13 +92,21 @@ class CaptureSettings(_Layered):
     top_k: int = Field(8, ge=1, le=4096, description="Key blocks kept per query head.")
     sink_blocks: int = Field(1, ge=0, le=16, description="First blocks, always kept.")
     recent_blocks: int = Field(2, ge=1, le=64, description="Last blocks, always kept.")
-    max_requests: int = Field(256, ge=1, le=4096, description="Requests captured at a time; others are refused, counted.")
-    audit_every: int = Field(64, ge=0, description="Recompute one (layer, head, row) exactly every so many captured steps; 0: never.")
+    max_requests: int = Field(
+        256, ge=1, le=4096, description="Requests captured at a time; others are refused, counted."
+    )
+    audit_every: int = Field(
+        64, ge=0, description="Recompute one (layer, head, row) exactly every so many captured steps; 0: never."
+    )
     ring_bytes: int = Field(16 << 20, ge=1 << 16, le=1 << 32, description="Size of the shared-memory ring.")
-    queue_steps: int = Field(4, ge=1, le=64, description="Captured steps that may wait for the estimator; more are dropped, counted.")
+    queue_steps: int = Field(
+        4, ge=1, le=64, description="Captured steps that may wait for the estimator; more are dropped, counted."
+    )
     send_token_ids: bool = Field(False, description="Let token ids, and so text, leave the engine.")
     client_may_disable: bool = Field(False, description="Let a request switch its own monitoring off.")
-    allow_untested_engine: bool = Field(False, description="Capture on a vLLM version this release was not tested with.")
+    allow_untested_engine: bool = Field(
+        False, description="Capture on a vLLM version this release was not tested with."
+    )
 
     @field_validator("target")
     @classmethod
@@ -113,15 +122,23 @@ class MonitorSettings(_Layered):
     http: str = Field("127.0.0.1:9751", description="Address for /metrics, /healthz and /readyz: host:port.")
     insecure: bool = Field(False, description="Listen beyond loopback without TLS.")
     max_traces: int = Field(10_000, ge=1, description="Request traces held; the oldest finished ones go first.")
-    max_trace_bytes: int = Field(1 << 30, ge=1 << 20, description="Memory of all traces, estimated; beyond it the oldest go.")
+    max_trace_bytes: int = Field(
+        1 << 30, ge=1 << 20, description="Memory of all traces, estimated; beyond it the oldest go."
+    )
     max_sentences: int = Field(4096, ge=16, description="Sentences per request; later ones are counted, not kept.")
     max_message_bytes: int = Field(4 << 20, ge=1 << 16, le=64 << 20, description="Largest summary taken in.")
     max_engines: int = Field(256, ge=1, description="Engine ranks at a time; others are refused.")
     max_subscribers: int = Field(256, ge=1, description="Subscribers at a time.")
-    subscriber_queue: int = Field(1024, ge=1, description="Events that wait for a slow subscriber; then the oldest are lost, counted.")
+    subscriber_queue: int = Field(
+        1024, ge=1, description="Events that wait for a slow subscriber; then the oldest are lost, counted."
+    )
     event_log: int = Field(65_536, ge=1, description="Events held for subscribers that resume.")
-    merge_deadline_seconds: float = Field(2.0, gt=0, description="A step whose ranks have not all arrived by then is partial.")
-    shutdown_grace_seconds: float = Field(3.0, ge=0, description="Time calls get to end after NOT_SERVING was announced.")
+    merge_deadline_seconds: float = Field(
+        2.0, gt=0, description="A step whose ranks have not all arrived by then is partial."
+    )
+    shutdown_grace_seconds: float = Field(
+        3.0, ge=0, description="Time calls get to end after NOT_SERVING was announced."
+    )
 
     @field_validator("ingest", "grpc", "http")
     @classmethod

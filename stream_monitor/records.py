@@ -124,8 +124,8 @@ class RequestFinished(msgspec.Struct):
 class RowLedger(msgspec.Struct):
     """Cumulative row counts of one class of rows (tokens or chunks), in rows x layers x heads.
 
-    `expected = captured + sampled_out + raced + sum(dropped) + sum(refused) + sum(discarded)` once nothing is in flight. In the ring
-    `captured` counts what was written to it; the publisher replaces that by what the monitor acknowledged.
+    Once nothing is in flight, expected = captured + sampled_out + raced + sum(dropped) + sum(refused) + sum(discarded).
+    In the ring `captured` counts what was written to it; the publisher replaces that by what the monitor acknowledged.
     """
 
     expected: int = 0

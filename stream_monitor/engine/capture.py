@@ -215,7 +215,8 @@ class Capture:
                 return self.fail(tap.fault)
             if slot.taken[layer] != len(batch.request_ids):
                 return self.fail(
-                    f"watched layer {layer} left {slot.taken[layer]} query rows where the batch has {len(batch.request_ids)}"
+                    f"watched layer {layer} left {slot.taken[layer]} query rows where the batch has "
+                    f"{len(batch.request_ids)}"
                 )
         assert self._current is not None
         slot.snapshot(batch, self._current.sampled, self._generations.now)

@@ -1,4 +1,7 @@
-"""Every fact about vLLM's internals that the plug-in relies on, and nothing else. Paths are under `vllm/`, read in 0.32.0."""
+"""Every fact about vLLM's internals that the plug-in relies on, and nothing else.
+
+Paths are under `vllm/`, read in 0.32.0.
+"""
 
 import contextlib
 import hashlib
@@ -16,7 +19,7 @@ TESTED_VERSIONS = ("0.32",)
 """vLLM minor versions the suite ran against."""
 
 BACKENDS = {"cpu": {"CPU_ATTN": "stream_monitor.engine.backends.cpu.StreamCPUAttentionBackend"}}
-"""Platform -> native member of AttentionBackendEnum -> our subclass. A platform that is not here is refused by the plan."""
+"""Platform -> native member of AttentionBackendEnum -> our subclass. The plan refuses a platform that is not here."""
 
 NATIVE_WORKERS = {
     "cpu": "vllm.v1.worker.cpu_worker.CPUWorker",
@@ -62,19 +65,34 @@ def engine_refusals(vllm_config: Any, allow_untested: bool) -> tuple[str, ...]:
     version, platform = vllm_version(), platform_name()
     tested = any(version.startswith(f"{minor}.") for minor in TESTED_VERSIONS)
     checks: list[tuple[bool, str]] = [
-        (platform not in BACKENDS, f"platform {platform} is not supported by this release; supported: {', '.join(BACKENDS)}"),
+        (
+            platform not in BACKENDS,
+            f"platform {platform} is not supported by this release; supported: {', '.join(BACKENDS)}",
+        ),
         (
             not tested and not allow_untested,
             f"vLLM {version} was not tested with this release (tested: {', '.join(TESTED_VERSIONS)}); "
             "STREAM_MONITOR_ALLOW_UNTESTED_ENGINE=1 tries all the same",
         ),
-        (uses_v2_runner(vllm_config), "model runner V2 is not supported by this release; VLLM_USE_V2_MODEL_RUNNER=0 selects V1"),
+        (
+            uses_v2_runner(vllm_config),
+            "model runner V2 is not supported by this release; VLLM_USE_V2_MODEL_RUNNER=0 selects V1",
+        ),
         (model.runner_type != "generate", f"a {model.runner_type} model generates no text"),
         (bool(getattr(model, "is_encoder_decoder", False)), "encoder-decoder models are not supported"),
-        (getattr(parallel, "decode_context_parallel_size", 1) > 1, "decode context parallelism shards the keys of a request"),
-        (getattr(parallel, "prefill_context_parallel_size", 1) > 1, "prefill context parallelism shards the keys of a request"),
+        (
+            getattr(parallel, "decode_context_parallel_size", 1) > 1,
+            "decode context parallelism shards the keys of a request",
+        ),
+        (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "prefill context parallelism shards the keys of a request",
+        ),
         (bool(getattr(parallel, "use_ubatching", False)), "dual-batch overlap runs two forward passes per step"),
-        (bool(getattr(scheduler, "async_scheduling", False)), "asynchronous scheduling is not supported by this release"),
+        (
+            bool(getattr(scheduler, "async_scheduling", False)),
+            "asynchronous scheduling is not supported by this release",
+        ),
         (vllm_config.speculative_config is not None, "speculative decoding is not supported by this release"),
         (
             bool(getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False)),
@@ -100,6 +118,7 @@ def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
         impl = getattr(layer, "impl", None)
         if impl is None and not hasattr(layer, "kv_cache"):
             continue  # such as a fused mixture-of-experts layer
+        attention = getattr(layer, "attn_type", "decoder")
         facts = LayerFacts(
             name=name,
             index=extract_layer_index(name),
@@ -110,7 +129,7 @@ def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
             head_dim=int(getattr(layer, "head_size", 0)),
             scale=float(getattr(impl, "scale", 0.0)),
             tapped=isinstance(impl, TappedAttention),
-            attention_type=str(getattr(layer.attn_type, "value", layer.attn_type)) if hasattr(layer, "attn_type") else "decoder",
+            attention_type=str(getattr(attention, "value", attention)),
             kv_cache_dtype=str(getattr(layer, "kv_cache_dtype", "auto")),
             sliding_window=max(0, getattr(layer, "sliding_window", None) or 0),
             logits_soft_cap=float(getattr(impl, "logits_soft_cap", 0) or 0),
@@ -141,7 +160,7 @@ def served_model_name(vllm_config: Any) -> str:
 
 @dataclass(frozen=True)
 class PagedLayerCache:
-    """The KV cache of one layer, as a view of [pages, kv_heads, page_size, 2 * head_dim], and the group it belongs to."""
+    """The KV cache of one layer, a view of [pages, kv_heads, page_size, 2 * head_dim], and the group it belongs to."""
 
     tensor: Any
     group: int
@@ -174,7 +193,7 @@ def tokens_per_block(runner: Any) -> list[int]:
     """Tokens per block, per KV cache group.
 
     Raises:
-        ValueError: the kernels split the scheduler's blocks (v1/worker/utils.py:460), so ids of one are not the other's.
+        ValueError: the kernels split the scheduler's blocks (v1/worker/utils.py:460), so that their ids differ.
     """
     tokens = [group.kv_cache_spec.block_size for group in runner.kv_cache_config.kv_cache_groups]
     if tokens != [table.block_size for table in runner.input_batch.block_table.block_tables]:
@@ -280,7 +299,9 @@ def read_schedule(output: Any, block_tokens: list[int], connector: bool) -> Sche
 
 def _blocks_from(block_ids: Iterable[list[int]], computed: int, block_tokens: list[int]) -> list[int]:
     """Blocks at or beyond position `computed`, over all groups."""
-    return [block for group, tokens in zip(block_ids, block_tokens, strict=True) for block in group[computed // tokens :]]
+    return [
+        block for group, tokens in zip(block_ids, block_tokens, strict=True) for block in group[computed // tokens :]
+    ]
 
 
 @dataclass(frozen=True)
@@ -321,7 +342,8 @@ def sampled_tokens(output: Any) -> dict[str, list[int]]:
 def compute_cpus() -> set[int]:
     """CPUs that vLLM's CPU workers of this host compute on (utils/ompmultiprocessing.py:96).
 
-    This worker's own are its affinity. An explicit binding such as `0-3|4-7` names the other ranks' too; `auto` does not.
+    This worker's own are its affinity. An explicit binding such as `0-3|4-7` names the other ranks' too; `auto` names
+    none.
     """
     import os
 

@@ -51,7 +51,10 @@ def plan_for(model: str, settings: CaptureSettings) -> CapturePlan:
 @contextlib.contextmanager
 def _single_rank(config: Any) -> Iterator[None]:
     """Process groups of size one, as vLLM's layers expect them."""
-    with tempfile.TemporaryDirectory() as folder, compat.single_rank_groups(config, f"file://{Path(folder) / 'rendezvous'}"):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        compat.single_rank_groups(config, f"file://{Path(folder) / 'rendezvous'}"),
+    ):
         yield
 
 
@@ -77,7 +80,12 @@ def show(plan: CapturePlan, settings: CaptureSettings, console: Console) -> None
         else:
             verdict = "not watched"
         table.add_row(
-            str(facts.index), facts.name, facts.implementation, f"{facts.query_heads}/{facts.kv_heads}", str(facts.head_dim), verdict
+            str(facts.index),
+            facts.name,
+            facts.implementation,
+            f"{facts.query_heads}/{facts.kv_heads}",
+            str(facts.head_dim),
+            verdict,
         )
     console.print(table)
     for reason in plan.reasons:

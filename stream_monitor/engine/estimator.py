@@ -14,9 +14,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from stream_kernels.cpu import ROW_INVALID, ROW_OK, ROW_RACED, CpuSearch
 from stream_kernels.search import BlockSummary
-
 from stream_monitor.engine.blocks import BlockGenerations
 from stream_monitor.engine.ledger import count, merged
 from stream_monitor.engine.packing import pack_rows
@@ -131,7 +131,7 @@ class Estimator:
         self._write(job, rows, audits)
 
     def _estimate(self, slot: StepSlot) -> tuple[Rows | None, list[Audit]]:
-        """Search the slot's rows; rows whose keys may have been rewritten meanwhile are counted `raced` and left out."""
+        """Search the slot's rows; those whose keys may have been rewritten meanwhile are counted `raced`, left out."""
         labels, rows = slot.labels, len(slot.labels)
         queries = slot.queries[:, slot.batch_rows[:rows]]
         tables = [table[:rows] for table in slot.tables]
@@ -147,7 +147,8 @@ class Estimator:
         keep = [row for row in range(rows) if status[row] == ROW_OK]
         if not keep:
             return None, []
-        return pack_rows(self._summary.first_rows(rows), labels, keep), self._audit(keep, queries, tables, contexts, taken)
+        packed = pack_rows(self._summary.first_rows(rows), labels, keep)
+        return packed, self._audit(keep, queries, tables, contexts, taken)
 
     def _audit(
         self,
@@ -192,4 +193,7 @@ def _labels_of(rows: Rows | None) -> list[RowLabel]:
     """Just enough of a label to count a packed row."""
     if rows is None:
         return []
-    return [RowLabel(request_id, 0, 0, Phase(phase), "", True) for request_id, phase in zip(rows.request_ids, rows.phases, strict=True)]
+    return [
+        RowLabel(request_id, 0, 0, Phase(phase), "", True)
+        for request_id, phase in zip(rows.request_ids, rows.phases, strict=True)
+    ]

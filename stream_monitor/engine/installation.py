@@ -1,4 +1,4 @@
-"""Builds the capture of one worker, station by station: plan at load, bind to the KV cache, arm after warm-up, close."""
+"""Builds the capture of one worker, by stations: plan at load, bind to the KV cache, arm after warm-up, close."""
 
 import logging
 import os
@@ -6,7 +6,6 @@ from typing import Any
 
 from stream_kernels.cpu import CpuSearch
 from stream_kernels.search import BlockSummary, SearchConfig
-
 from stream_monitor import __version__
 from stream_monitor.config import CaptureSettings, SettingsError, load
 from stream_monitor.engine import compat
@@ -139,7 +138,9 @@ class Installation:
         assert self._capture is not None
         assert self._estimator is not None
         assert self._ring is not None
-        self._publisher = PublisherProcess(self._ring.name, self._engine_info(), self._settings.target, self._free_cpus())
+        self._publisher = PublisherProcess(
+            self._ring.name, self._engine_info(), self._settings.target, self._free_cpus()
+        )
         self._publisher.start()
         self._estimator.start()
         self._capture.arm(self._estimator)

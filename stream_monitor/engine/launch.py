@@ -31,5 +31,6 @@ def main(model: str, flags: list[str]) -> int:
         line = command(model, flags)
     except (SettingsError, ValueError) as error:
         print(f"stream-monitor vllm: {error}", file=sys.stderr)
-        return 2
-    os.execv(line[0], line)
+    else:
+        os.execv(line[0], line)
+    return 2

@@ -1,8 +1,8 @@
 """A BlockSummary as the packed bytes of the wire (`summary.proto`, Rows)."""
 
 import numpy as np
-from stream_kernels.search import BlockSummary
 
+from stream_kernels.search import BlockSummary
 from stream_monitor.engine.requests import RowLabel
 from stream_monitor.records import Rows
 

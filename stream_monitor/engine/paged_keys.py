@@ -1,13 +1,13 @@
-"""The engine's KV cache as the search reads it: layout read off the engine's own writer, then checked on the real cache."""
+"""The engine's KV cache as the search reads it: layout read off the engine's writer, then checked on the real cache."""
 
 from typing import Any
 
 import numpy as np
 import torch
+
 from stream_kernels.cpu import CpuSearch
 from stream_kernels.layout import KeyLayout, PagedKeys, probe_permutation
 from stream_kernels.search import BlockSummary, SearchConfig
-
 from stream_monitor.engine.compat import PagedLayerCache, cpu_cache_writer
 
 CHECK_TOLERANCE = 0.02
@@ -107,6 +107,6 @@ def _compare(
         bound = CHECK_TOLERANCE if config.strategy == "exact" else 1.0  # the unread remainder is an estimate
         if not abs(exact - total) <= bound:
             raise LayoutError(
-                f"self-check failed: watched layer {layer}, head {head} has total log-sum-exp {total:.4f} by the search "
-                f"and {exact:.4f} by dense attention"
+                f"self-check failed: watched layer {layer}, head {head} has total log-sum-exp {total:.4f} by the "
+                f"search and {exact:.4f} by dense attention"
             )

@@ -116,7 +116,10 @@ def layer_refusals(facts: LayerFacts) -> tuple[str, ...]:
     """Every reason why this layer's attention cannot be recomputed exactly from its KV cache."""
     checks: list[tuple[bool, str]] = [
         (facts.kind == "MLAAttention", "latent attention (MLA) keeps no per-head keys"),
-        (facts.kind not in ("Attention", "MLAAttention"), f"{facts.kind} is not softmax attention over a KV cache we know"),
+        (
+            facts.kind not in ("Attention", "MLAAttention"),
+            f"{facts.kind} is not softmax attention over a KV cache we know",
+        ),
         (facts.attention_type != "decoder", f"{facts.attention_type} attention is not causal decoding"),
         (facts.draft, "belongs to the draft model"),
         (
@@ -128,7 +131,10 @@ def layer_refusals(facts: LayerFacts) -> tuple[str, ...]:
         (facts.alibi, "ALiBi position biases"),
         (facts.sinks, "learned attention sinks"),
         (bool(facts.shares_kv_with), f"shares the KV cache of {facts.shares_kv_with}"),
-        (facts.kv_cache_dtype not in ("auto", "bfloat16", "float16", "float32"), f"KV cache of type {facts.kv_cache_dtype}"),
+        (
+            facts.kv_cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+            f"KV cache of type {facts.kv_cache_dtype}",
+        ),
         (facts.head_dim > MAX_HEAD_DIM, f"head size {facts.head_dim} above {MAX_HEAD_DIM}"),
     ]
     return tuple(reason for applies, reason in checks if applies)

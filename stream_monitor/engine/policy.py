@@ -13,7 +13,7 @@ UNTRUSTED_KEY = "stream_monitor_untrusted"
 
 
 def disabled() -> bool:
-    """Whether `STREAM_MONITOR_DISABLE` switches the plug-in off; read without the settings model, as plug-ins load early."""
+    """Whether `STREAM_MONITOR_DISABLE` is set; read without the settings model, as plug-ins load early."""
     return os.environ.get("STREAM_MONITOR_DISABLE", "").strip().lower() in {"1", "true", "yes", "on"}
 
 
@@ -52,7 +52,9 @@ def decide(extra_args: Mapping[str, Any] | None, prompt_tokens: int, client_may_
         else:
             refused.append(f"{UNTRUSTED_KEY}:malformed")
     refused.extend(
-        f"{key}:unknown" for key in extra_args if key.startswith("stream_monitor") and key not in (DISABLE_KEY, UNTRUSTED_KEY)
+        f"{key}:unknown"
+        for key in extra_args
+        if key.startswith("stream_monitor") and key not in (DISABLE_KEY, UNTRUSTED_KEY)
     )
     return RequestPolicy(reason, untrusted, tuple(refused))
 
@@ -68,6 +70,9 @@ def _valid_spans(spans: object, prompt_tokens: int) -> bool:
     if not all(isinstance(edge, int) and not isinstance(edge, bool) for edge in spans):
         return False
     edges = list(spans)
-    return edges[0] >= 0 and edges[-1] <= prompt_tokens and all(a < b for a, b in zip(edges[::2], edges[1::2], strict=True)) and all(
-        a <= b for a, b in zip(edges[1::2], edges[2::2], strict=False)
+    return (
+        edges[0] >= 0
+        and edges[-1] <= prompt_tokens
+        and all(a < b for a, b in zip(edges[::2], edges[1::2], strict=True))
+        and all(a <= b for a, b in zip(edges[1::2], edges[2::2], strict=False))
     )

@@ -45,7 +45,7 @@ class StepSlot:
         return int(self.queries.shape[1])
 
     def snapshot(self, batch: BatchRows, labels: list[RowLabel], generation: int) -> None:
-        """Copy what the estimator needs to find the keys of the sampled rows; the runner reuses its tables next step."""
+        """Copy what the estimator needs to find the sampled rows' keys; the runner reuses its tables next step."""
         row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
         self.labels = labels
         for n, label in enumerate(labels):

@@ -22,7 +22,9 @@ def test_untrusted_spans():
     assert decide({"stream_monitor_untrusted": [0, 3, 3, 10]}, 10, False).untrusted == (0, 3, 3, 10)
 
 
-@pytest.mark.parametrize("spans", [[1], [3, 2], [0, 11], [-1, 2], [0, 5, 4, 6], ["0", "3"], "0,3", [True, 3], [], 4, [0, 0.5]])
+@pytest.mark.parametrize(
+    "spans", [[1], [3, 2], [0, 11], [-1, 2], [0, 5, 4, 6], ["0", "3"], "0,3", [True, 3], [], 4, [0, 0.5]]
+)
 def test_malformed_spans_are_refused_and_named(spans):
     policy = decide({"stream_monitor_untrusted": spans}, 10, False)
     assert policy.untrusted == ()

@@ -6,7 +6,10 @@ import torch
 
 
 class QueryTap(Protocol):
-    """Takes the query rows of one watched layer during the forward pass. Must not raise, wait or allocate without bound."""
+    """Takes the query rows of one watched layer during the forward pass.
+
+    Must not raise, wait or allocate without bound.
+    """
 
     def take(self, query: torch.Tensor, query_start_loc: torch.Tensor) -> None:
         """Keep the last row of each request.
