@@ -33,7 +33,7 @@ class Request:
 class Spec:
     """What to run. `worker` is "plain" or "stream".
 
-    The requests run `repeat` times, with an empty prefix cache; from the second time on their ids end in `@1`, `@2`, ...
+    The requests run `repeat` times, with an empty prefix cache; from the second run on their ids end in `@1`, `@2`, ...
     and each search is delayed by `slow_estimator` seconds.
     """
 
