@@ -28,7 +28,7 @@ def late(offline: Callable[..., OfflineResult], model_dir: Path, dtype: str) -> 
         "num_gpu_blocks_override": 36,
     }
     spec = Spec(str(model_dir), "stream", engine, requests(model_dir), repeat=2, slow_estimator=0.5)
-    return offline(spec, stride=1, queue_steps=16)
+    return offline(spec, stride=2, queue_steps=16)
 
 
 def test_late_rows_are_raced_or_right(late):
@@ -52,4 +52,5 @@ def test_late_rows_are_raced_or_right(late):
     counts = ledger(late.summaries)
     assert counts["raced"] > 0
     assert counts["raced"] % HEADS == 0
+    assert counts["sampled_out"] > 0
     assert counts["expected"] == sum(count for outcome, count in counts.items() if outcome != "expected")
