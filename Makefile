@@ -24,7 +24,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install weights test test-long lint format protos protos-check demo clean
+.PHONY: help install weights test test-long lint format protos protos-check docs demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ protos-check: $(INSTALLED) ## fail if the committed generated code is not what p
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(call PROTOC,"$$folder") \
 		&& diff -r -x __pycache__ -x __init__.py "$$folder/stream_monitor/v1alpha1" stream_monitor/v1alpha1 \
 		|| { echo "make: generated code and protos/ differ; run make protos" >&2; exit 1; }
+
+docs: $(INSTALLED) ## write docs/configuration.md anew from the settings
+	$(BIN)/python docs/configuration.py > docs/configuration.md
 
 demo: install weights ## a real engine, a monitor and live reasoning on one screen (ONCE=1: ends by itself)
 	@$(BIN)/python -m stream_monitor.demo --model $(MODEL) $(if $(ONCE),--once)

@@ -74,7 +74,9 @@ class _FileTable(PydanticBaseSettingsSource):
 class CaptureSettings(_Layered):
     """What the plug-in captures inside the engine. The defaults are the table every published figure uses."""
 
-    disable: bool = Field(False, description="1 makes the plug-in a no-op.")
+    disable: bool = Field(
+        False, description="1 makes the plug-in a no-op. As a variable only: it is read before any file."
+    )
     target: str = Field(
         default_factory=default_target,
         description="Address of the monitor: unix:/path or host:port.",
@@ -87,7 +89,11 @@ class CaptureSettings(_Layered):
     )
     heads: str = Field("auto", description="Query heads to watch in each layer of a rank: auto, all, or a list.")
     max_heads: int = Field(32, ge=1, le=4096, description="Watched (layer, head) pairs per rank under auto.")
-    strategy: Literal["descent", "beam", "exact"] = Field("descent", description="Search strategy.")
+    strategy: Literal["descent", "beam", "exact"] = Field(
+        "descent",
+        description="How key blocks are searched: descent reads a part of the keys, exact all of them. beam has no "
+        "kernel for CPUs yet and leaves capture off.",
+    )
     block_size: Literal[8, 16, 32, 64, 128] = Field(32, description="Tokens per key block.")
     top_k: int = Field(8, ge=1, le=4096, description="Key blocks kept per query head.")
     sink_blocks: int = Field(1, ge=0, le=16, description="First blocks, always kept.")
@@ -102,8 +108,12 @@ class CaptureSettings(_Layered):
     queue_steps: int = Field(
         4, ge=1, le=64, description="Captured steps that may wait for the estimator; more are dropped, counted."
     )
-    send_token_ids: bool = Field(False, description="Let token ids, and so text, leave the engine.")
-    client_may_disable: bool = Field(False, description="Let a request switch its own monitoring off.")
+    send_token_ids: bool = Field(
+        False, description="Let token ids, and so text, leave the engine. The monitor does not use them yet."
+    )
+    client_may_disable: bool = Field(
+        False, description="Let a request switch its own monitoring off, by stream_monitor_disable in its vllm_xargs."
+    )
     allow_untested_engine: bool = Field(
         False, description="Capture on a vLLM version this release was not tested with."
     )
@@ -118,7 +128,10 @@ class MonitorSettings(_Layered):
     """How the sidecar listens, what it keeps and when it speaks up."""
 
     ingest: str = Field(default_factory=default_target, description="Address for publishers: unix:/path or host:port.")
-    grpc: str = Field("127.0.0.1:9750", description="Address for subscribers: host:port or unix:/path.")
+    grpc: str = Field(
+        "127.0.0.1:9750",
+        description="Address for subscribers: host:port or unix:/path. It may be the same as ingest.",
+    )
     http: str = Field("127.0.0.1:9751", description="Address for /metrics, /healthz and /readyz: host:port.")
     insecure: bool = Field(False, description="Listen beyond loopback without TLS.")
     max_traces: int = Field(10_000, ge=1, description="Request traces held; the oldest finished ones go first.")

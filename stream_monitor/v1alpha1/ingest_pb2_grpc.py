@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class IngestServiceStub:
-    """Takes in summaries. One stream per engine rank.
+    """Takes in summaries. A publisher opens one stream, for its engine rank.
     """
 
     def __init__(self, channel):
@@ -43,7 +43,7 @@ class IngestServiceStub:
 
 
 class IngestServiceServicer:
-    """Takes in summaries. One stream per engine rank.
+    """Takes in summaries. A publisher opens one stream, for its engine rank.
     """
 
     def Publish(self, request_iterator, context):
@@ -54,6 +54,7 @@ class IngestServiceServicer:
         RESOURCE_EXHAUSTED   larger than the limit the monitor states in the status message
         FAILED_PRECONDITION  schema version not supported
         OUT_OF_RANGE         sequence not above the previous one of this stream
+        A monitor that stops ends every stream with UNAVAILABLE, which faults no message.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,7 +77,7 @@ def add_IngestServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class IngestService:
-    """Takes in summaries. One stream per engine rank.
+    """Takes in summaries. A publisher opens one stream, for its engine rank.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class IngestServiceStub:
-    """Takes in summaries. One stream per engine rank."""
+    """Takes in summaries. A publisher opens one stream, for its engine rank."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -41,11 +41,12 @@ class IngestServiceStub:
       RESOURCE_EXHAUSTED   larger than the limit the monitor states in the status message
       FAILED_PRECONDITION  schema version not supported
       OUT_OF_RANGE         sequence not above the previous one of this stream
+    A monitor that stops ends every stream with UNAVAILABLE, which faults no message.
     """
 
 @_typing.type_check_only
 class IngestServiceAsyncStub(IngestServiceStub):
-    """Takes in summaries. One stream per engine rank."""
+    """Takes in summaries. A publisher opens one stream, for its engine rank."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Publish: _aio.StreamStreamMultiCallable[_ingest_pb2.PublishRequest, _ingest_pb2.PublishResponse]  # type: ignore[assignment]
@@ -56,10 +57,11 @@ class IngestServiceAsyncStub(IngestServiceStub):
       RESOURCE_EXHAUSTED   larger than the limit the monitor states in the status message
       FAILED_PRECONDITION  schema version not supported
       OUT_OF_RANGE         sequence not above the previous one of this stream
+    A monitor that stops ends every stream with UNAVAILABLE, which faults no message.
     """
 
 class IngestServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Takes in summaries. One stream per engine rank."""
+    """Takes in summaries. A publisher opens one stream, for its engine rank."""
 
     @_abc_1.abstractmethod
     def Publish(
@@ -74,6 +76,7 @@ class IngestServiceServicer(metaclass=_abc_1.ABCMeta):
           RESOURCE_EXHAUSTED   larger than the limit the monitor states in the status message
           FAILED_PRECONDITION  schema version not supported
           OUT_OF_RANGE         sequence not above the previous one of this stream
+        A monitor that stops ends every stream with UNAVAILABLE, which faults no message.
         """
 
 def add_IngestServiceServicer_to_server(servicer: IngestServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

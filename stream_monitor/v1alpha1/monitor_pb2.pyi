@@ -28,12 +28,17 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     DESCRIPTOR: _descriptor.EnumDescriptor
     EVENT_KIND_UNSPECIFIED: _EventKind.ValueType  # 0
     EVENT_KIND_ANCHOR_SHIFT: _EventKind.ValueType  # 1
-    """The distribution over anchors left its running reference."""
+    """The distribution over anchors left its running reference. A signal to look at, not a verdict."""
     EVENT_KIND_PROMPT_DETACHMENT: _EventKind.ValueType  # 2
+    """The attention on the user's prompt stayed below its reference. Not raised by this version."""
     EVENT_KIND_ANCHOR_LOCK: _EventKind.ValueType  # 3
+    """The reasoning reads itself at a constant distance, as in a loop. Not raised by this version."""
     EVENT_KIND_UNTRUSTED_ANCHOR: _EventKind.ValueType  # 4
+    """A stretch labelled untrusted became the heaviest anchor. Not raised by this version."""
     EVENT_KIND_SENTENCE_CLOSED: _EventKind.ValueType  # 5
-    """Progress, not a finding: a sentence of the reasoning was closed. Sent only when asked for by kind."""
+    """Progress, not a finding: a sentence of the output was closed and its rows are in. This and the two below are sent
+    only when asked for by kind.
+    """
     EVENT_KIND_REQUEST_STARTED: _EventKind.ValueType  # 6
     EVENT_KIND_REQUEST_FINISHED: _EventKind.ValueType  # 7
 
@@ -41,12 +46,17 @@ class EventKind(_EventKind, metaclass=_EventKindEnumTypeWrapper): ...
 
 EVENT_KIND_UNSPECIFIED: EventKind.ValueType  # 0
 EVENT_KIND_ANCHOR_SHIFT: EventKind.ValueType  # 1
-"""The distribution over anchors left its running reference."""
+"""The distribution over anchors left its running reference. A signal to look at, not a verdict."""
 EVENT_KIND_PROMPT_DETACHMENT: EventKind.ValueType  # 2
+"""The attention on the user's prompt stayed below its reference. Not raised by this version."""
 EVENT_KIND_ANCHOR_LOCK: EventKind.ValueType  # 3
+"""The reasoning reads itself at a constant distance, as in a loop. Not raised by this version."""
 EVENT_KIND_UNTRUSTED_ANCHOR: EventKind.ValueType  # 4
+"""A stretch labelled untrusted became the heaviest anchor. Not raised by this version."""
 EVENT_KIND_SENTENCE_CLOSED: EventKind.ValueType  # 5
-"""Progress, not a finding: a sentence of the reasoning was closed. Sent only when asked for by kind."""
+"""Progress, not a finding: a sentence of the output was closed and its rows are in. This and the two below are sent
+only when asked for by kind.
+"""
 EVENT_KIND_REQUEST_STARTED: EventKind.ValueType  # 6
 EVENT_KIND_REQUEST_FINISHED: EventKind.ValueType  # 7
 Global___EventKind: _TypeAlias = EventKind  # noqa: Y015
@@ -134,7 +144,7 @@ class Sentence(_message.Message):
     """Token positions [first_token, end_token)."""
     end_token: _builtins.int
     text: _builtins.str
-    """Empty unless the operator lets token ids leave the engine and gave the monitor a tokenizer."""
+    """Always empty in this version: the monitor has no tokenizer. Whoever holds the text finds it by the positions above."""
     def __init__(
         self,
         *,
@@ -203,8 +213,11 @@ class Event(_message.Message):
     model_name: _builtins.str
     engine: _builtins.str
     wall_time_ns: _builtins.int
+    """Unix time in nanoseconds of the engine step that completed it, by the engine host's clock."""
     score: _builtins.float
-    """The detector's statistic, in the unit its documentation names, and the threshold it passed."""
+    """The detector's statistic and the threshold it passed. ANCHOR_SHIFT: Page-Hinkley sum of the Jensen-Shannon
+    divergences in excess of their mean, in bits.
+    """
     threshold: _builtins.float
     summary: _builtins.str
     """One sentence for people."""
@@ -388,7 +401,9 @@ class GetTraceResponse(_message.Message):
     @_builtins.property
     def sentences(self) -> _containers.RepeatedCompositeFieldContainer[Global___Sentence]: ...
     @_builtins.property
-    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]: ...
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
+        """The newest 64 findings."""
+
     def __init__(
         self,
         *,

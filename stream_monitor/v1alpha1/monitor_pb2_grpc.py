@@ -57,7 +57,9 @@ class MonitorServiceServicer:
     def Subscribe(self, request, context):
         """Events from now on, or from a cursor. A subscriber that reads too slowly loses the oldest waiting events; each
         response says how many were lost before it. A cursor of another monitor start, or older than the oldest event
-        held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held.
+        held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held. Only findings are held:
+        progress events (SENTENCE_CLOSED and below) that were sent before a resumption do not come again.
+        RESOURCE_EXHAUSTED if there are too many subscribers; UNAVAILABLE when the monitor stops.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

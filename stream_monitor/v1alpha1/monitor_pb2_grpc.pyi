@@ -34,7 +34,9 @@ class MonitorServiceStub:
     Subscribe: _grpc.UnaryStreamMultiCallable[_monitor_pb2.SubscribeRequest, _monitor_pb2.SubscribeResponse]
     """Events from now on, or from a cursor. A subscriber that reads too slowly loses the oldest waiting events; each
     response says how many were lost before it. A cursor of another monitor start, or older than the oldest event
-    held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held.
+    held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held. Only findings are held:
+    progress events (SENTENCE_CLOSED and below) that were sent before a resumption do not come again.
+    RESOURCE_EXHAUSTED if there are too many subscribers; UNAVAILABLE when the monitor stops.
     """
     GetTrace: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.GetTraceRequest, _monitor_pb2.GetTraceResponse]
     """One request's trace. NOT_FOUND if unknown or evicted; FAILED_PRECONDITION, with the keys to choose from, if several
@@ -49,7 +51,9 @@ class MonitorServiceAsyncStub(MonitorServiceStub):
     Subscribe: _aio.UnaryStreamMultiCallable[_monitor_pb2.SubscribeRequest, _monitor_pb2.SubscribeResponse]  # type: ignore[assignment]
     """Events from now on, or from a cursor. A subscriber that reads too slowly loses the oldest waiting events; each
     response says how many were lost before it. A cursor of another monitor start, or older than the oldest event
-    held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held.
+    held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held. Only findings are held:
+    progress events (SENTENCE_CLOSED and below) that were sent before a resumption do not come again.
+    RESOURCE_EXHAUSTED if there are too many subscribers; UNAVAILABLE when the monitor stops.
     """
     GetTrace: _aio.UnaryUnaryMultiCallable[_monitor_pb2.GetTraceRequest, _monitor_pb2.GetTraceResponse]  # type: ignore[assignment]
     """One request's trace. NOT_FOUND if unknown or evicted; FAILED_PRECONDITION, with the keys to choose from, if several
@@ -67,7 +71,9 @@ class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_abc.Iterator[_monitor_pb2.SubscribeResponse], _abc.AsyncIterator[_monitor_pb2.SubscribeResponse]]:
         """Events from now on, or from a cursor. A subscriber that reads too slowly loses the oldest waiting events; each
         response says how many were lost before it. A cursor of another monitor start, or older than the oldest event
-        held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held.
+        held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held. Only findings are held:
+        progress events (SENTENCE_CLOSED and below) that were sent before a resumption do not come again.
+        RESOURCE_EXHAUSTED if there are too many subscribers; UNAVAILABLE when the monitor stops.
         """
 
     @_abc_1.abstractmethod

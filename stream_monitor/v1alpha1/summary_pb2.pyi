@@ -218,8 +218,8 @@ class Rows(_message.Message):
     positions: _builtins.bytes
     """uint32[R]: position of the query token in its request, from 0. The row attends to keys 0 .. position."""
     attempts: _builtins.bytes
-    """uint32[R]: 0 for the request's first run, one more for each resumption after preemption. Of two rows with equal
-    request and position, a receiver MUST keep the one of the higher attempt.
+    """uint32[R]: 0 for the request's first run, one more for each resumption after preemption and each start under the
+    same id. Of two rows with equal request and position, a receiver MUST keep the one of the higher attempt.
     """
     phases: _builtins.bytes
     """uint8[R]: a Phase each."""
@@ -240,7 +240,9 @@ class Rows(_message.Message):
     Never renormalised away: kept + forced + unobserved = 1 up to rounding.
     """
     total_lse: _builtins.bytes
-    """float32[R, L, H]: log-sum-exp of all scaled logits of the row (natural log)."""
+    """float32[R, L, H]: log-sum-exp of all scaled logits of the row (natural log); of the blocks that were not read, as
+    estimated. The shares above are relative to it.
+    """
     keys_read: _builtins.bytes
     """float32[R, L]: key-equivalents read by the search, per query head. Divide by (position + 1) for the share."""
     @_builtins.property
@@ -274,7 +276,11 @@ Global___Rows: _TypeAlias = Rows  # noqa: Y015
 
 @_typing.final
 class RequestStarted(_message.Message):
-    """A request was first scheduled (or scheduled again under the same id)."""
+    """A request was first scheduled (or scheduled again under the same id). Every rank sends it; what depends on the
+    tokenizer (roles, flags, ids) comes from the rank that reports sampled tokens, if it has a tokenizer and captures the
+    request, and is empty otherwise. A receiver MUST accept it empty: the roles are then unknown and the prompt has no
+    sentence boundaries.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -288,15 +294,17 @@ class RequestStarted(_message.Message):
     request_id: _builtins.str
     prompt_tokens: _builtins.int
     role_starts: _builtins.bytes
-    """uint32[n]: first token position of each role span of the prompt, ascending, the first is 0."""
+    """uint32[n]: first token position of each role span of the prompt, ascending, the first is 0. Or empty."""
     roles: _builtins.bytes
     """uint8[n]: the Role of each span."""
     prompt_flags: _builtins.bytes
-    """uint8[prompt_tokens]: TokenRun.flags of the prompt's tokens."""
+    """uint8[prompt_tokens]: TokenRun.flags of the prompt's tokens. Or empty."""
     prompt_token_ids: _builtins.bytes
     """uint32[prompt_tokens]; empty unless the operator asked for token ids."""
     refused_reason: _builtins.str
-    """Why rows of this request are not captured; empty when they are. For example "client_disabled"."""
+    """Why rows of this request are not captured; empty when they are. "client_disabled", "prompt_embeds" (a prompt
+    without token ids) or "request_limit".
+    """
     def __init__(
         self,
         *,
@@ -318,7 +326,9 @@ Global___RequestStarted: _TypeAlias = RequestStarted  # noqa: Y015
 
 @_typing.final
 class TokenRun(_message.Message):
-    """Sampled tokens of one request at consecutive positions."""
+    """Sampled tokens of one captured request at consecutive positions. Sent by one rank of an engine alone; by none if that
+    rank has no tokenizer.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -329,10 +339,10 @@ class TokenRun(_message.Message):
     request_id: _builtins.str
     first_position: _builtins.int
     flags: _builtins.bytes
-    """uint8[n], one bit set each: 1 the text ends with a sentence terminator (. ? ! and their CJK forms, closing quotes and
-    brackets allowed after it); 2 the text begins with white space; 4 a sentence ends inside the token (terminator, then
-    white space, or a blank line); 8 the text ends with a newline; 16 opens a reasoning span (such as <think>);
-    32 closes it; 64 special token (not text); 128 begins with a newline.
+    """uint8[n], the sum of: 1 the text ends with a sentence terminator (. ? ! and their CJK forms, closing quotes and
+    brackets allowed after it); 2 the text begins with white space; 4 a sentence ends inside the token (a terminator,
+    then white space; a blank line; a CJK terminator anywhere); 8 the text ends with a newline; 16 opens a reasoning
+    span (such as <think>); 32 closes it; 64 special token (not text); 128 begins with a newline.
     """
     token_ids: _builtins.bytes
     """uint32[n]; empty unless the operator asked for token ids."""
@@ -362,7 +372,9 @@ class RequestFinished(_message.Message):
     TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     total_tokens: _builtins.int
-    """Tokens of the request, prompt included, when it left. Rows at positions >= total_tokens are past the end."""
+    """Tokens of the request, prompt included, when it left. Rows at positions >= total_tokens are past the end. Where one
+    rank sends TokenRuns, a receiver MUST take this from that rank: the others may not see the sampled tokens.
+    """
     def __init__(
         self,
         *,
@@ -387,9 +399,21 @@ class RowCount(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
     outcome: _builtins.str
-    """"expected", "sampled_out", "captured", "dropped", "raced", "refused" or "discarded"."""
+    """expected     rows of this rank, whatever became of them
+    captured     rows that the monitor has, this message's included
+    sampled_out  left out by the stride
+    raced        left out because a key block was rewritten before the search was done with it
+    dropped      lost on the way
+    refused      not captured by decision: of the policy, of the plug-in after a fault, or of the monitor
+    discarded    taken in and thrown away later; publishers send none of these, the monitor counts its own
+    """
     reason: _builtins.str
-    """Empty for expected, captured and sampled_out; else the named reason, such as "ring_full"."""
+    """Lower snake case, at most 64 characters. Empty for expected, captured, sampled_out and raced. In this version
+    dropped  estimator_busy, estimator_error, fault, invalid_row, record_too_large, ring_full, torn,
+             monitor_unreachable
+    refused  a RequestStarted.refused_reason, unknown_request (it started before capture was armed), capture_off, or
+             what the monitor answered
+    """
     count: _builtins.int
     def __init__(
         self,
@@ -487,10 +511,11 @@ class Audit(_message.Message):
     RECALL_FIELD_NUMBER: _builtins.int
     UNOBSERVED_ERROR_FIELD_NUMBER: _builtins.int
     row: _builtins.int
+    """Indices along the axes R, L and H of this message's rows."""
     layer: _builtins.int
     query_head: _builtins.int
     recall: _builtins.float
-    """Mass on the kept inner blocks over the mass of the K heaviest inner blocks; in [0, 1]."""
+    """Mass on the kept inner blocks (those that are not forced) over the mass of the K heaviest inner blocks; in [0, 1]."""
     unobserved_error: _builtins.float
     """Estimated minus exact share of unobserved mass."""
     def __init__(
@@ -530,7 +555,9 @@ class StepSummary(_message.Message):
     schema_version: _builtins.int
     """Version of this schema: 1. Receivers accept N and N - 1 and refuse others."""
     sequence: _builtins.int
-    """From 1, one more for each message of this rank; a gap is a loss, already counted in a later ledger."""
+    """From 1, ascending for this rank. A number that never comes is a record whose rows were lost; they are in the ledger
+    of this message or of a later one.
+    """
     step: _builtins.int
     """Engine steps since capture was armed, equal on all ranks of an engine; 0 in a message without rows."""
     wall_time_ns: _builtins.int
