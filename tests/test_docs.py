@@ -1,0 +1,82 @@
+"""What the pages in docs/ and the README claim must be so."""
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from stream_monitor.v1alpha1 import summary_pb2
+from tests.monitor.conftest import Running, starter
+from tests.monitor.synthetic import Engine, Look, finished, started, tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_METRIC_ROW = re.compile(
+    r"^\| `(stream_monitor_\w+)` \| (counter|gauge|histogram) \|([^|]*)\| [^|]+\.[^|]* \|$", re.M
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
+    yield from starter(tmp_path_factory.mktemp("monitor"))
+
+
+def test_the_page_of_settings_is_current() -> None:
+    printed = subprocess.run(
+        [sys.executable, "docs/configuration.py"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert (ROOT / "docs" / "configuration.md").read_text() == printed, "run make docs"
+
+
+def test_the_page_of_metrics_tells_what_a_monitor_shows(start: Callable[..., Running]) -> None:
+    monitor = start(max_sentences=40)
+    _make_every_metric_appear(monitor)
+    shown = {}
+    for family in text_string_to_metric_families(monitor.http("/metrics").text):
+        if not family.name.startswith("process_") and not family.name.endswith("_created"):
+            name = family.name + ("_total" if family.type == "counter" else "")
+            labels = {label for sample in family.samples for label in sample.labels} - {"le"}
+            assert family.samples, f"{name}: no sample, so its labels are not known"
+            shown[name] = (family.type, labels)
+    rows = _METRIC_ROW.findall((ROOT / "docs" / "metrics.md").read_text())
+    documented = {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+    assert documented == shown
+
+
+def _make_every_metric_appear(monitor: Running) -> None:
+    engine = Engine()
+    audit = summary_pb2.Audit(recall=0.9)
+    summaries = [
+        # A shift at the 15th sentence, and more sentences than are kept.
+        *engine.request("shift", [4] * 14 + [30] * 30),
+        engine.summary(started=[started("refused", refused="client_disabled"), started("gap")]),
+        engine.summary([Look("gap", 48)], tokens=[tokens("gap", 48)], wall_time_ns=time.time_ns(), audits=[audit]),
+        engine.summary(tokens=[tokens("gap", 60)]),
+        engine.summary(finished=[finished("refused", 48), finished("gap", 66)]),
+    ]
+    monitor.publish(summaries)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_inside_the_repository_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    broken = [
+        target
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text)
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    """Paths in backticks, such as `stream_monitor/ring.py` or `engine/plan.py`."""
+    named = re.findall(r"`((?:[\w.-]+/)+[\w-]+\.(?:py|proto|md|toml))`", page.read_text())
+    folders = (ROOT, ROOT / "stream_monitor", ROOT / "kernels")
+    missing = [name for name in named if not any((folder / name).exists() for folder in folders)]
+    assert not missing
