@@ -16,9 +16,7 @@ from tests.monitor.synthetic import Engine, Look, finished, started, tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_METRIC_ROW = re.compile(
-    r"^\| `(stream_monitor_\w+)` \| (counter|gauge|histogram) \|([^|]*)\| [^|]+\.[^|]* \|$", re.M
-)
+_METRIC_ROW = re.compile(r"^\| `(stream_monitor_\w+)` \| (counter|gauge|histogram) \|([^|]*)\| [^|]+\.[^|]* \|$", re.M)
 
 
 @pytest.fixture(scope="module")
