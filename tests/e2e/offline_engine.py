@@ -95,6 +95,8 @@ def run(spec: Spec) -> dict[str, Any]:
         runs.append(_run_once(engine, core.scheduler, spec.requests, f"@{number}" if number else "", hashes))
         engine.reset_prefix_cache()
     status = native.stream_monitor_status() if spec.worker == "stream" else {}
+    layers = native.vllm_config.compilation_config.static_forward_context.values()
+    status["native_backend"] = all(type(layer.impl).__module__.startswith("vllm.") for layer in layers)
     engine.engine_core.shutdown()
     return {"runs": [asdict(run) for run in runs], "status": status}
 

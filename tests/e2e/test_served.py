@@ -68,7 +68,9 @@ async def ask_all(product: Product, name: str, tokens: int) -> list[Answer]:
     """All prompts at once; the first two under one X-Request-Id."""
     ids = [f"{name}-{SHARED_ID if i < 2 else i}" for i in range(len(PROMPTS))]
     return list(
-        await asyncio.gather(*(ask(product, prompt, id_, tokens + i) for i, (prompt, id_) in enumerate(zip(PROMPTS, ids, strict=True))))
+        await asyncio.gather(
+            *(ask(product, prompt, id_, tokens + i) for i, (prompt, id_) in enumerate(zip(PROMPTS, ids, strict=True)))
+        )
     )
 
 
@@ -128,7 +130,9 @@ def test_the_id_of_the_answer_finds_exactly_its_rows(product, conversation):
 
 def raced_rows(product: Product) -> int:
     """Rows whose blocks changed hands before they were searched, counted once per row."""
-    return round(total(product.monitor_http, "stream_monitor_rows_total", phase="token", outcome="raced") / heads(product))
+    return round(
+        total(product.monitor_http, "stream_monitor_rows_total", phase="token", outcome="raced") / heads(product)
+    )
 
 
 def heads(product: Product) -> int:

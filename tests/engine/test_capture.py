@@ -1,0 +1,222 @@
+"""The runner-thread side with a stand-in runner and estimator: faults never reach the engine, and rows always add up.
+
+The real engine does the same in tests/e2e.
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from stream_monitor.engine.blocks import BlockGenerations
+from stream_monitor.engine.capture import Capture
+from stream_monitor.engine.hooks import install_runner_hooks, install_worker_hooks
+from stream_monitor.engine.requests import RequestTable
+from stream_monitor.engine.steps import LayerTap, StepSlot
+from stream_monitor.records import RowLedger
+
+HEADS, WATCHED = 2, 6
+
+
+class Runner:
+    """One request with a 4-token prompt that decodes for ever; `taps` see every forward pass."""
+
+    def __init__(self, taps: list[LayerTap]) -> None:
+        self.taps = taps
+        table = SimpleNamespace(block_table=SimpleNamespace(np=np.ones((4, 8), np.int32)), block_size=16)
+        self.input_batch = SimpleNamespace(req_ids=["a"], block_table=SimpleNamespace(block_tables=[table]))
+        self.broken_layer: int | None = None
+
+    def execute_model(self, output):
+        for layer, tap in enumerate(self.taps):
+            if layer != self.broken_layer:
+                tap.take(
+                    torch.ones(output.total_num_scheduled_tokens, HEADS, 4),
+                    torch.tensor([0, output.total_num_scheduled_tokens]),
+                )
+
+    def sample_tokens(self, grammar):
+        return SimpleNamespace(req_ids=["a"], sampled_token_ids=[[7]])
+
+
+class Estimator:
+    """Keeps what it is given and lets go of the slot at once, or never."""
+
+    def __init__(self, capture: Capture, frees: bool = True) -> None:
+        self.jobs, self.backlog, self._capture, self._frees = [], 0, capture, frees
+
+    def submit(self, job) -> None:
+        self.jobs.append(job)
+        if job.slot is not None and self._frees:
+            self._capture.release(job.slot)
+
+    def drain(self, timeout: float) -> bool:
+        return True
+
+
+def step(number: int):
+    """SchedulerOutput of step `number`, from 0: the prompt, then one token each."""
+    new = SimpleNamespace(
+        req_id="a",
+        prompt_token_ids=[1, 2, 3, 4],
+        sampling_params=SimpleNamespace(extra_args=None),
+        num_computed_tokens=0,
+        block_ids=([5],),
+    )
+    cached = SimpleNamespace(
+        req_ids=[], num_computed_tokens=[], num_output_tokens=[], new_block_ids=[], resumed_req_ids=set()
+    )
+    if number:
+        cached = SimpleNamespace(
+            req_ids=["a"],
+            num_computed_tokens=[3 + number],
+            num_output_tokens=[number],
+            new_block_ids=[None],
+            resumed_req_ids=set(),
+        )
+    tokens = 1 if number else 4
+    return SimpleNamespace(
+        scheduled_new_reqs=[] if number else [new],
+        scheduled_cached_reqs=cached,
+        num_scheduled_tokens={"a": tokens},
+        total_num_scheduled_tokens=tokens,
+        finished_req_ids=set(),
+        new_block_ids_to_zero=None,
+        kv_cache_block_copies=None,
+    )
+
+
+class Rig:
+    """A capture over the stand-ins, driven as a worker drives its runner."""
+
+    def __init__(self, slots: int = 1, frees: bool = True) -> None:
+        taps = [LayerTap(0), LayerTap(1)]
+        self.runner = Runner(taps)
+        self.generations = BlockGenerations(16)
+        self.capture = Capture(
+            self.runner,
+            [16],
+            False,
+            taps,
+            [StepSlot(2, 4, HEADS, 4, [8], torch.float32) for _ in range(slots)],
+            RequestTable(1, 8, False, np.zeros(10, np.uint8), None, False),
+            self.generations,
+            WATCHED,
+        )
+        self.estimator = Estimator(self.capture, frees)
+        install_runner_hooks(self.runner, self.capture)
+
+    def arm(self) -> "Rig":
+        self.capture.arm(self.estimator)
+        return self
+
+    def run(self, steps: int, first: int = 0) -> None:
+        for number in range(first, first + steps):
+            self.runner.execute_model(step(number))
+            assert self.runner.sample_tokens(None).sampled_token_ids == [[7]]
+
+    @property
+    def rows(self) -> RowLedger:
+        return self.capture.ledger.token_rows
+
+
+def test_rows_reach_the_estimator_with_their_owner_and_place():
+    rig = Rig().arm()
+    rig.run(3)
+    assert [[(label.request_id, label.position) for label in job.slot.labels] for job in rig.estimator.jobs][-1] == [
+        ("a", 5)
+    ]
+    assert [job.step for job in rig.estimator.jobs] == [1, 2, 3]
+    assert rig.estimator.jobs[0].started[0].request_id == "a"
+    assert [(run.first_position, len(run.flags)) for job in rig.estimator.jobs for run in job.tokens] == [
+        (4, 1),
+        (5, 1),
+        (6, 1),
+    ]
+    assert rig.rows.expected == 3 * WATCHED
+
+
+def test_nothing_happens_before_it_is_armed():
+    rig = Rig()
+    rig.run(2)
+    assert rig.estimator.jobs == []
+    assert rig.rows.expected == 0
+
+
+def test_a_busy_estimator_costs_rows_and_no_waiting():
+    rig = Rig(slots=2, frees=False).arm()
+    rig.run(5)
+    assert rig.rows.dropped == {"estimator_busy": 3 * WATCHED}
+    assert rig.rows.expected == 5 * WATCHED
+
+
+def test_a_layer_that_leaves_no_rows_ends_capture_and_not_decoding():
+    rig = Rig().arm()
+    rig.runner.broken_layer = 1
+    rig.run(3)
+    assert "watched layer 1 left 0 query rows" in rig.capture.fault
+    assert rig.rows.dropped == {"fault": WATCHED}
+    assert rig.rows.refused == {"capture_off": 2 * WATCHED}
+    assert rig.rows.expected == 3 * WATCHED
+
+
+@pytest.mark.parametrize("part", ["before_step", "after_forward", "after_sampling"])
+def test_an_exception_anywhere_ends_capture_and_not_decoding(part, monkeypatch):
+    rig = Rig().arm()
+    rig.run(1)
+
+    def broken(*args):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(rig.capture, part, broken)
+    rig.runner = Runner(rig.runner.taps)
+    install_runner_hooks(rig.runner, rig.capture)
+    rig.run(3, first=1)
+    assert "RuntimeError: boom" in rig.capture.fault
+
+
+def test_a_tap_that_cannot_copy_ends_capture_and_not_decoding():
+    rig = Rig().arm()
+    rig.run(1)
+    rig.runner.taps[0]._layer = 9  # the slot has two
+    rig.run(2, first=1)
+    assert "query rows of watched layer 9 could not be copied" in rig.capture.fault
+    assert rig.rows.expected == 3 * WATCHED
+
+
+def test_a_fault_of_the_estimator_thread_is_acted_on_at_the_next_step():
+    rig = Rig().arm()
+    rig.run(1)
+    rig.capture.report("estimator: ValueError: x")
+    assert rig.capture.fault == ""
+    rig.run(1, first=1)
+    assert rig.capture.fault == "estimator: ValueError: x"
+    assert rig.rows.refused == {"capture_off": WATCHED}
+
+
+def test_blocks_are_marked_before_the_step_that_may_rewrite_them():
+    rig = Rig().arm()
+    rig.run(1)
+    assert rig.generations.of_block[5] == 1
+    assert rig.generations.of_block[4] == 0
+    rig.run(1, first=1)
+    assert rig.generations.of_block[5] == 1, "a decode step writes behind the row, into no new block"
+
+
+def test_replacing_the_cache_invalidates_every_older_row():
+    rig = Rig().arm()
+    rig.run(1)
+    worker = SimpleNamespace(sleep=lambda level: level)
+    install_worker_hooks(worker, rig.capture)
+    assert worker.sleep(2) == 2
+    taken = rig.estimator.jobs[-1].slot.generations[0]
+    assert (rig.generations.of_block > taken).all()
+
+
+def test_a_dummy_run_is_not_looked_at():
+    rig = Rig().arm()
+    native = SimpleNamespace(execute_model=lambda output, dummy_run=False: "ran", sample_tokens=lambda grammar: None)
+    install_runner_hooks(native, rig.capture)
+    assert native.execute_model(None, dummy_run=True) == "ran"
+    assert rig.capture.fault == ""

@@ -1,0 +1,150 @@
+"""Labels of rows and lifecycle of requests, from the scheduler's words alone."""
+
+import numpy as np
+import pytest
+
+from stream_monitor.engine.compat import NewRequest, ScheduledRequest
+from stream_monitor.engine.requests import RequestTable
+from stream_monitor.engine.vocabulary import PromptRoles
+from stream_monitor.records import Phase, Role
+
+
+class OneUserTurn(PromptRoles):
+    """Every prompt is one user turn."""
+
+    def __init__(self) -> None: ...
+
+    def spans(self, prompt_token_ids):
+        return np.zeros(1, np.uint32), np.full(1, Role.USER, np.uint8)
+
+
+def table(**changes: object) -> RequestTable:
+    options = {
+        "stride": 1,
+        "max_requests": 8,
+        "client_may_disable": False,
+        "token_flags": np.arange(100, dtype=np.uint8),
+        "roles": OneUserTurn(),
+        "send_token_ids": False,
+    }
+    return RequestTable(**(options | changes))
+
+
+def new(request_id: str = "a", prompt: int = 10, **extra: object) -> NewRequest:
+    return NewRequest(request_id, list(range(prompt)), prompt, extra or None)
+
+
+def scheduled(computed: int, tokens: int, outputs: int, request_id: str = "a") -> ScheduledRequest:
+    return ScheduledRequest(request_id, computed, tokens, outputs, ())
+
+
+def test_a_prompt_in_chunks_then_decoding():
+    requests = table()
+    requests.start(new())
+    labels = [
+        requests.label(scheduled(0, 4, 0)),
+        requests.label(scheduled(4, 6, 0)),
+        requests.label(scheduled(10, 1, 1)),
+        requests.label(scheduled(11, 1, 2)),
+    ]
+    assert [(label.position, label.phase) for label in labels] == [
+        (3, Phase.PREFILL_CHUNK),
+        (9, Phase.PREFILL_END),
+        (10, Phase.DECODE),
+        (11, Phase.DECODE),
+    ]
+    assert all(label.sampled and label.attempt == 0 and not label.refused_reason for label in labels)
+
+
+def test_a_resumed_request_recomputes_chunks_before_it_samples_again():
+    requests = table()
+    requests.start(new())
+    requests.resume("a")
+    chunk, end = requests.label(scheduled(0, 8, 5)), requests.label(scheduled(8, 7, 5))
+    assert (chunk.phase, chunk.attempt, chunk.position) == (Phase.PREFILL_CHUNK, 1, 7)
+    assert (end.phase, end.attempt, end.position) == (Phase.PREFILL_END, 1, 14)
+
+
+def test_a_prompt_wholly_in_the_prefix_cache_still_ends_a_prefill():
+    requests = table()
+    requests.start(new())
+    assert requests.label(scheduled(9, 1, 0)).phase is Phase.PREFILL_END
+
+
+def test_the_stride_counts_from_the_last_prompt_token():
+    requests = table(stride=4)
+    requests.start(new())
+    sampled = [
+        requests.label(scheduled(9 + n, 1, n)).position
+        for n in range(9)
+        if requests.label(scheduled(9 + n, 1, n)).sampled
+    ]
+    assert sampled == [9, 13, 17]
+    assert requests.label(scheduled(0, 5, 0)).sampled, "the ends of prompt chunks are all taken"
+
+
+def test_tokens_come_out_once_in_runs_of_positions():
+    requests = table(send_token_ids=True)
+    requests.start(new())
+    requests.add_tokens("a", 10, [5])
+    requests.add_tokens("a", 11, [6, 250])
+    (run,) = requests.take_tokens()
+    assert (run.request_id, run.first_position, run.flags) == ("a", 10, bytes([5, 6, 0]))
+    assert np.frombuffer(run.token_ids, "<u4").tolist() == [5, 6, 250]
+    assert requests.take_tokens() == []
+
+
+def test_finishing_gives_the_last_tokens_and_the_length():
+    requests = table()
+    requests.start(new())
+    requests.add_tokens("a", 10, [5])
+    last, finished = requests.finish("a")
+    assert [run.flags for run in last] == [bytes([5])]
+    assert finished.total_tokens == 11
+    assert requests.finish("a") is None
+    assert requests.take_tokens() == []
+
+
+def test_token_ids_stay_in_the_engine_unless_asked_for():
+    started = table().start(new())
+    assert started.prompt_token_ids == b""
+    assert started.prompt_flags == bytes(range(10))
+
+
+def test_the_request_limit_refuses_the_next_and_frees_with_the_first():
+    requests = table(max_requests=1)
+    assert requests.start(new("a")).refused_reason == ""
+    assert requests.start(new("b")).refused_reason == "request_limit"
+    assert requests.label(scheduled(0, 10, 0, "b")).refused_reason == "request_limit"
+    requests.finish("a")
+    assert requests.start(new("c")).refused_reason == ""
+
+
+def test_a_request_added_again_begins_a_new_attempt():
+    requests = table(max_requests=1)
+    requests.start(new())
+    assert requests.start(new()).refused_reason == ""
+    assert requests.label(scheduled(0, 10, 0)).attempt == 1
+
+
+def test_rows_of_an_unknown_request_are_refused_not_guessed():
+    assert table().label(scheduled(10, 1, 1)).refused_reason == "unknown_request"
+
+
+def test_embedded_prompts_are_refused():
+    assert table().start(NewRequest("a", None, 10, None)).refused_reason == "prompt_embeds"
+
+
+def test_labels_of_the_client():
+    started = table().start(new(stream_monitor_untrusted=[2, 5]))
+    assert np.frombuffer(started.role_starts, "<u4").tolist() == [0, 2, 5]
+    assert list(started.roles) == [Role.USER, Role.UNTRUSTED, Role.USER]
+    requests = table()
+    requests.start(new(stream_monitor_untrusted="2,5"))
+    assert requests.refused_arguments == {"stream_monitor_untrusted:malformed": 1}
+
+
+@pytest.mark.parametrize("may", [True, False])
+def test_only_with_leave_may_a_client_switch_off(may):
+    reason = table(client_may_disable=may).start(new(stream_monitor_disable=1)).refused_reason
+    assert reason == ("client_disabled" if may else "")
