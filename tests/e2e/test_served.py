@@ -26,7 +26,7 @@ PROMPTS = [f"Count from {i} to {i + 30}, then explain in {3 + i} sentences why y
 def product(model_dir: Path, dtype: str, tmp_path_factory: pytest.TempPathFactory):
     """One server with too few KV blocks for 16 requests at once, every row of the default layers captured."""
     flags = f"--dtype {dtype} --enforce-eager --max-model-len 512 --max-num-seqs 16 --block-size 32".split()
-    flags += "--max-num-batched-tokens 256 --num-gpu-blocks-override 30 --served-model-name smol".split()
+    flags += ["--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "30", "--served-model-name", "smol"]
     running = Product(model_dir, tmp_path_factory.mktemp("served"), flags, stride=1)
     yield running
     running.stop()
