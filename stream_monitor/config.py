@@ -74,9 +74,7 @@ class _FileTable(PydanticBaseSettingsSource):
 class CaptureSettings(_Layered):
     """What the plug-in captures inside the engine. The defaults are the table every published figure uses."""
 
-    disable: bool = Field(
-        False, description="1 makes the plug-in a no-op. As a variable only: it is read before any file."
-    )
+    disable: bool = Field(False, description="1 makes the plug-in a no-op.")
     target: str = Field(
         default_factory=default_target,
         description="Address of the monitor: unix:/path or host:port.",
@@ -89,10 +87,8 @@ class CaptureSettings(_Layered):
     )
     heads: str = Field("auto", description="Query heads to watch in each layer of a rank: auto, all, or a list.")
     max_heads: int = Field(32, ge=1, le=4096, description="Watched (layer, head) pairs per rank under auto.")
-    strategy: Literal["descent", "beam", "exact"] = Field(
-        "descent",
-        description="How key blocks are searched: descent reads a part of the keys, exact all of them. beam has no "
-        "kernel for CPUs yet and leaves capture off.",
+    strategy: Literal["descent", "exact"] = Field(
+        "descent", description="How key blocks are searched: descent reads a part of the keys, exact all of them."
     )
     block_size: Literal[8, 16, 32, 64, 128] = Field(32, description="Tokens per key block.")
     top_k: int = Field(8, ge=1, le=4096, description="Key blocks kept per query head.")

@@ -22,6 +22,8 @@ log = logging.getLogger("vllm.stream_monitor")
 
 CAPTURE_OFF = "capture_off"
 ESTIMATOR_BUSY = "estimator_busy"
+MAX_FAULT = 200
+"""Characters of a fault that travel; the log has all of it."""
 MAX_BACKLOG = 256
 """Jobs that may wait for the estimator. Those with rows are bounded by the slots; this bounds the ones without."""
 
@@ -101,7 +103,7 @@ class Capture:
         """Turn capture off for good and say so once. Rows from now on are refused `capture_off`."""
         if self._ledger.fault:
             return
-        self._ledger.fault = reason
+        self._ledger.fault = " ".join(reason.split())[:MAX_FAULT]
         log.error("Stream Monitor: capture is off, decoding goes on: %s", reason)
         for tap in self._taps:
             tap.slot = None
@@ -175,7 +177,7 @@ class Capture:
                 last, finished = end
                 self._tokens += last
                 self._finished.append(finished)
-        self._started += [self._table.start(new) for new in step.new]
+        self._started += [started for new in step.new if (started := self._table.start(new)) is not None]
         for request_id in step.resumed:
             self._table.resume(request_id)
         self._ledger.refused_arguments = dict(self._table.refused_arguments)

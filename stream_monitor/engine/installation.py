@@ -47,6 +47,8 @@ class Installation:
         """Decide what to capture; None, with every reason in the log, if that is nothing."""
         try:
             settings = load(CaptureSettings)
+            if settings.disable:
+                return None
             found = compat.attention_layers(worker.vllm_config)
             refusals = compat.engine_refusals(worker.vllm_config, settings.allow_untested_engine)
             plan = make_plan([facts for facts, _ in found], refusals, settings)

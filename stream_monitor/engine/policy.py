@@ -25,7 +25,7 @@ class RequestPolicy:
         refused_reason: why its rows are not captured; empty when they are.
         untrusted: flat token offsets [start, end, ...] of the rendered prompt that the client labels untrusted.
         refused_arguments: names of `vllm_xargs` entries that were not honoured, each with the reason, such as
-            `stream_monitor_disable:not_allowed`.
+            `stream_monitor_disable:not_allowed`; from a closed set, whatever the client sends.
     """
 
     refused_reason: str = ""
@@ -51,11 +51,9 @@ def decide(extra_args: Mapping[str, Any] | None, prompt_tokens: int, client_may_
             untrusted = tuple(spans)
         else:
             refused.append(f"{UNTRUSTED_KEY}:malformed")
-    refused.extend(
-        f"{key}:unknown"
-        for key in extra_args
-        if key.startswith("stream_monitor") and key not in (DISABLE_KEY, UNTRUSTED_KEY)
-    )
+    if any(key.startswith("stream_monitor") and key not in (DISABLE_KEY, UNTRUSTED_KEY) for key in extra_args):
+        # Not by its name: names the client makes up would make as many counters.
+        refused.append("other:unknown")
     return RequestPolicy(reason, untrusted, tuple(refused))
 
 

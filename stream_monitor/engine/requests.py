@@ -13,6 +13,10 @@ from stream_monitor.records import Phase, RequestFinished, RequestStarted, Token
 NO_PROMPT_IDS = "prompt_embeds"
 REQUEST_LIMIT = "request_limit"
 UNKNOWN_REQUEST = "unknown_request"
+ID_TOO_LONG = "id_too_long"
+MAX_ID = 1024
+"""Characters of an internal id that a receiver takes. Clients choose most of it; one such request must not spoil the
+messages it shares with others, so it is counted and never named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,11 @@ class RequestTable:
         self._with_tokens: dict[str, None] = {}
         self.refused_arguments: dict[str, int] = {}
 
-    def start(self, new: NewRequest) -> RequestStarted:
-        """A request was scheduled for the first time (again, if the id is known: then as its next attempt)."""
+    def start(self, new: NewRequest) -> RequestStarted | None:
+        """A request was scheduled for the first time (again, if the id is known: then as its next attempt).
+
+        Returns what to announce; None for a request whose id cannot be sent.
+        """
         known = self._tracked.get(new.request_id)
         if known is not None:
             self._forget(new.request_id)
@@ -90,9 +97,11 @@ class RequestTable:
         tracked.total_tokens = new.prompt_tokens
         self._tracked[new.request_id] = tracked
         self._captured += not reason
-        return self._announce(new, policy, reason)
+        return None if reason == ID_TOO_LONG else self._announce(new, policy, reason)
 
     def _refusal(self, new: NewRequest, policy: RequestPolicy) -> str:
+        if len(new.request_id) > MAX_ID:
+            return ID_TOO_LONG
         if policy.refused_reason:
             return policy.refused_reason
         if new.prompt_token_ids is None:
@@ -171,12 +180,14 @@ class RequestTable:
         return run
 
     def finish(self, request_id: str) -> tuple[list[TokenRun], RequestFinished] | None:
-        """The engine let go of a request: its last tokens and its end; None if it was never seen."""
+        """The engine let go of a request: its last tokens and its end; None if it was never announced."""
         tracked = self._tracked.get(request_id)
         if tracked is None:
             return None
         last = [self._take(request_id)] if self._with_tokens.pop(request_id, 0) is None else []
         self._forget(request_id)
+        if tracked.refused_reason == ID_TOO_LONG:
+            return None
         return last, RequestFinished(request_id, tracked.total_tokens)
 
     def _forget(self, request_id: str) -> None:

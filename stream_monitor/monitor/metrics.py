@@ -112,7 +112,10 @@ class _StateCollector:
         cells: dict[Labels, CellCounter[Cell]] = {pair: CellCounter(kept) for pair, kept in self.ranks.retired.items()}
         estimates: CellCounter[Labels] = CellCounter()
         seconds: dict[Labels, float] = {}
+        arguments: CellCounter[tuple[str, ...]] = CellCounter()
         for rank in self.ranks.ranks.values():
+            for key, count in rank.ledger.newest.refused_arguments.items():
+                arguments[(*rank.labels, *key.split(":"))] += count
             add_cells(cells.setdefault(rank.labels, CellCounter()), rank.ledger.cells())
             estimates[rank.labels] += rank.ledger.newest.estimates
             seconds[rank.labels] = seconds.get(rank.labels, 0.0) + rank.ledger.newest.estimate_seconds
@@ -142,6 +145,14 @@ class _StateCollector:
             time.add_metric(pair, seconds[pair])
         yield calls
         yield time
+        refused = CounterMetricFamily(
+            "stream_monitor_request_arguments_refused",
+            "Arguments of requests (vllm_xargs) that were not honoured, and why.",
+            labels=(*ENGINE, "argument", "reason"),
+        )
+        for labels, count in arguments.items():
+            refused.add_metric(labels, count)
+        yield refused
 
     def _ranks(self) -> Iterable[Metric]:
         connected: CellCounter[Labels] = CellCounter()

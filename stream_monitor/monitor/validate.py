@@ -149,5 +149,11 @@ def _check_ledger(ledger: summary_pb2.Ledger) -> None:
             raise invalid("value", "ledger: two cells of one outcome and reason")
     if not ledger.estimate_seconds >= 0:
         raise invalid("value", "ledger.estimate_seconds must be a number from 0")
+    if len(ledger.refused_arguments) > MAX_LEDGER_CELLS:
+        raise invalid("limit", f"ledger: more than {MAX_LEDGER_CELLS} refused arguments")
+    for key in ledger.refused_arguments:
+        name, _, reason = key.partition(":")
+        if not (name and reason and _REASON.fullmatch(name) and _REASON.fullmatch(reason)):
+            raise invalid("value", "ledger: a refused argument is name:reason in lower snake case")
     if len(ledger.fault) > MAX_ID:
         raise invalid("limit", f"ledger.fault must have at most {MAX_ID} characters")

@@ -123,6 +123,7 @@ def _ledger(ledger: Ledger) -> pb.Ledger:
         estimates=ledger.estimates,
         estimate_seconds=ledger.estimate_seconds,
         fault=ledger.fault,
+        refused_arguments=ledger.refused_arguments,
     )
 
 

@@ -31,5 +31,6 @@ def test_malformed_spans_are_refused_and_named(spans):
     assert policy.refused_arguments == ("stream_monitor_untrusted:malformed",)
 
 
-def test_unknown_arguments_are_named():
-    assert decide({"stream_monitor_x": 1}, 10, False).refused_arguments == ("stream_monitor_x:unknown",)
+def test_unknown_arguments_share_one_counter():
+    made_up = {f"stream_monitor_{n}": 1 for n in range(1000)}
+    assert decide(made_up, 10, False).refused_arguments == ("other:unknown",)

@@ -131,6 +131,15 @@ def test_rows_of_an_unknown_request_are_refused_not_guessed():
     assert table().label(scheduled(10, 1, 1)).refused_reason == "unknown_request"
 
 
+def test_a_request_whose_id_no_receiver_takes_is_refused_and_never_named():
+    requests, long = table(), "x" * 1025
+    assert requests.start(new(long)) is None
+    assert requests.label(scheduled(0, 10, 0, long)).refused_reason == "id_too_long"
+    requests.add_tokens(long, 10, [5])
+    assert requests.take_tokens() == []
+    assert requests.finish(long) is None
+
+
 def test_embedded_prompts_are_refused():
     assert table().start(NewRequest("a", None, 10, None)).refused_reason == "prompt_embeds"
 

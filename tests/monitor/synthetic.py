@@ -144,6 +144,7 @@ class Engine:
                 summary_pb2.RowCount(outcome="sampled_out", count=3 * self.captured),
                 summary_pb2.RowCount(outcome="dropped", reason="ring_full", count=7),
             ],
+            refused_arguments={"other:unknown": 1},
             estimates=self.step,
             estimate_seconds=0.5 * self.step,
         )
