@@ -56,6 +56,7 @@ def test_http_speaks_both_formats(monitor: Running) -> None:
         "model_name",
         "engine",
         "phase",
+        "argument",
         "outcome",
         "reason",
         "result",
