@@ -8,28 +8,25 @@ numbers in each record exactly how many records and rows it lost. Layout, all li
     36864  data, `capacity` bytes; a byte's place is its monotone position modulo `capacity`
 
 Order of a write: `tail` moves past what will be overwritten, then the record, then `head`. The reader copies a record
-and looks at `tail` again. Machines that reorder stores are caught by the CRC over the record. The file lies in memory
-(/dev/shm) and is mapped by hand, because `multiprocessing.shared_memory` of Python 3.11 lets the reader's resource
-tracker remove a segment that is still in use.
+and looks at `tail` again. Machines that reorder stores are caught by the CRC over the record.
+
+The file is anonymous memory (memfd): it has no name, the reader inherits its descriptor, and the kernel frees it with
+the last process that holds it. However worker and publisher die, nothing stays behind; and the size that a container
+gives to /dev/shm does not matter.
 """
 
-import contextlib
-import fcntl
 import mmap
 import os
-import re
-import secrets
 import struct
 import time
-from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
 
-FOLDER = Path("/dev/shm")
-_NAME = re.compile(r"stream-monitor-ring-\d+-[0-9a-f]{16}")
+MEMORY_NAME = "stream-monitor-ring"
+"""As it shows in /proc/PID/fd and /proc/PID/maps, after `memfd:`."""
 _MAGIC_VALUE = 0x676E69526E6F4D53  # b"SMonRing"
 _VERSION = 1
-_MAGIC, _FORMAT, _CAPACITY, _PID, _CLOSED, _HEAD, _TAIL, _SEQUENCE, _TOKEN_ROWS, _CHUNK_ROWS, _ATTEMPTED = range(11)
+_MAGIC, _FORMAT, _CAPACITY, _CLOSED, _HEAD, _TAIL, _SEQUENCE, _TOKEN_ROWS, _CHUNK_ROWS, _ATTEMPTED = range(10)
 _SLOT_BYTES = 16384
 _SLOTS = (4096, 4096 + _SLOT_BYTES)
 _DATA = 4096 + 2 * _SLOT_BYTES
@@ -80,37 +77,30 @@ def _span(payload_bytes: int) -> int:
 class RingWriter:
     """The worker's end. Not thread-safe: one thread writes.
 
-    `RingWriter(1 << 24)` creates a ring of 16 MiB; `name` is what the reader needs. Raises RingError where shared
-    memory is missing or too small.
+    `RingWriter(1 << 24)` creates a ring of 16 MiB; `fd` is what the reader needs, inherited under the same number.
+    Raises RingError where the memory cannot be had.
     """
 
     def __init__(self, capacity: int) -> None:
         capacity = -(-capacity // mmap.PAGESIZE) * mmap.PAGESIZE
-        remove_abandoned()
-        self.name = f"stream-monitor-ring-{os.getpid()}-{secrets.token_hex(8)}"
-        self._path = FOLDER / self.name
-        unnamed = FOLDER / f"{self.name}.new"
+        size = _DATA + capacity
         try:
-            self._file = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self.fd = os.memfd_create(MEMORY_NAME, os.MFD_CLOEXEC)
+            try:
+                # Reserve the memory now: a sparse file ends the worker with SIGBUS at the first write without room.
+                os.posix_fallocate(self.fd, 0, size)
+                self._map = mmap.mmap(self.fd, size)
+            except OSError:
+                os.close(self.fd)
+                raise
         except OSError as error:
-            raise RingError(f"cannot create shared memory in {FOLDER}: {error.strerror}") from None
-        try:
-            # Reserve the memory now: a sparse file ends the worker with SIGBUS at the first write it has no room for.
-            os.posix_fallocate(self._file, 0, _DATA + capacity)
-            fcntl.flock(self._file, fcntl.LOCK_EX)  # held until this process ends: see remove_abandoned
-            os.rename(unnamed, self._path)
-        except OSError as error:
-            os.close(self._file)
-            os.unlink(unnamed)
-            raise RingError(f"no room for a ring of {capacity >> 10} KiB in {FOLDER}: {error.strerror}") from None
-        self._map = mmap.mmap(self._file, _DATA + capacity)
+            raise RingError(f"cannot reserve {size >> 10} KiB of memory for the ring: {error.strerror}") from None
         self._bytes = memoryview(self._map)
         self._words = self._bytes[: _SLOTS[0]].cast("Q")
         self._data = self._bytes[_DATA:]
         self._capacity = capacity
         self._head = self._tail = self._sequence = self._token_rows = self._chunk_rows = 0
-        for word, value in ((_FORMAT, _VERSION), (_CAPACITY, capacity), (_PID, os.getpid()), (_MAGIC, _MAGIC_VALUE)):
-            self._words[word] = value
+        self._words[_MAGIC], self._words[_FORMAT], self._words[_CAPACITY] = _MAGIC_VALUE, _VERSION, capacity
 
     def write(self, payload: bytes, token_rows: int = 0, chunk_rows: int = 0) -> bool:
         """Append one record, over the oldest ones if need be. False, and nothing written, if it exceeds the ring.
@@ -157,36 +147,28 @@ class RingWriter:
         return self._sequence
 
     def close(self) -> None:
-        """Say that nothing more will come, and remove the name; a reader that is attached can still read the rest."""
+        """Say that nothing more will come, and let go; a reader that is attached can still read the rest."""
         if self._map.closed:
             return
         self._words[_CLOSED] = 1
-        self._path.unlink(missing_ok=True)
         _unmap(self._map, self._words, self._data, self._bytes)
-        os.close(self._file)
+        os.close(self.fd)
 
 
 class RingReader:
     """The publisher's end: continues where the last `commit` on this ring left off, else at the first record.
 
-    Raises RingError if `name` is not that of a ring of this release.
+    Raises RingError if the file open as `fd` is not a ring of this release. `fd` stays the caller's.
     """
 
-    def __init__(self, name: str) -> None:
-        if not _NAME.fullmatch(name):
-            raise RingError(f"not the name of a ring: {name!r}")
-        self._path = FOLDER / name
+    def __init__(self, fd: int) -> None:
         try:
-            file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise RingError(f"cannot attach to ring {name}: {error.strerror}") from None
-        try:
-            size = os.fstat(file).st_size
+            size = os.fstat(fd).st_size
             if size <= _DATA:
-                raise RingError(f"ring {name} is not complete")
-            self._map = mmap.mmap(file, size)
-        finally:
-            os.close(file)
+                raise RingError(f"file descriptor {fd} is not a ring")
+            self._map = mmap.mmap(fd, size)
+        except OSError as error:
+            raise RingError(f"cannot attach to a ring at file descriptor {fd}: {error.strerror}") from None
         self._bytes = memoryview(self._map)
         self._words = self._bytes[: _SLOTS[0]].cast("Q")
         self._data = self._bytes[_DATA:]
@@ -194,7 +176,7 @@ class RingReader:
         found = (self._words[_MAGIC], self._words[_FORMAT], self._words[_CAPACITY])
         if found != (_MAGIC_VALUE, _VERSION, self._capacity):
             self.close()
-            raise RingError(f"ring {name} is not of this release")
+            raise RingError(f"file descriptor {fd} is not a ring of this release")
         self._suspect = (-1, 0.0)  # position of a record with a wrong CRC, and when it was first seen
         self._torn = False
         self._generation, self._mark, self.state = self._committed()
@@ -298,15 +280,6 @@ class RingReader:
         """The writer said that nothing more will come."""
         return bool(self._words[_CLOSED])
 
-    @property
-    def writer_pid(self) -> int:
-        """Process id of the writer, in the writer's PID namespace."""
-        return int(self._words[_PID])
-
-    def unlink(self) -> None:
-        """Remove the ring's name; for a reader whose writer is gone."""
-        self._path.unlink(missing_ok=True)
-
     def close(self) -> None:
         """Detach. The ring stays."""
         if not self._map.closed:
@@ -317,25 +290,3 @@ def _unmap(memory: mmap.mmap, *views: memoryview) -> None:
     for view in views:
         view.release()
     memory.close()
-
-
-def remove_abandoned() -> None:
-    """Remove rings of this user whose writer is gone, as after a kill -9 of worker and publisher together.
-
-    A writer holds a lock on its ring for as long as it lives. Unlike a process id, that also tells the truth about a
-    writer in another container that shares /dev/shm.
-    """
-    with contextlib.suppress(OSError):
-        for entry in os.scandir(FOLDER):
-            if _NAME.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_uid == os.getuid():
-                _remove_unlocked(entry.path)
-
-
-def _remove_unlocked(path: str) -> None:
-    with contextlib.suppress(OSError):
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.unlink(path)
-        finally:
-            os.close(file)

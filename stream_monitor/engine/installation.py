@@ -140,9 +140,7 @@ class Installation:
         assert self._capture is not None
         assert self._estimator is not None
         assert self._ring is not None
-        self._publisher = PublisherProcess(
-            self._ring.name, self._engine_info(), self._settings.target, self._free_cpus()
-        )
+        self._publisher = PublisherProcess(self._ring.fd, self._engine_info(), self._settings.target, self._free_cpus())
         self._publisher.start()
         self._estimator.start()
         self._capture.arm(self._estimator)

@@ -30,7 +30,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -m stream_monitor.publisher")
-    parser.add_argument("--ring", required=True)
+    parser.add_argument("--ring-fd", type=int, required=True, help="the ring's file descriptor, inherited")
     parser.add_argument("--target", required=True)
     parser.add_argument("--cpus", default="", help="CPUs to run on, such as 1,3; empty: as inherited")
     arguments = parser.parse_args()
@@ -46,7 +46,7 @@ def main() -> None:
     from stream_monitor.ring import RingError
 
     try:
-        publish(arguments.ring, info, arguments.target)
+        publish(arguments.ring_fd, info, arguments.target)
     except RingError as error:
         raise SystemExit(f"stream-monitor publisher: {error}") from None
 

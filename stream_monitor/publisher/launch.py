@@ -23,13 +23,16 @@ _ADDED = {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
 
 
 class PublisherProcess:
-    """A publisher for the ring `ring_name`, running on `cpus` (empty: as the worker).
+    """A publisher for the ring open as `ring_fd`, running on `cpus` (empty: as the worker).
 
-    Nothing here raises into the engine once constructed. Not thread-safe.
+    Each start inherits `ring_fd`, which must stay open until `stop`. Nothing here raises into the engine once
+    constructed. Not thread-safe.
     """
 
-    def __init__(self, ring_name: str, info: EngineInfo, target: str, cpus: Collection[int] = ()) -> None:
-        self._command = [sys.executable, "-m", "stream_monitor.publisher", "--ring", ring_name, "--target", target]
+    def __init__(self, ring_fd: int, info: EngineInfo, target: str, cpus: Collection[int] = ()) -> None:
+        self._ring_fd = ring_fd
+        self._command = [sys.executable, "-m", "stream_monitor.publisher", "--ring-fd", str(ring_fd)]
+        self._command += ["--target", target]
         if cpus:
             self._command += ["--cpus", ",".join(map(str, sorted(cpus)))]
         self._info = msgspec.json.encode(info) + b"\n"
@@ -47,7 +50,9 @@ class PublisherProcess:
         environment = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED} | _ADDED
         self._process = None
         with contextlib.suppress(OSError):
-            self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, bufsize=0, env=environment)
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, bufsize=0, env=environment, pass_fds=(self._ring_fd,)
+            )
             self._pipe = self._process.stdin
             self._tell(self._info)
 

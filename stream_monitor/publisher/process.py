@@ -30,10 +30,9 @@ class Publisher:
         self._backlog = Backlog(reader)
         self._delivery = Delivery(self._backlog, info, target, self._log)
         self._ended = asyncio.Event()
-        self._orderly = False
 
     async def run(self, lifeline: int) -> None:
-        """Publish until the file descriptor `lifeline` ends, then drain. Removes the ring if its worker died."""
+        """Publish until the file descriptor `lifeline` ends, then drain."""
         asyncio.get_running_loop().add_reader(lifeline, self._on_lifeline, lifeline)
         delivery = asyncio.ensure_future(self._delivery.run())
         try:
@@ -42,14 +41,11 @@ class Publisher:
         finally:
             delivery.cancel()
             await asyncio.wait((delivery,))
-            if not self._orderly:
-                self._reader.unlink()
             self._reader.close()
 
     def _on_lifeline(self, lifeline: int) -> None:
         data = os.read(lifeline, 64)
-        self._orderly = self._orderly or STOP.strip() in data
-        if self._orderly or not data:
+        if STOP.strip() in data or not data:
             asyncio.get_running_loop().remove_reader(lifeline)
             self._ended.set()
 
@@ -88,9 +84,9 @@ class Publisher:
             self._log.say("lost", "ends with summaries that the monitor never answered")
 
 
-def publish(ring: str, info: EngineInfo, target: str) -> None:
-    """Run a publisher whose standard input is the link to its worker. Raises RingError if the ring is not there."""
-    reader = RingReader(ring)
+def publish(ring_fd: int, info: EngineInfo, target: str) -> None:
+    """Run a publisher whose standard input is the link to its worker. Raises RingError if `ring_fd` is no ring."""
+    reader = RingReader(ring_fd)
 
     async def main() -> None:
         await Publisher(reader, info, target).run(sys.stdin.fileno())

@@ -18,7 +18,7 @@ class Model:
 
     def __init__(self) -> None:
         self.worker = Worker(capacity=1 << 20)
-        self.reader = RingReader(self.worker.ring.name)
+        self.reader = RingReader(self.worker.ring.fd)
         self.backlog = Backlog(self.reader)
         self.sent: dict[int, StepRecord] = {}
         self.taken: dict[int, Entry] = {}
@@ -75,7 +75,7 @@ class Model:
     def crash(self) -> None:
         self.stream.clear()
         self.reader.close()
-        self.reader = RingReader(self.worker.ring.name)
+        self.reader = RingReader(self.worker.ring.fd)
         self.backlog = Backlog(self.reader)
 
     def shrink(self) -> None:

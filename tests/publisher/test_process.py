@@ -1,5 +1,7 @@
 """The publisher as a process of its own, against a real gRPC server, with every kind of monitor."""
 
+import contextlib
+import glob
 import os
 import signal
 import subprocess
@@ -10,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import msgspec
 import psutil
 import pytest
 
 from stream_monitor.publisher import launch
 from stream_monitor.publisher.launch import PublisherProcess
-from stream_monitor.ring import FOLDER
+from stream_monitor.ring import MEMORY_NAME
 from tests.publisher.fakes import INFO, Monitor, Worker, check_ledger, wait_until
 
 HEADS = INFO.heads_per_row
@@ -38,7 +41,7 @@ def worker() -> Iterator[Worker]:
 
 @pytest.fixture
 def publisher(worker: Worker, monitor: Monitor) -> Iterator[PublisherProcess]:
-    publisher = PublisherProcess(worker.ring.name, INFO, monitor.address)
+    publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
     publisher.start()
     yield publisher
     publisher.stop(0)
@@ -177,7 +180,7 @@ def test_lifecycle_of_dropped_rows_still_arrives(worker: Worker, monitor: Monito
 def test_a_ring_that_overflows_is_counted_to_the_row(worker: Worker, monitor: Monitor) -> None:
     for _ in range(3000):
         worker.step()
-    publisher = PublisherProcess(worker.ring.name, INFO, monitor.address)
+    publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
     publisher.start()
     publisher.stop(15)
     tokens, chunks = check_ledger(monitor, worker)
@@ -203,7 +206,7 @@ def test_a_publisher_that_is_killed_is_replaced_and_nothing_is_lost_or_counted_t
     worker: Worker, monitor: Monitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "FIRST_RESTART", 0.05)
-    publisher = PublisherProcess(worker.ring.name, INFO, monitor.address)
+    publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
     publisher.start()
     monitor.verdict = lambda summary: "quota" if summary.sequence == 4 else None
 
@@ -240,7 +243,7 @@ def test_interrupts_leave_it_running(worker: Worker, monitor: Monitor, publisher
 
 def test_it_runs_on_the_cpus_it_is_given_and_sleeps_when_idle(worker: Worker, monitor: Monitor) -> None:
     cpu = max(os.sched_getaffinity(0))
-    publisher = PublisherProcess(worker.ring.name, INFO, monitor.address, cpus={cpu})
+    publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address, cpus={cpu})
     publisher.start()
     worker.step()
     wait_until(lambda: 1 in monitor.accepted)
@@ -254,15 +257,36 @@ def test_it_runs_on_the_cpus_it_is_given_and_sleeps_when_idle(worker: Worker, mo
     publisher.stop(15)
 
 
-def test_a_worker_killed_outright_leaves_no_process_no_memory_and_its_rows_arrive(monitor: Monitor) -> None:
+def holders(device: int, inode: int) -> set[int]:
+    """Processes that hold the ring's memory. By inode, because others on this machine may have rings of their own."""
+    found = set()
+    for link in glob.glob("/proc/[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if f"memfd:{MEMORY_NAME}" in os.readlink(link):
+                status = os.stat(link)
+                if (status.st_dev, status.st_ino) == (device, inode):
+                    found.add(int(link.split("/")[2]))
+    return found
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("publisher_too", [False, True])
+def test_a_worker_killed_outright_leaves_no_process_and_no_memory(monitor: Monitor, publisher_too: bool) -> None:
     script = f"""
-        import os, signal, sys, time
+        import os, time
         from stream_monitor.publisher.launch import PublisherProcess
         from tests.publisher.fakes import INFO, Worker
         worker = Worker()
-        publisher = PublisherProcess(worker.ring.name, INFO, {monitor.address!r})
+        publisher = PublisherProcess(worker.ring.fd, INFO, {monitor.address!r})
         publisher.start()
-        print(publisher.pid, worker.ring.name, flush=True)
+        status = os.fstat(worker.ring.fd)
+        print(publisher.pid, status.st_dev, status.st_ino, flush=True)
         for _ in range(500):
             worker.step()
         print("written", flush=True)
@@ -272,20 +296,31 @@ def test_a_worker_killed_outright_leaves_no_process_no_memory_and_its_rows_arriv
         [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert child.stdout is not None
-    pid, ring = child.stdout.readline().split()
+    pid, *memory = map(int, child.stdout.readline().split())
     assert child.stdout.readline() == "written\n"
-    assert (FOLDER / ring).exists()
+    assert holders(*memory) == {child.pid, pid}
+    if publisher_too:
+        wait_until(lambda: 1 in monitor.accepted)
+        os.kill(pid, signal.SIGKILL)
     child.kill()
     child.wait()
-    wait_until(lambda: not psutil.pid_exists(int(pid)) or psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE)
-    assert not (FOLDER / ring).exists()
-    assert sorted(monitor.accepted) == list(range(1, 501))
+    wait_until(lambda: gone(pid))
+    assert holders(*memory) == set()
+    if not publisher_too:
+        assert sorted(monitor.accepted) == list(range(1, 501))
     _, errors = child.communicate()
     assert errors == ""
 
 
+def test_a_publisher_that_is_given_no_ring_says_so_in_one_line() -> None:
+    command = [sys.executable, "-m", "stream_monitor.publisher", "--ring-fd", "0", "--target", "unix:/nobody"]
+    ended = subprocess.run(command, input=msgspec.json.encode(INFO) + b"\n", capture_output=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr == b"stream-monitor publisher: file descriptor 0 is not a ring\n"
+
+
 def test_a_missing_monitor_is_mentioned_once(worker: Worker, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    publisher = PublisherProcess(worker.ring.name, INFO, f"unix:{tmp_path}/nobody.sock")
+    publisher = PublisherProcess(worker.ring.fd, INFO, f"unix:{tmp_path}/nobody.sock")
     publisher.start()
     worker.step()
     time.sleep(2.6)
