@@ -163,7 +163,7 @@ def test_lifecycle_of_dropped_rows_still_arrives(worker: Worker, monitor: Monito
     wait_until(lambda: 1 in monitor.accepted)
     monitor.stop()
     while worker.steps < 12_000:  # 1.7 KB each with overhead: more than the publisher and half the ring keep
-        for _ in range(100):
+        for _ in range(50):
             worker.step()
         time.sleep(0.03)
     worker.finish()
