@@ -55,6 +55,8 @@ class Children:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         # `kill` and a closed terminal end the demo the way Ctrl-C does, through the same clean-up.
+        # Started in the background of a script, a process inherits SIGINT as ignored, and Python then leaves it so.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
         return self
