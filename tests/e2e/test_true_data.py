@@ -84,15 +84,20 @@ def rows_of_long(capture) -> tuple[list[CapturedRow], int]:
     return mine, first
 
 
-def test_captured_rows_equal_recomputed_attention(exact_capture, exact_truth, record_property):
+def test_exact_rows_hold_the_whole_attention(exact_capture):
+    rows, _ = rows_of_long(exact_capture)
+    observed = np.asarray([row.distribution().sum(-1) for row in rows])
+    np.testing.assert_allclose(observed, 1, atol=0.005)
+    assert all((row.unobserved_share == 0).all() for row in rows)
+
+
+def test_captured_rows_equal_recomputed_attention(exact_capture, exact_truth):
     rows, first = rows_of_long(exact_capture)
     assert first + 1 >= 4000
     values = variation(rows, exact_truth, first)
     figures = {"median": float(np.median(values)), "p99": float(np.quantile(values, 0.99)), "max": float(values.max())}
     print(f"total variation against transformers over {values.size} (row, layer, head): {figures}")
     assert passes(values), figures
-    observed = np.asarray([row.distribution().sum(-1) for row in rows])
-    np.testing.assert_allclose(observed, 1, atol=0.005)
 
 
 def mutants(capture) -> dict[str, list[CapturedRow]]:
@@ -145,16 +150,23 @@ def default_truth(default_capture, model_dir):
     return true_masses(model_dir, texts["long"], rows[0].layers)
 
 
-def test_the_default_search_keeps_nine_tenths_of_what_exact_keeps(default_capture, default_truth):
+def test_default_rows_are_whole_and_of_the_default_table(default_capture):
     rows, first = rows_of_long(default_capture)
     assert first + 1 >= 7000
+    for row in rows:
+        assert (row.geometry.strategy, row.geometry.top_k, row.geometry.block_size) == ("descent", 8, BLOCK)
+        total = row.block_share.sum(-1) + row.forced_share.sum(-1) + row.unobserved_share
+        np.testing.assert_allclose(total, 1, atol=0.01)
+
+
+def test_the_default_search_keeps_nine_tenths_of_what_exact_keeps(default_capture, default_truth):
+    rows, first = rows_of_long(default_capture)
     kept, best, reads = [], [], []
     for row in rows:
         blocks = row.position // BLOCK + 1
         inner = default_truth[row.position - first][..., :blocks].copy()
         inner[..., [block for block in row.forced_ids() if block >= 0]] = 0
         total = inner.sum(-1)
-        assert row.geometry.top_k == 8
         assert (row.block_ids < blocks).all()
         kept.append(np.take_along_axis(inner, row.block_ids, -1).sum(-1) / total)
         best.append(np.sort(inner, -1)[..., -8:].sum(-1) / total)
