@@ -39,11 +39,6 @@ class StepSlot:
         self.labels: list[RowLabel] = []
         """The sampled rows."""
 
-    @property
-    def row_limit(self) -> int:
-        """Most rows of a batch."""
-        return int(self.queries.shape[1])
-
     def snapshot(self, batch: BatchRows, labels: list[RowLabel], generation: int) -> None:
         """Copy what the estimator needs to find the sampled rows' keys; the runner reuses its tables next step."""
         row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
