@@ -4,14 +4,38 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Without an NVIDIA driver, Triton kernels are interpreted. Triton settles that for its own library as it is imported,
+# so that must be here, before any test imports vLLM; engines that tests start shall not inherit it.
+if not Path("/proc/driver/nvidia").exists():
+    with suppress(ImportError):
+        os.environ["TRITON_INTERPRET"] = "1"
+        import triton
+
+        triton.knobs.runtime.interpret = True
+    del os.environ["TRITON_INTERPRET"]
+
 # A suite that a script starts in its background inherits SIGINT as ignored, and so would every process it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def compiled_search() -> None:
+    """The CPU search's machine code, in this process and on disk: compiling it takes longer than a test may."""
+    import torch
+
+    from stream_kernels.cpu import CpuSearch
+    from stream_kernels.layout import KeyLayout, PagedKeys
+    from stream_kernels.search import SearchConfig
+
+    cache = PagedKeys(torch.zeros(1, 1, 32, 128), KeyLayout(32, 64, 32, 1), 1.0)
+    CpuSearch([cache], 1, SearchConfig(), max_rows=1, max_context=32, query_dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

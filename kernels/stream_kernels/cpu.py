@@ -1,29 +1,30 @@
 """The search on the CPU (numba): reads the engine's paged cache in place, in one call without the interpreter lock."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stream_kernels import cpu_kernel
-from stream_kernels.cpu_kernel import ROW_INVALID, ROW_OK, ROW_RACED
+from stream_kernels.cpu_kernel import EXACT, ROW_INVALID, ROW_OK, ROW_RACED, Geometry, search_rows
+from stream_kernels.cpu_setup import (
+    ELEMENT_TYPES,
+    STRATEGIES,
+    make_beam,
+    make_plan,
+    make_scratch,
+    query_place,
+    refusals,
+    sink_logits,
+    table_places,
+)
 from stream_kernels.layout import PagedKeys
-from stream_kernels.reference import probe_offsets, search_units
+from stream_kernels.reference import search_units
 from stream_kernels.search import BlockSummary, SearchConfig
 
 __all__ = ["ROW_INVALID", "ROW_OK", "ROW_RACED", "Audit", "CpuSearch"]
-
-STRATEGIES = ("descent", "exact")
-
-_ELEMENT_TYPES = {
-    torch.bfloat16: cpu_kernel.BFLOAT16,
-    torch.float16: cpu_kernel.FLOAT16,
-    torch.float32: cpu_kernel.FLOAT32,
-}
-_TILE_COLUMNS = 64
-"""Probe keys scored at a time: at head size 64 a tile of 16 KiB, half of a first-level cache."""
 
 
 class Audit(NamedTuple):
@@ -32,7 +33,7 @@ class Audit(NamedTuple):
     recall: float
     """Mass of the inner blocks kept over the mass of the K heaviest ones; 1 where there are none."""
     unobserved_error: float
-    """Estimated minus true share of the row's attention that is neither kept nor forced; -1 to 1."""
+    """Estimated minus true share of the row's attention on keys neither kept nor forced; -1 to 1."""
 
 
 class CpuSearch:
@@ -44,7 +45,7 @@ class CpuSearch:
     Args:
         keys: the L watched layers. All have one layout, element type and number of KV heads.
         total_query_heads: query heads H_total of a layer on this rank, a multiple of the KV heads.
-        config: what to search for; strategy `descent` or `exact`.
+        config: what to search for.
         max_rows: most rows of one call.
         max_context: longest context in tokens.
         query_dtype: element type of the query buffer.
@@ -66,7 +67,7 @@ class CpuSearch:
         query_heads: Sequence[int] | None = None,
     ) -> None:
         watched = list(range(total_query_heads)) if query_heads is None else list(query_heads)
-        reasons = _refusals(keys, total_query_heads, config, max_rows, max_context, query_dtype, watched)
+        reasons = refusals(keys, total_query_heads, config, max_rows, max_context, query_dtype, watched)
         if reasons:
             raise ValueError("; ".join(reasons))
         self.config = config
@@ -78,36 +79,50 @@ class CpuSearch:
         self._keys = tuple(keys)
         self._tables = 1 + max(layer.table for layer in keys)
         layout = keys[0].layout
-        self._geometry = cpu_kernel.Geometry(
+        self._geometry = Geometry(
             layers=len(keys),
             query_heads=len(watched),
             head_dim=layout.head_dim,
             page_size=layout.page_size,
             token_group=layout.token_group,
             channel_pack=layout.channel_pack,
-            key_type=_ELEMENT_TYPES[keys[0].tensor.dtype],
-            query_type=_ELEMENT_TYPES[query_dtype],
+            key_type=ELEMENT_TYPES[keys[0].tensor.dtype],
+            query_type=ELEMENT_TYPES[query_dtype],
             num_pages=min(layer.num_pages for layer in keys),
             max_context=max_context,
             block_size=config.block_size,
             top_k=config.top_k,
             sink_blocks=config.sink_blocks,
             recent_blocks=config.recent_blocks,
-            exact=int(config.strategy == "exact"),
+            strategy=STRATEGIES[config.strategy],
             rerank=int(config.rerank),
             width=config.width * config.top_k,
         )
         units = search_units(watched, total_query_heads // keys[0].kv_heads, config)
-        self._plan = _plan(keys, units, watched, config)
-        self._scratch = _scratch(self._geometry, max(len(slots) for _, slots in units))
+        self._plan = make_plan(keys, units, watched, config)
+        heads = max(len(slots) for _, slots in units)
+        self._beam = make_beam(self._geometry, keys[0].kv_heads, heads, config)
+        self._scratch = make_scratch(self._geometry, heads, self._beam.scratch.front.size)
         self._context_lens = np.zeros(max_rows, np.int32)
         self._snapshots = np.zeros(max_rows, np.int64)
         self._status = np.zeros(max_rows, np.uint8)
         # An audit is an exact search of one row, layer and head.
-        self._audit_geometry = self._geometry._replace(layers=1, query_heads=1, exact=1)
-        self._audit_scratch = _scratch(self._audit_geometry, 1)
+        self._audit_geometry = self._geometry._replace(layers=1, query_heads=1, strategy=EXACT)
+        self._audit_scratch = make_scratch(self._audit_geometry, 1)
         self._audit_out = BlockSummary.allocate(1, 1, 1, config)
         self._warm_up()
+
+    @property
+    def summary_bytes(self) -> int:
+        """Bytes that block summaries take; 0 where the strategy needs none."""
+        if self.config.strategy != "beam":
+            return 0
+        index = (part for part in self._beam.nodes if isinstance(part, np.ndarray))
+        return self._beam.statistics.nbytes + sum(array.nbytes for array in index)
+
+    def forget(self) -> None:
+        """Takes no block summary to be valid any more: where no generations say what was rewritten, or all was."""
+        self._beam.nodes.built[:] = -1
 
     def run(
         self,
@@ -143,12 +158,13 @@ class CpuSearch:
         if row_generations is not None:
             self._snapshots[:rows] = row_generations
         status = self._status[:rows]
-        cpu_kernel.search_rows(
+        search_rows(
             self._geometry,
             self._plan,
             self._scratch,
-            _query_place(queries),
-            _table_places(block_tables),
+            self._beam,
+            query_place(queries),
+            table_places(block_tables),
             self._context_lens[:rows],
             0 if page_generations is None else page_generations.ctypes.data,
             0 if page_generations is None else len(page_generations),
@@ -188,12 +204,13 @@ class CpuSearch:
         one = self._keys[layer : layer + 1]
         unit = [(head // (self._total_query_heads // one[0].kv_heads), [0])]
         status = np.zeros(1, np.uint8)
-        cpu_kernel.search_rows(
+        search_rows(
             self._audit_geometry,
-            _plan(one, unit, [head], self.config),
+            make_plan(one, unit, [head], self.config),
             self._audit_scratch,
-            _query_place(queries[layer:, row:]),
-            _table_places([table[row:] for table in block_tables]),
+            self._beam,
+            query_place(queries[layer:, row:]),
+            table_places([table[row:] for table in block_tables]),
             np.array([context_lens[row]], np.int32),
             0 if page_generations is None else page_generations.ctypes.data,
             0 if page_generations is None else len(page_generations),
@@ -205,12 +222,27 @@ class CpuSearch:
             return None
         oracle = self._audit_out
         total = float(oracle.total_lse()[0, 0, 0])
-        kept, best, forced = (
+        kept, best, forced, sink = (
             float(np.exp(lse.astype(np.float64) - total).sum())
-            for lse in (summary.block_lse[layer, row, slot], oracle.block_lse, oracle.forced_lse)
+            for lse in (
+                summary.block_lse[layer, row, slot],
+                oracle.block_lse,
+                oracle.forced_lse,
+                oracle.learned_sink_lse,
+            )
         )
         claimed = float(np.exp(summary.unobserved_lse[layer, row, slot] - summary.total_lse()[layer, row, slot]))
-        return Audit(kept / best if best > 0 else 1.0, claimed - max(0.0, 1.0 - kept - forced))
+        return Audit(kept / best if best > 0 else 1.0, claimed - max(0.0, 1.0 - kept - forced - sink))
+
+    def set_sinks(self, sinks: Sequence[torch.Tensor | None]) -> None:
+        """Takes new learned sinks, for each layer what `PagedKeys.sinks` holds: they are weights, and an engine may
+        replace its weights. Not while another thread is in `run` or `audit`.
+
+        Raises:
+            ValueError: not one entry per layer, or one that `PagedKeys` does not take.
+        """
+        self._keys = tuple(replace(layer, sinks=own) for layer, own in zip(self._keys, sinks, strict=True))
+        self._plan.sinks[:] = sink_logits(self._keys, self.query_heads)
 
     def _check(
         self,
@@ -262,90 +294,4 @@ class CpuSearch:
             BlockSummary.allocate(self.layers, 1, len(self.query_heads), self.config),
         )
         # Arguments of any other type are a mistake; they shall fail rather than compile in the middle of serving.
-        cpu_kernel.search_rows.disable_compile()
-
-
-def _refusals(
-    keys: Sequence[PagedKeys],
-    total_query_heads: int,
-    config: SearchConfig,
-    max_rows: int,
-    max_context: int,
-    query_dtype: torch.dtype,
-    watched: Sequence[int],
-) -> list[str]:
-    """Every reason not to build a search from these arguments."""
-    reasons = []
-    if config.strategy not in STRATEGIES:
-        reasons.append(
-            f"{config.strategy} needs block summaries, which the CPU search does not build yet; "
-            f"valid on CPU: {', '.join(STRATEGIES)}"
-        )
-    if query_dtype not in _ELEMENT_TYPES:
-        reasons.append(f"queries are {query_dtype}; valid: bfloat16, float16, float32")
-    if max_rows < 1 or not 1 <= max_context < 2**31:
-        reasons.append(f"max_rows {max_rows} and max_context {max_context} must be positive")
-    if not keys:
-        return [*reasons, "no layers"]
-    first = keys[0]
-    for index, layer in enumerate(keys):
-        if (layer.layout, layer.tensor.dtype, layer.kv_heads) != (first.layout, first.tensor.dtype, first.kv_heads):
-            reasons.append(f"layer {index} has another layout, type or number of KV heads than layer 0")
-        if layer.tensor.device.type != "cpu":
-            reasons.append(f"layer {index} is on {layer.tensor.device}")
-    if first.layout.head_dim % 4:
-        reasons.append(f"head size {first.layout.head_dim} is not a multiple of 4")
-    if total_query_heads % first.kv_heads:
-        reasons.append(f"{total_query_heads} query heads do not divide among {first.kv_heads} KV heads")
-    if not watched or len(set(watched)) < len(watched) or not set(watched) <= set(range(total_query_heads)):
-        reasons.append(f"query_heads {list(watched)} must be distinct and among {total_query_heads}")
-    return reasons
-
-
-def _plan(
-    keys: Sequence[PagedKeys], units: list[tuple[int, list[int]]], watched: Sequence[int], config: SearchConfig
-) -> cpu_kernel.Plan:
-    sizes = [len(slots) for _, slots in units]
-    return cpu_kernel.Plan(
-        unit_kv_head=np.array([kv_head for kv_head, _ in units], np.int64),
-        unit_first=np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64),
-        unit_slots=np.array([slot for _, slots in units for slot in slots], np.int64),
-        slot_head=np.array(watched, np.int64),
-        key_address=np.array([layer.tensor.data_ptr() for layer in keys], np.int64),
-        page_stride=np.array([layer.tensor.stride(0) for layer in keys], np.int64),
-        head_stride=np.array([layer.tensor.stride(1) for layer in keys], np.int64),
-        scale=np.array([layer.scale for layer in keys], np.float32),
-        table=np.array([layer.table for layer in keys], np.int64),
-        probe_offsets=np.array(probe_offsets(config), np.int64),
-    )
-
-
-def _scratch(g: cpu_kernel.Geometry, heads: int) -> cpu_kernel.Scratch:
-    """Memory for units of up to `heads` heads: it grows with `max_context` only under `exact`."""
-    inner = max(1, -(-g.max_context // g.block_size))
-    branches = inner if g.exact or inner <= g.width else 2 * g.width
-    columns = max(_TILE_COLUMNS, g.block_size)
-    return cpu_kernel.Scratch(
-        query=np.zeros((heads, g.head_dim), np.float32),
-        tile=np.zeros((g.head_dim, columns), np.float32),
-        logits=np.zeros((heads, columns), np.float32),
-        start=np.zeros(branches, np.int64),
-        end=np.zeros(branches, np.int64),
-        peak=np.zeros((heads, branches), np.float32),
-        weight=np.zeros((heads, branches), np.float32),
-        strongest=np.zeros((heads, branches), np.uint8),
-        score=np.zeros(branches, np.float32),
-        rank=np.zeros(branches, np.int64),
-        work=np.zeros(branches, np.int64),
-        left=np.zeros((heads, 2), np.float32),
-    )
-
-
-def _query_place(queries: torch.Tensor) -> NDArray[np.int64]:
-    """Address and the strides of layer, row and head, int64 [4]."""
-    return np.array([queries.data_ptr(), *queries.stride()[:3]], np.int64)
-
-
-def _table_places(block_tables: Sequence[NDArray[np.int32]]) -> NDArray[np.int64]:
-    """Address, row stride and columns of each table, int64 [tables, 3]."""
-    return np.array([[t.ctypes.data, t.strides[0] // 4, t.shape[1]] for t in block_tables], np.int64)
+        search_rows.disable_compile()

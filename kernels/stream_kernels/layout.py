@@ -1,5 +1,6 @@
 """How the engine lays keys out in its paged cache, and the one description of it that every implementation takes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ from numpy.typing import NDArray
 
 _DIGIT = 128
 """Base of the probe's digits: bfloat16, the narrowest cache type, holds whole numbers to 256 exactly."""
+
+DEVICE_KEY_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Element types of the caches that a search on a GPU reads."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +97,21 @@ class PagedKeys:
         layout: the order of a tile's keys.
         scale: factor from dot product to logit.
         table: which of the block tables handed to the search maps this layer's pages (one per KV-cache group).
+        softcap: bound of the logits, as in Gemma 2: after the scale a logit x becomes softcap * tanh(x / softcap).
+            0 for none.
+        sinks: learned attention sinks, as in gpt-oss: float32 [H_total], for each query head a logit that takes its
+            share of the softmax without belonging to any key; neither scaled nor capped. None for none.
 
     Raises:
-        ValueError: the tensor does not have that shape, type or strides.
+        ValueError: a tensor does not have that shape, type or strides, or a number is out of its range.
     """
 
     tensor: torch.Tensor
     layout: KeyLayout
     scale: float
     table: int = 0
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         page, dim = self.layout.page_size, self.layout.head_dim
@@ -112,8 +122,7 @@ class PagedKeys:
             raise ValueError(f"KV cache is {shape}; expected [pages, kv_heads, {page}, {2 * dim}] for {self.layout}")
         if self.tensor.stride()[2:] != (2 * dim, 1):
             raise ValueError(f"a tile of the KV cache must be contiguous; its strides are {self.tensor.stride()}")
-        if not self.scale > 0:
-            raise ValueError(f"scale is {self.scale}; it must be positive")
+        _check_logits(self.scale, self.softcap, self.sinks, self.kv_heads)
 
     @property
     def num_pages(self) -> int:
@@ -130,6 +139,75 @@ class PagedKeys:
         size = self.layout.page_size * self.layout.head_dim
         tiles = self.tensor[pages.long()].flatten(-2)[..., :size]
         return self.layout.to_logical(tiles).transpose(1, 2).flatten(0, 1).double()
+
+
+@dataclass(frozen=True)
+class DeviceKeys:
+    """One layer's keys on a GPU, where the engine keeps them.
+
+    Attributes:
+        tensor: a view [num_pages, page_size, kv_heads, head_dim] of the engine's cache: bfloat16, float16, float32,
+            float8_e4m3fn or float8_e5m2. Channels are contiguous; all else may be strided, so that caches with tokens
+            before heads (NHD) and heads before tokens (HND) are the same to the search.
+        scale: factor from dot product to logit; of an 8-bit cache it includes the scale its keys were stored with.
+        table: which of the block tables handed to the search maps this layer's pages (one per KV-cache group).
+        softcap: as in `PagedKeys`.
+        sinks: as in `PagedKeys`, on any device.
+
+    Raises:
+        ValueError: a tensor does not have that shape, type or strides, or a number is out of its range.
+    """
+
+    tensor: torch.Tensor
+    scale: float
+    table: int = 0
+    softcap: float = 0.0
+    sinks: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tensor.dtype not in DEVICE_KEY_TYPES:
+            raise ValueError(f"KV cache is {self.tensor.dtype}; valid: {', '.join(map(str, DEVICE_KEY_TYPES))}")
+        if self.tensor.ndim != 4:
+            raise ValueError(
+                f"KV cache is {list(self.tensor.shape)}; expected a view [pages, page_size, kv_heads, head_dim]"
+            )
+        if self.tensor.stride(3) != 1:
+            raise ValueError(f"a key's channels must be contiguous; the cache's strides are {self.tensor.stride()}")
+        _check_logits(self.scale, self.softcap, self.sinks, self.kv_heads)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the cache."""
+        return self.tensor.shape[0]
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads on this rank."""
+        return self.tensor.shape[2]
+
+    @property
+    def layout(self) -> KeyLayout:
+        """The order of one head's keys of a page, strides left aside: row-major."""
+        return KeyLayout.row_major(page_size=self.tensor.shape[1], head_dim=self.tensor.shape[3])
+
+    def gather(self, pages: torch.Tensor) -> torch.Tensor:
+        """The keys of `pages` (integers [n]) in logical order, float64 [n * page_size, kv_heads, head_dim]."""
+        # As bytes, because torch does not index 8-bit floats.
+        stored = self.tensor.view(torch.uint8)[pages.long()]
+        return stored.view(self.tensor.dtype).flatten(0, 1).double()
+
+
+def _check_logits(scale: float, softcap: float, sinks: torch.Tensor | None, kv_heads: int) -> None:
+    """Raises ValueError where a layer's logits cannot be formed from these."""
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}; it must be positive")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; it must be positive, or 0 for none")
+    if sinks is not None and (sinks.dtype != torch.float32 or sinks.ndim != 1 or len(sinks) % kv_heads):
+        raise ValueError(
+            f"sinks are {sinks.dtype} {list(sinks.shape)}; expected float32, one for each query head "
+            f"of {kv_heads} KV heads"
+        )
 
 
 def probe_permutation(

@@ -28,12 +28,16 @@ class SearchConfig:
         top_k: inner blocks kept per query head.
         sink_blocks, recent_blocks: first and last blocks, kept on top of `top_k` and left out of the search.
         probe_keys: descent's r, keys of the centre block scored per branch.
-        width: candidates kept per round, in multiples of `top_k` (of a KV head's group when shared).
-        share_kv_group: the query heads of one KV head search together; each head's scores count relative to its best,
-            and the group's score is the maximum over its heads.
+        width: most candidates, in multiples of `top_k` (of a KV head's group when shared); under `descent` they are
+            also what each round keeps.
+        share_kv_group: the query heads of one KV head search together.
         rerank: at the leaves every query head takes exact dot products with every key of the candidates and keeps the
             K blocks of largest exact mass. Without it the last round's scores decide (the paper's descent), and only
             the K blocks kept are then read in full, to give their mass.
+        box_width: beam's nodes kept per level of the summary pyramid in a context of 256 inner blocks; grows with the
+            eighth root of the context (`statistics.box_width`).
+        min_gain: beam reads on while the heads of a unit may expect to gain this share of their attention, summed, per
+            candidate read; 0 always reads `width * top_k`.
     """
 
     strategy: Strategy = "descent"
@@ -45,6 +49,8 @@ class SearchConfig:
     width: int = 16
     share_kv_group: bool = True
     rerank: bool = True
+    box_width: int = 96
+    min_gain: float = 0.0002
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -61,6 +67,10 @@ class SearchConfig:
             raise ValueError(f"probe_keys is {self.probe_keys}; valid: 1 to block_size ({self.block_size})")
         if not 1 <= self.width <= 64:
             raise ValueError(f"width is {self.width}; valid: 1 to 64")
+        if not 1 <= self.box_width <= 256:
+            raise ValueError(f"box_width is {self.box_width}; valid: 1 to 256")
+        if not 0 <= self.min_gain <= 1:
+            raise ValueError(f"min_gain is {self.min_gain}; valid: 0 to 1")
 
     @property
     def forced_blocks(self) -> int:
@@ -87,6 +97,8 @@ class BlockSummary:
             context is too short to have that block (a block is listed once, as sink if it is both).
         forced_strongest: uint8 [L, R, H, F].
         unobserved_lse: float32 [L, R, H], estimated log-sum-exp of every block neither kept nor forced; -inf if none.
+        learned_sink_lse: float32 [L, R, H], the logit of the head's learned sink, which takes mass without any key
+            (not to be confused with the first blocks, `sink_blocks`); -inf where the layer has none.
         keys_read: float32 [L, R], key-equivalents read, per query head.
     """
 
@@ -96,6 +108,7 @@ class BlockSummary:
     forced_lse: NDArray[np.float32]
     forced_strongest: NDArray[np.uint8]
     unobserved_lse: NDArray[np.float32]
+    learned_sink_lse: NDArray[np.float32]
     keys_read: NDArray[np.float32]
 
     @classmethod
@@ -109,6 +122,7 @@ class BlockSummary:
             forced_lse=np.full((*lead, f), -np.inf, np.float32),
             forced_strongest=np.zeros((*lead, f), np.uint8),
             unobserved_lse=np.full(lead, -np.inf, np.float32),
+            learned_sink_lse=np.full(lead, -np.inf, np.float32),
             keys_read=np.zeros((layers, rows), np.float32),
         )
 
@@ -117,8 +131,9 @@ class BlockSummary:
         return BlockSummary(**{name: array[:, :rows] for name, array in vars(self).items()})
 
     def total_lse(self) -> NDArray[np.float32]:
-        """Log-sum-exp of all keys of a row, float32 [L, R, H]: kept + forced + unobserved."""
-        parts = np.concatenate([self.block_lse, self.forced_lse, self.unobserved_lse[..., None]], axis=-1)
+        """Logarithm of the row's softmax denominator, float32 [L, R, H]: kept + forced + unobserved + learned sink."""
+        single = np.stack([self.unobserved_lse, self.learned_sink_lse], axis=-1)
+        parts = np.concatenate([self.block_lse, self.forced_lse, single], axis=-1)
         return np.asarray(np.logaddexp.reduce(parts, axis=-1), np.float32)
 
 

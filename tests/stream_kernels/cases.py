@@ -28,6 +28,10 @@ class Case:
     layers: int = 2
     tables: int = 1
     query_heads: tuple[int, ...] | None = None
+    softcap: float = 0.0
+    """Of the first layer; each following one has a smaller."""
+    sinks: bool = False
+    """Learned ones in every second layer; over the heads they take from nothing to nearly all of the attention."""
     grid: bool = True
     seed: int = 0
 
@@ -56,16 +60,16 @@ def draw(case: Case) -> Inputs:
     rng = torch.Generator().manual_seed(case.seed)
     page, dim, layout = case.page_size, case.head_dim, case.layout
     per_row = [-(-context // page) for context in case.contexts]
-    pages = sum(per_row) + 3
+    pages = case.tables * sum(per_row) + 3
 
     def values(*shape: int, spread: int) -> torch.Tensor:
         if case.grid:
             return torch.randint(-spread, spread + 1, shape, generator=rng).float()
         return torch.randn(shape, generator=rng) * spread
 
+    # As in the engine, a page belongs to one table at a time.
     tables = []
-    for _ in range(case.tables):
-        order = torch.randperm(pages, generator=rng)[: sum(per_row)]
+    for order in torch.randperm(pages, generator=rng)[: case.tables * sum(per_row)].split(max(1, sum(per_row))):
         table = torch.full((len(per_row), max(1, *per_row)), -1, dtype=torch.int32)
         for row, part in enumerate(order.split(per_row)):
             table[row, : len(part)] = part.int()
@@ -82,6 +86,8 @@ def draw(case: Case) -> Inputs:
         cache = torch.full((pages, case.kv_heads, 2 * page * dim), torch.nan, dtype=case.dtype)
         cache[..., : page * dim] = layout.from_logical(logical.to(case.dtype))
         shaped = cache.view(pages, case.kv_heads, page, 2 * dim)
-        keys.append(PagedKeys(shaped, layout, scale=2.0 ** -(3 + layer % 2), table=layer % case.tables))
+        sinks = torch.linspace(-5.0, 20.0, case.total_heads) if case.sinks and layer % 2 == 0 else None
+        scale, softcap = 2.0 ** -(3 + layer % 2), case.softcap / (1 + layer)
+        keys.append(PagedKeys(shaped, layout, scale, layer % case.tables, softcap, sinks))
     queries = values(case.layers, len(case.contexts), case.total_heads, dim, spread=3)
     return Inputs(queries.to(case.query_dtype or case.dtype), keys, tables, np.array(case.contexts, dtype=np.int32))

@@ -114,3 +114,18 @@ def test_the_probe_reads_off_the_real_engine(dtype: torch.dtype, page: int, dim:
 def test_a_cache_of_another_form_is_refused(tensor: torch.Tensor, line: str) -> None:
     with pytest.raises(ValueError, match=line):
         PagedKeys(tensor, KeyLayout.row_major(32, 64), scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"softcap": float("inf")}, "softcap is inf"),
+        ({"sinks": torch.zeros(6, dtype=torch.bfloat16)}, "float32, one for each query head of 2 KV heads"),
+        ({"sinks": torch.zeros(2, 3)}, r"\[2, 3\]"),
+        ({"sinks": torch.zeros(5)}, r"\[5\]"),
+    ],
+)
+def test_a_cap_or_sinks_of_another_form_are_refused(changes: dict[str, object], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        PagedKeys(torch.zeros(4, 2, 32, 128), KeyLayout.row_major(32, 64), scale=1.0, **changes)  # type: ignore[arg-type]

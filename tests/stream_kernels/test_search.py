@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_kernels.cpu import ROW_INVALID, ROW_OK, ROW_RACED, CpuSearch
+from stream_kernels.cpu_kernel.logits import cap_logits
 from stream_kernels.reference import probe_offsets, search_units
 from stream_kernels.search import NO_BLOCK, BlockSummary, SearchConfig, forced_block_ids
 
@@ -24,7 +26,8 @@ def dense_logits(case: Case, inputs: Inputs, layer: int, row: int, head: int) ->
     context = case.contexts[row]
     pages = inputs.block_tables[keys.table][row, : -(-context // case.page_size)]
     row_keys = keys.gather(pages)[:context, head // case.group]
-    return (row_keys @ inputs.queries[layer, row, head].double() * keys.scale).numpy()
+    logits = (row_keys @ inputs.queries[layer, row, head].double() * keys.scale).numpy()
+    return keys.softcap * np.tanh(logits / keys.softcap) if keys.softcap else logits
 
 
 def kept_mass(summary: BlockSummary) -> np.ndarray:
@@ -42,6 +45,8 @@ def kept_mass(summary: BlockSummary) -> np.ndarray:
     recent=st.integers(1, 3),
     shared=st.booleans(),
     rerank=st.booleans(),
+    softcap=st.sampled_from([0.0, 4.0, 50.0]),
+    learned_sinks=st.booleans(),
 )
 def test_a_summary_describes_dense_attention(
     strategy: str,
@@ -53,10 +58,13 @@ def test_a_summary_describes_dense_attention(
     recent: int,
     shared: bool,
     rerank: bool,
+    softcap: float,
+    learned_sinks: bool,
 ) -> None:
     config = SearchConfig(strategy, block_size, top_k, sink, recent, 2, width, shared, rerank)  # type: ignore[arg-type]
     case = Case(config, (context,), layers=1, dtype=torch.float32, head_dim=16, grid=False)
-    inputs = draw(case)
+    inputs = draw(dataclasses.replace(case, softcap=softcap, sinks=learned_sinks))
+    sinks = inputs.keys[0].sinks
     found = run_reference(case, inputs)
     forced = forced_block_ids(context, config)
     blocks = -(-context // block_size)
@@ -73,9 +81,20 @@ def test_a_summary_describes_dense_attention(
         expected = [lse[b] if b != NO_BLOCK else -np.inf for b in forced]
         np.testing.assert_allclose(found.forced_lse[0, 0, head], expected, atol=1e-5)
         if strategy == "exact":
-            np.testing.assert_allclose(found.total_lse()[0, 0, head], np.logaddexp.reduce(logits), atol=1e-5)
+            total = np.logaddexp.reduce([*logits, -np.inf if sinks is None else float(sinks[head])])
+            np.testing.assert_allclose(found.total_lse()[0, 0, head], total, atol=1e-5)
         if len(ids) == blocks - len(set(forced) - {NO_BLOCK}):
             assert found.unobserved_lse[0, 0, head] == -np.inf
+
+
+@pytest.mark.parametrize("softcap", [0.5, 6.0, 50.0])
+def test_the_compiled_soft_cap_is_exact_for_small_and_large_logits(softcap: float) -> None:
+    sizes = np.geomspace(1e-6, 20 * softcap, 64).astype(np.float32)
+    raw = np.concatenate([sizes, -sizes, [0.0, np.float32(1e30)]]).astype(np.float32)
+    logits = raw[None].copy()
+    numba.njit(lambda *arguments: cap_logits(*arguments))(logits, 1, len(raw), np.float32(softcap))
+    expected = softcap * np.tanh(raw.astype(np.float64) / softcap)
+    np.testing.assert_allclose(logits[0], expected, rtol=5e-7)
 
 
 @pytest.mark.parametrize("strategy", ["descent", "beam"])
@@ -91,8 +110,9 @@ def test_no_search_keeps_more_than_the_oracle(strategy: str) -> None:
 def test_a_search_wide_enough_is_the_oracle(strategy: str) -> None:
     inputs = draw(CASE)
     oracle = run_reference(CASE.with_config(strategy="exact"), inputs)
-    found = run_reference(CASE.with_config(strategy=strategy, width=64), inputs)
-    assert_same(found, oracle)
+    found = run_reference(CASE.with_config(strategy=strategy, width=64, min_gain=0.0), inputs)
+    # Knowing that it will read everything, descent scores nothing; beam scores first and reads in that order.
+    assert_same(dataclasses.replace(found, keys_read=oracle.keys_read), oracle)
 
 
 def test_the_unobserved_estimate_is_close_where_blocks_are_alike() -> None:
@@ -150,6 +170,18 @@ def test_a_row_is_dropped_when_one_of_its_pages_was_reused() -> None:
     assert (out.block_ids[:, 1] != NO_BLOCK).all()
 
 
+def test_pages_of_a_table_that_no_watched_layer_uses_do_not_matter() -> None:
+    """As in a model with sliding windows: their table goes on naming pages that belong to others by now."""
+    inputs = draw(CASE)
+    searcher = searcher_for(CASE, inputs)
+    out = BlockSummary.allocate(2, 2, 6, CASE.config)
+    used, other = inputs.block_tables[0].numpy(), np.array([[1, -1], [10_000_000, 2]], np.int32)
+    generations = np.zeros(inputs.keys[0].num_pages, np.int64)
+    generations[[page for page in range(len(generations)) if page not in used]] = 9
+    call = (inputs.queries, [used, other], inputs.context_lens, out, generations, np.zeros(2, np.int64))
+    assert searcher.run(*call).tolist() == [ROW_OK, ROW_OK]
+
+
 def test_a_page_reused_during_the_search_is_noticed() -> None:
     """A search of many rows lasts long enough for another thread to change a generation half-way."""
     case = dataclasses.replace(CASE, contexts=(3000,), config=SearchConfig(strategy="exact"))
@@ -194,20 +226,37 @@ def test_a_context_longer_than_declared_is_not_searched() -> None:
     assert status.tolist() == [ROW_INVALID, ROW_OK]
 
 
-def test_an_audit_agrees_with_the_oracle() -> None:
-    inputs = draw(CASE)
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("softcap", [0.0, 6.0])
+def test_an_audit_agrees_with_the_oracle(softcap: float, sinks: bool) -> None:
+    inputs = draw(dataclasses.replace(CASE, softcap=softcap, sinks=sinks))
     found, searcher = run_cpu(CASE, inputs)
     oracle = run_reference(CASE.with_config(strategy="exact"), inputs)
     tables = [table.numpy() for table in inputs.block_tables]
-    for layer, row, slot in [(0, 0, 0), (1, 0, 4), (1, 1, 5)]:
+    for layer, row, slot in [(0, 0, 0), (0, 1, 3), (1, 0, 4), (1, 1, 5)]:
         audit = searcher.audit(layer, row, slot, inputs.queries, tables, inputs.context_lens, found)
         assert audit is not None
         at = (layer, row, slot)
         assert audit.recall == pytest.approx(np.exp(kept_mass(found)[at] - kept_mass(oracle)[at]), rel=1e-4)
         seen = np.logaddexp(kept_mass(found)[at], np.logaddexp.reduce(found.forced_lse[at]))
+        seen = np.logaddexp(seen, found.learned_sink_lse[at])
         truth = 1 - np.exp(seen - oracle.total_lse()[at])
         claim = np.exp(found.unobserved_lse[at] - found.total_lse()[at])
         assert audit.unobserved_error == pytest.approx(claim - truth, abs=1e-5)
+
+
+def test_new_sinks_count_from_the_next_search_on() -> None:
+    case = dataclasses.replace(CASE.with_config(strategy="exact"), sinks=True, query_heads=(4, 1))
+    inputs = draw(case)
+    found, searcher = run_cpu(case, inputs)
+    tables = [table.numpy() for table in inputs.block_tables]
+    keys = [dataclasses.replace(inputs.keys[0], sinks=None)]
+    keys.append(dataclasses.replace(inputs.keys[1], sinks=torch.linspace(30.0, 10.0, case.total_heads)))
+    searcher.set_sinks([layer.sinks for layer in keys])
+    searcher.run(inputs.queries, tables, inputs.context_lens, found)
+    assert_same(found, run_reference(case, dataclasses.replace(inputs, keys=keys)))
+    audit = searcher.audit(1, 0, 1, inputs.queries, tables, inputs.context_lens, found)
+    assert audit == pytest.approx((1.0, 0.0), abs=1e-5)
 
 
 def test_an_exact_summary_audits_as_perfect() -> None:
@@ -229,8 +278,8 @@ def test_the_audit_of_a_reused_row_is_none() -> None:
 
 
 def test_what_the_cpu_search_cannot_do_is_refused_with_every_reason() -> None:
-    case = dataclasses.replace(CASE, config=SearchConfig(strategy="beam"), query_heads=(1, 1))
-    with pytest.raises(ValueError, match=r"beam needs block summaries.*valid on CPU: descent, exact.*distinct"):
+    case = dataclasses.replace(CASE, head_dim=18, query_heads=(1, 1))
+    with pytest.raises(ValueError, match=r"head size 18 is not a multiple of 4.*distinct"):
         run_cpu(case, draw(case))
 
 

@@ -1,0 +1,372 @@
+"""The beam: coarse to fine over the nodes, then exact reads in order of promise. `reference_beam.py` specifies it."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_kernels.cpu_kernel.candidates import read_candidate
+from stream_kernels.cpu_kernel.compiling import jit
+from stream_kernels.cpu_kernel.keys import prefetch_block
+from stream_kernels.cpu_kernel.logits import (
+    add_exponentials,
+    add_mass,
+    exp_below_zero,
+    largest,
+    raise_to,
+    weight_above,
+    weighted_sum,
+)
+from stream_kernels.cpu_kernel.nodes import FANOUT_BITS, NodeIndex
+from stream_kernels.cpu_kernel.selection import kth_largest, sort_key, tie_of
+from stream_kernels.cpu_kernel.structures import MINUS_INFINITY, ZERO, Floats, Geometry, Ints, Pages, Plan, Scratch
+from stream_kernels.cpu_kernel.summaries import (
+    Summaries,
+    log_mean_exp,
+    node_blocks,
+    project_nodes,
+    slot_address,
+    spread_limit,
+)
+
+_MAX_RESIDUAL = 2.0
+_LEAST_RESIDUAL = 1e-4
+
+
+class BeamScratch(NamedTuple):
+    """Working memory. n: heads of the largest unit; C: most nodes scored on a level; K: `top_k`."""
+
+    squares: Floats
+    """[n, D], squared scaled queries."""
+    slots: NDArray[np.int32]
+    """[row nodes], the slot of each node of the row."""
+    jobs: NDArray[np.int32]
+    """[row nodes, 3], nodes to build."""
+    front: Ints
+    """[C], nodes being scored."""
+    below: Ints
+    """[C], the next level's."""
+    centre: Floats
+    """[n, C], estimated log mass of one block of each node, on average."""
+    spread: Floats
+    """[n, C]"""
+    left_estimate: Floats
+    """[n, NL * C], `centre` of the nodes that were scored and not looked into."""
+    left_blocks: Floats
+    """[NL * C], how many blocks each counts."""
+    log_blocks: Floats
+    """[C], logarithm of the blocks each node counts."""
+    order: Ints
+    """[C], sort keys of the blocks to read, the best last."""
+    observed: Floats
+    """[n, 2], peak and weight of all that is read."""
+    norm: Floats
+    """[n], log-sum-exp that shares are relative to."""
+    best: Floats
+    """[n, K], largest exact masses so far, descending."""
+    sums: NDArray[np.float64]
+    """[n, 6], of the regression: count, x, y, xx, xy, yy."""
+    line: NDArray[np.float64]
+    """[n, 4], the regression: centre of x, of y, slope, residual variance."""
+
+
+class Beam(NamedTuple):
+    """All that the beam needs beyond what every strategy has."""
+
+    statistics: NDArray[np.uint16]
+    """[L, KV heads, S, 2, D], bfloat16: what the slots hold. Read through `summaries`."""
+    min_gain: float
+    widths: NDArray[np.int32]
+    """[N + 1], nodes kept per level, by the block before which the search ends."""
+    tops: NDArray[np.int32]
+    """[N + 1], the level where the search starts."""
+    nodes: NodeIndex
+    summaries: Summaries
+    scratch: BeamScratch
+
+
+@jit()
+def search_nodes(
+    g: Geometry,
+    plan: Plan,
+    s: Scratch,
+    beam: Beam,
+    heads: int,
+    layer: int,
+    kv_head: int,
+    address: int,
+    pages: Pages,
+    end: int,
+) -> tuple[int, int]:
+    """Reads candidates among blocks `g.sink_blocks` to `end`: fills `s.start`, `s.peak`, `s.weight`, `s.strongest`.
+
+    Adds the estimated mass of the blocks not read to `s.left`. Returns the number of candidates and the keys read for
+    scores.
+    """
+    b, softcap = beam.scratch, plan.softcap[layer]
+    for h in range(heads):
+        b.norm[h] = s.outside[h, 0] + np.float32(math.log(s.outside[h, 1]))
+    if end - g.sink_blocks <= 2 * g.top_k:
+        for i in range(end - g.sink_blocks):
+            s.start[i] = i
+            read_candidate(g, plan, s, heads, layer, address, pages, i)
+        return end - g.sink_blocks, 0
+
+    for h in range(heads):
+        for c in range(g.head_dim):
+            b.squares[h, c] = s.query[h, c] * s.query[h, c]
+    width: int = beam.widths[end]
+    level: int = beam.tops[end]
+    count, reads, left = 0, 0, 0
+    for node in range(end >> (FANOUT_BITS * level)):
+        if node_blocks(level, node, g.sink_blocks) > 0:
+            b.front[count] = node
+            count += 1
+    at_top = True
+    while True:
+        reads += 2 * count
+        _estimate(g, s, beam.summaries, beam.nodes, b, heads, layer, kv_head, level, count, softcap)
+        _unit_scores(g, s, b, heads, level, count, at_top)
+        if level == 0:
+            break
+        at_top = False
+        count, left = _look_into(g, s, b, heads, level, count, width, left, end)
+        level -= 1
+
+    candidates = _read_on(g, plan, s, beam.min_gain, b, heads, layer, address, pages, count)
+    for i in range(count):
+        if s.work[i] >= 0:  # not read
+            left = _leave(b, heads, i, 1, left)
+    for h in range(heads):
+        if left == 0:
+            continue
+        line, estimates = b.line[h], b.left_estimate[h]
+        origin = largest(estimates, 0, left)
+        weight = weighted_sum(estimates, b.left_blocks, left, np.float32(line[2]), origin)
+        add_mass(s.left, h, np.float32(line[1] + line[2] * (origin - line[0]) + 0.5 * line[3]), weight)
+    return candidates, reads
+
+
+@jit()
+def _estimate(
+    g: Geometry,
+    s: Scratch,
+    m: Summaries,
+    index: NodeIndex,
+    b: BeamScratch,
+    heads: int,
+    layer: int,
+    kv_head: int,
+    level: int,
+    count: int,
+    softcap: np.float32,
+) -> None:
+    """b.centre = estimated log mass of one block of each node in `b.front`, on average, per head."""
+    slots = b.slots[index.row_offset[level] :]
+    first_slot = slot_address(g, m, layer, 0, kv_head)
+    project_nodes(first_slot, slots, b.front, count, g.head_dim, s.query, b.squares, heads, b.centre, b.spread)
+    # The first nodes may be short of sink blocks; what a node counts decides where its Gaussian's tail ends.
+    short = 0
+    while short < count and b.front[short] << (FANOUT_BITS * level) < g.sink_blocks:
+        short += 1
+    full = spread_limit(g.block_size << (FANOUT_BITS * level))
+    block = np.float32(math.log(g.block_size))
+    for h in range(heads):
+        for i in range(short):
+            tokens = g.block_size * node_blocks(level, b.front[i], g.sink_blocks)
+            log_mean_exp(b.centre[h], b.spread[h], i, 1, spread_limit(tokens), softcap)
+        log_mean_exp(b.centre[h], b.spread[h], short, count - short, full, softcap)
+        for i in range(count):
+            b.centre[h, i] += block
+
+
+@jit()
+def _unit_scores(g: Geometry, s: Scratch, b: BeamScratch, heads: int, level: int, count: int, at_top: bool) -> None:
+    """s.score = log of the heads' summed shares, of each node; s.rank its sort key, ties to the lower node.
+
+    At the top level, `b.norm` first takes in the nodes themselves.
+    """
+    full = np.float32(math.log(1 << (FANOUT_BITS * level)))
+    for i in range(count):
+        b.log_blocks[i] = full
+    short = 0  # of sink blocks
+    while short < count and b.front[short] << (FANOUT_BITS * level) < g.sink_blocks:
+        b.log_blocks[short] = math.log(node_blocks(level, b.front[short], g.sink_blocks))
+        short += 1
+    if at_top:
+        for h in range(heads):
+            _take_in(b, h, count)
+    weight = b.spread[0]  # no longer needed for variances
+    for i in range(count):
+        s.score[i] = MINUS_INFINITY
+        weight[i] = ZERO
+    for h in range(heads):
+        raise_to(s.score, b.centre[h], count, b.norm[h])
+    for h in range(heads):
+        add_exponentials(weight, b.centre[h], s.score, count, b.norm[h])
+    for i in range(count):
+        s.score[i] += b.log_blocks[i] + np.float32(math.log(weight[i]))
+        s.rank[i] = sort_key(s.score[i], i)
+
+
+@jit()
+def _take_in(b: BeamScratch, h: int, count: int) -> None:
+    """Adds the front's estimated mass to b.norm[h]."""
+    mass, outside = b.spread[h], b.norm[h]
+    for i in range(count):
+        mass[i] = b.centre[h, i] + b.log_blocks[i]
+    peak = max(outside, largest(mass, 0, count))
+    b.norm[h] = peak + np.float32(math.log(weight_above(mass, 0, count, peak) + exp_below_zero(outside - peak)))
+
+
+@jit()
+def _look_into(
+    g: Geometry, s: Scratch, b: BeamScratch, heads: int, level: int, count: int, width: int, left: int, end: int
+) -> tuple[int, int]:
+    """Replaces `b.front` by the children of its `width` best nodes and by what no whole parent covers.
+
+    The other nodes are left. Returns how many nodes are in front now, and how many were left so far.
+    """
+    for i in range(count):
+        s.work[i] = s.rank[i]
+    worst = kth_largest(s.work, count, min(width, count))
+    found = 0
+    for i in range(count):
+        if s.rank[i] < worst:
+            left = _leave(b, heads, i, node_blocks(level, b.front[i], g.sink_blocks), left)
+            continue
+        for child in range(b.front[i] << FANOUT_BITS, (b.front[i] + 1) << FANOUT_BITS):
+            if node_blocks(level - 1, child, g.sink_blocks) > 0:
+                b.below[found] = child
+                found += 1
+    whole = end >> (FANOUT_BITS * level)
+    for child in range(whole << FANOUT_BITS, end >> (FANOUT_BITS * (level - 1))):
+        if node_blocks(level - 1, child, g.sink_blocks) > 0:
+            b.below[found] = child
+            found += 1
+    b.front[:found] = b.below[:found]
+    return found, left
+
+
+@jit()
+def _leave(b: BeamScratch, heads: int, i: int, blocks: int, left: int) -> int:
+    """Notes that node `i` of the front was scored and not looked into."""
+    for h in range(heads):
+        b.left_estimate[h, left] = b.centre[h, i]
+    b.left_blocks[left] = np.float32(blocks)
+    return left + 1
+
+
+@jit()
+def _read_on(
+    g: Geometry,
+    plan: Plan,
+    s: Scratch,
+    min_gain: float,
+    b: BeamScratch,
+    heads: int,
+    layer: int,
+    address: int,
+    pages: Pages,
+    count: int,
+) -> int:
+    """Reads blocks of the front in order of their score, while that is expected to pay; returns how many.
+
+    Leaves the regression in `b.line`, and in `s.work` -1 for every node of the front that was read.
+    """
+    most = min(count, g.width if g.rerank else g.top_k)
+    for i in range(count):
+        s.work[i] = s.rank[i]
+    worst = kth_largest(s.work, count, most)
+    chosen = 0
+    for i in range(count):
+        if s.rank[i] >= worst:
+            b.order[chosen] = s.rank[i]
+            chosen += 1
+    b.order[:most].sort()  # ascending: the best is last
+    for i in range(count):
+        s.work[i] = 0
+    b.sums[:heads] = 0.0
+    b.best[:heads] = MINUS_INFINITY
+    for h in range(heads):
+        b.observed[h, 0], b.observed[h, 1] = s.outside[h, 0], s.outside[h, 1]
+    taken, wanted = 0, min(most, 2 * g.top_k)
+    while True:
+        while taken < wanted:
+            i = tie_of(b.order[most - 1 - taken])
+            s.work[i] = -1
+            s.start[taken] = b.front[i] - g.sink_blocks
+            if taken + 1 < most:
+                following = b.front[tie_of(b.order[most - 2 - taken])] * g.block_size
+                prefetch_block(g, address, plan.page_stride[layer], pages, following)
+            read_candidate(g, plan, s, heads, layer, address, pages, taken)
+            for h in range(heads):
+                mass = s.peak[h, taken] + np.float32(math.log(s.weight[h, taken]))
+                _learn(b.sums[h], b.best[h], b.centre[h, i], mass)
+                add_mass(b.observed, h, s.peak[h, taken], s.weight[h, taken])
+            taken += 1
+        for h in range(heads):
+            _fit(b, h)
+        wanted = min(most, taken + g.top_k)
+        if wanted == taken:
+            return taken
+        gain = 0.0
+        for h in range(heads):
+            gain += _expected_gain(g, s, b, h, most, taken, wanted)
+        if not gain >= min_gain * (wanted - taken):
+            return taken
+
+
+@jit()
+def _learn(sums: NDArray[np.float64], best: Floats, estimate: np.float32, mass: np.float32) -> None:
+    """Takes a block's estimated and exact log mass into a head's sums and, where it belongs, its best masses."""
+    x, y = np.float64(estimate), np.float64(mass)
+    sums[0] += 1.0
+    sums[1] += x
+    sums[2] += y
+    sums[3] += x * x
+    sums[4] += x * y
+    sums[5] += y * y
+    place = len(best) - 1
+    if mass <= best[place]:
+        return
+    while place > 0 and best[place - 1] < mass:
+        best[place] = best[place - 1]
+        place -= 1
+    best[place] = mass
+
+
+@jit()
+def _fit(b: BeamScratch, h: int) -> None:
+    """b.line[h] = the least squares of y on x, slope between 0 and 1."""
+    count = b.sums[h, 0]
+    x, y = b.sums[h, 1] / count, b.sums[h, 2] / count
+    xx, xy, yy = b.sums[h, 3] - count * x * x, b.sums[h, 4] - count * x * y, b.sums[h, 5] - count * y * y
+    slope = min(1.0, max(0.0, xy / max(xx, 1e-6)))
+    residual = max(0.0, yy - 2.0 * slope * xy + slope * slope * xx) / count
+    b.line[h, 0], b.line[h, 1], b.line[h, 2], b.line[h, 3] = x, y, slope, min(residual, _MAX_RESIDUAL)
+
+
+@jit()
+def _expected_gain(g: Geometry, s: Scratch, b: BeamScratch, h: int, most: int, first: int, end: int) -> float:
+    """Share of its observed attention that head `h` may expect to gain by reading places `first` to `end`."""
+    centre_x, centre_y, slope, residual = b.line[h, 0], b.line[h, 1], b.line[h, 2], b.line[h, 3]
+    deviation = math.sqrt(max(residual, _LEAST_RESIDUAL))
+    observed = np.float64(b.observed[h, 0]) + math.log(b.observed[h, 1])
+    threshold = np.float64(b.best[h, g.top_k - 1])
+    kept = math.exp(threshold - observed)
+    gain = 0.0
+    for place in range(first, end):
+        i = tie_of(b.order[most - 1 - place])
+        median = centre_y + slope * (np.float64(b.centre[h, i]) - centre_x)
+        distance = (median - threshold) / deviation
+        above = math.exp(median + 0.5 * deviation * deviation - observed) * _normal_cdf(distance + deviation)
+        gain += max(0.0, above - kept * _normal_cdf(distance))
+    return gain
+
+
+@jit()
+def _normal_cdf(x: float) -> float:
+    """`statistics.normal_cdf`."""
+    return 1.0 / (1.0 + math.exp(-1.702 * x))

@@ -1,0 +1,256 @@
+"""Instructions that numba has no word for: reads from addresses, element types, vectors of eight, a memory fence."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba.extending
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+
+from stream_kernels.cpu_kernel.structures import BFLOAT16, FLOAT16, FLOAT32
+
+# numba has no types of its own; what its decorators return is called freely in this package.
+intrinsic: Callable[[Callable[..., Any]], Any] = numba.extending.intrinsic
+
+
+@intrinsic
+def pointer(typing_context: Any, address: Any, element: Any) -> Any:
+    """The integer `address` as a pointer to elements of the numba type `element`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(element.dtype)(address, element), generate
+
+
+@intrinsic
+def bfloat16_to_float(typing_context: Any, bits: Any) -> Any:
+    """The float32 whose upper half is the uint16 `bits`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = builder.zext(args[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+
+    return types.float32(bits), generate
+
+
+@intrinsic
+def float16_to_float(typing_context: Any, bits: Any) -> Any:
+    """The uint16 `bits`, read as float16, as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(bits), generate
+
+
+@intrinsic
+def int_as_float(typing_context: Any, bits: Any) -> Any:
+    """The float32 with the int32 `bits`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(bits), generate
+
+
+@intrinsic
+def float_as_int(typing_context: Any, value: Any) -> Any:
+    """The bits of a float32, as int32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(value), generate
+
+
+LANES = 8
+"""Float32 lanes handled at a time: one AVX2 register; wider and narrower machines split or join them."""
+
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_STORED = {BFLOAT16: ir.IntType(16), FLOAT16: ir.HalfType(), FLOAT32: ir.FloatType()}
+
+
+def _vector_at(builder: Any, address: Any, element: Any, lanes: Any) -> Any:
+    """Loads `lanes` elements from an address of any alignment."""
+    pointer = builder.inttoptr(address, ir.VectorType(element, lanes).as_pointer())
+    return builder.load(pointer, align=2)
+
+
+def _widen_vector(builder: Any, vector: Any, element_type: Any) -> Any:
+    """Stored elements to a float32 vector."""
+    if element_type == FLOAT32:
+        return vector
+    if element_type == FLOAT16:
+        return builder.fpext(vector, _FLOATS)
+    words = ir.VectorType(ir.IntType(32), LANES)
+    shift = ir.Constant(words, [16] * LANES)
+    return builder.bitcast(builder.shl(builder.zext(vector, words), shift), _FLOATS)
+
+
+def widen_channel(element_type: int) -> Any:
+    """Makes the intrinsic that widens LANES neighbouring tokens of one channel (P = 1)."""
+
+    @intrinsic
+    def widen(typing_context: Any, source: Any, target: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            vector = _vector_at(builder, args[0], _STORED[element_type], LANES)
+            pointer = builder.inttoptr(args[1], _FLOATS.as_pointer())
+            builder.store(_widen_vector(builder, vector, element_type), pointer, align=4)
+            return context.get_dummy_value()
+
+        return types.none(source, target), generate
+
+    return widen
+
+
+def widen_pairs(element_type: int) -> Any:
+    """Makes the intrinsic that widens LANES neighbouring tokens of two channels stored in turn (P = 2)."""
+
+    @intrinsic
+    def widen(typing_context: Any, source: Any, even: Any, odd: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            both = _vector_at(builder, args[0], _STORED[element_type], 2 * LANES)
+            for channel in range(2):
+                lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(range(channel, 2 * LANES, 2)))
+                vector = builder.shuffle_vector(both, ir.Constant(both.type, ir.Undefined), lanes)
+                pointer = builder.inttoptr(args[1 + channel], _FLOATS.as_pointer())
+                builder.store(_widen_vector(builder, vector, element_type), pointer, align=4)
+            return context.get_dummy_value()
+
+        return types.none(source, even, odd), generate
+
+    return widen
+
+
+def dot_columns(vectors: int, queries: int) -> Any:
+    """Makes the intrinsic that scores vectors * LANES columns of a tile against some queries, sums held in registers.
+
+    Its arguments are int64: address of the first query [D], bytes from a query to the next, address of the tile's first
+    column, bytes from a channel's row to the next, D, address for the first query's logits, and bytes to the next's.
+    vectors * queries + vectors + 1 registers are in use: at most 16 on a machine with AVX2.
+    """
+
+    @intrinsic
+    def dot(
+        typing_context: Any,
+        query: Any,
+        query_bytes: Any,
+        tile: Any,
+        row_bytes: Any,
+        head_dim: Any,
+        logits: Any,
+        logits_bytes: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            query, query_bytes, tile, row_bytes, head_dim, logits, logits_bytes = args
+            size = query.type
+            zero = ir.Constant(_FLOATS, [0.0] * LANES)
+            sums = [[cgutils.alloca_once_value(builder, zero) for _ in range(vectors)] for _ in range(queries)]
+            with cgutils.for_range(builder, head_dim) as loop:
+                row = builder.add(tile, builder.mul(loop.index, row_bytes))
+                keys = []
+                for i in range(vectors):
+                    address = builder.add(row, ir.Constant(size, 4 * LANES * i))
+                    keys.append(builder.load(builder.inttoptr(address, _FLOATS.as_pointer()), align=4))
+                for q, totals in enumerate(sums):
+                    first = builder.add(query, builder.mul(query_bytes, ir.Constant(size, q)))
+                    element = builder.add(first, builder.mul(loop.index, ir.Constant(size, 4)))
+                    factor = _spread(builder, builder.load(builder.inttoptr(element, ir.FloatType().as_pointer())))
+                    for total, key in zip(totals, keys, strict=True):
+                        product = builder.fmul(factor, key, flags=("contract",))
+                        builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+            for q, totals in enumerate(sums):
+                first = builder.add(logits, builder.mul(logits_bytes, ir.Constant(size, q)))
+                for i, total in enumerate(totals):
+                    address = builder.add(first, ir.Constant(size, 4 * LANES * i))
+                    builder.store(builder.load(total), builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        arguments = (query, query_bytes, tile, row_bytes, head_dim, logits, logits_bytes)
+        return types.none(*arguments), generate
+
+    return dot
+
+
+def dot_bfloat16(queries: int) -> Any:
+    """Makes the intrinsic that multiplies one bfloat16 vector with some float32 queries, sums held in registers.
+
+    Its arguments are int64: address of the bfloat16 vector [D], address of the first query [D], bytes from a query to
+    the next, D (a multiple of LANES), address for the first product, and bytes to the next's.
+    """
+
+    @intrinsic
+    def dot(
+        typing_context: Any,
+        vector: Any,
+        query: Any,
+        query_bytes: Any,
+        head_dim: Any,
+        products: Any,
+        products_bytes: Any,
+    ) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            vector, query, query_bytes, head_dim, products, products_bytes = args
+            size = query.type
+            zero = ir.Constant(_FLOATS, [0.0] * LANES)
+            sums = [cgutils.alloca_once_value(builder, zero) for _ in range(queries)]
+            with cgutils.for_range(builder, builder.udiv(head_dim, ir.Constant(size, LANES))) as loop:
+                stored = builder.add(vector, builder.mul(loop.index, ir.Constant(size, 2 * LANES)))
+                wide = _widen_vector(builder, _vector_at(builder, stored, _STORED[BFLOAT16], LANES), BFLOAT16)
+                at = builder.add(query, builder.mul(loop.index, ir.Constant(size, 4 * LANES)))
+                for q, total in enumerate(sums):
+                    address = builder.add(at, builder.mul(query_bytes, ir.Constant(size, q)))
+                    part = builder.load(builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
+                    product = builder.fmul(wide, part, flags=("contract",))
+                    builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
+            kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS])
+            reduce = builder.module.globals.get("llvm.vector.reduce.fadd.v8f32") or ir.Function(
+                builder.module, kind, "llvm.vector.reduce.fadd.v8f32"
+            )
+            for q, total in enumerate(sums):
+                address = builder.add(products, builder.mul(products_bytes, ir.Constant(size, q)))
+                whole = builder.call(
+                    reduce, [ir.Constant(ir.FloatType(), -0.0), builder.load(total)], fastmath=("reassoc",)
+                )
+                builder.store(whole, builder.inttoptr(address, ir.FloatType().as_pointer()))
+            return context.get_dummy_value()
+
+        arguments = (vector, query, query_bytes, head_dim, products, products_bytes)
+        return types.none(*arguments), generate
+
+    return dot
+
+
+def _spread(builder: Any, scalar: Any) -> Any:
+    """A vector whose lanes all are `scalar`."""
+    lane = builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(lane, lane, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
+
+
+@intrinsic
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Asks the processor to bring the cache line at an int64 address near, and does not wait for it."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer_type, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer_type], ir.FunctionType(ir.VoidType(), [pointer_type, word, word, word])
+        )
+        read, keep, data = (ir.Constant(word, value) for value in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(args[0], pointer_type), read, keep, data])
+        return context.get_dummy_value()
+
+    return types.none(address), generate
+
+
+@intrinsic
+def acquire_fence(typing_context: Any) -> Any:
+    """Keeps every earlier read before every later one, for the compiler and the processor."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.fence("acquire")
+        return context.get_dummy_value()
+
+    return types.none(), generate

@@ -1,0 +1,280 @@
+"""The beam on a GPU: what `reference_beam.py` specifies, one unit per program."""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Triton gives every name in a kernel its type.
+
+import triton
+import triton.language as tl
+
+from stream_kernels.gpu_keys import capped, from_bfloat16_bits, logaddexp, logsumexp, open_unit, read_blocks
+from stream_kernels.gpu_moments import expected_excess, fit_line, join_moments, no_moments, predicted_mean
+from stream_kernels.gpu_selection import empty_top, fold, largest, sortable
+from stream_kernels.gpu_structures import Batch, BeamScratch, Cache, Fit, Plan, Pyramid, Results, Unit
+from stream_kernels.gpu_unit import item_count, read_forced, store_unit, used_blocks
+
+
+@triton.jit
+def _node_at(place, parents, parent_count, orphans, SHAPE: tl.constexpr):
+    """The node at each place of the list that a level scores: the children of the kept nodes, then from node `orphans`
+    on those that no whole parent covers; ascending."""
+    children = parent_count * SHAPE.fanout
+    parent = tl.load(parents + place // SHAPE.fanout, mask=place < children, other=0)
+    return tl.where(place < children, parent * SHAPE.fanout + place % SHAPE.fanout, orphans + place - children)
+
+
+@triton.jit
+def _block_count(node, level, SHAPE: tl.constexpr):
+    """Blocks that a node counts: all it covers but the sinks."""
+    span = tl.full([], 1, tl.int32) << (3 * level)
+    return span - tl.minimum(tl.maximum(SHAPE.sink_blocks - node * span, 0), span)
+
+
+@triton.jit
+def _score_nodes(unit: Unit, pyramid: Pyramid, node, level, wanted, SHAPE: tl.constexpr):
+    """Estimated log-sum-exp of one of a node's blocks, on average, float32 [group_tile, nodes]."""
+    slot = tl.load(
+        pyramid.node_slots
+        + unit.row.to(tl.int64) * pyramid.node_row_stride
+        + tl.load(pyramid.level_offsets + level)
+        + node,
+        mask=wanted,
+        other=0,
+    )
+    inside = (slot >= 0) & (slot < pyramid.slots)
+    tl.store(unit.status + tl.zeros_like(node), 2, mask=wanted & (inside == 0))
+    channel = tl.arange(0, SHAPE.dim_tile)
+    place = (unit.layer.to(tl.int64) * pyramid.slots + slot) * SHAPE.kv_heads + unit.kv_head
+    at = pyramid.summaries + place[:, None] * (2 * SHAPE.head_dim) + channel[None, :]
+    mask = (wanted & inside)[:, None] & (channel < SHAPE.head_dim)[None, :]
+    mean = from_bfloat16_bits(tl.load(at, mask=mask, other=0))
+    variance = from_bfloat16_bits(tl.load(at + SHAPE.head_dim, mask=mask, other=0))
+    query = unit.query * unit.scale
+    # A square of bfloat16 needs twice its digits, which a plain tensor-core product would cut off.
+    centre = tl.dot(query, tl.trans(mean), input_precision="tf32x3")
+    spread = tl.dot(query * query, tl.trans(variance), input_precision="tf32x3")
+    if SHAPE.softcap:
+        bounded = capped(centre, unit.softcap)
+        ratio = tl.where(unit.softcap > 0.0, bounded / tl.where(unit.softcap > 0.0, unit.softcap, 1.0), 0.0)
+        slope = 1.0 - ratio * ratio
+        centre = bounded
+        spread = spread * slope * slope
+    # `statistics.log_mean_exp`
+    keys = (_block_count(node, level, SHAPE) * SHAPE.block_size).to(tl.float32)
+    square = 2.0 * tl.log(tl.maximum(keys / 2.0, 2.0))[None, :]
+    beyond = tl.sqrt(square) * tl.sqrt(tl.maximum(spread, 1e-12)) - 0.5 * square
+    estimate = centre + tl.where(spread < square, 0.5 * spread, beyond)
+    return estimate + tl.log(tl.full([], SHAPE.block_size, tl.float32))
+
+
+@triton.jit
+def _score_levels(
+    unit: Unit, pyramid: Pyramid, scratch: BeamScratch, outside, end, width, top, most, SHAPE: tl.constexpr
+):
+    """Goes down the pyramid from level `top`, keeping `width` nodes of each level, and orders the best `most` nodes of
+    level 0 for reading, in `scratch.order`.
+
+    Returns:
+        How many blocks may be read, and the key-equivalents read.
+    """
+    place = tl.arange(0, SHAPE.nodes_tile)
+    tile = tl.arange(0, SHAPE.nodes_read)
+    head = tl.arange(0, SHAPE.group_tile)[:, None]
+    norm = outside
+    reads = tl.full([], 0, tl.int32)
+    taken = tl.full([], 0, tl.int32)
+    parent_count = tl.full([], 0, tl.int32)
+    for step in range(top + 1):
+        level = top - step
+        parents = scratch.kept + (level + 1) * SHAPE.kept_tile
+        orphans = tl.where(step == 0, 0, SHAPE.fanout * (end >> (3 * (level + 1))))
+        count = parent_count * SHAPE.fanout + (end >> (3 * level)) - orphans
+        tl.store(scratch.scored + level, count)
+        log_mass = scratch.log_mass + level * (SHAPE.group * SHAPE.nodes_tile)
+
+        # Shares are summed element by element and over elements only once, after the loop.
+        peak = tl.full([SHAPE.group_tile, SHAPE.nodes_read], float("-inf"), tl.float32)
+        total = tl.full([SHAPE.group_tile, SHAPE.nodes_read], 0.0, tl.float32)
+        for first in range(0, count, SHAPE.nodes_read):
+            at = first + tile
+            node = _node_at(at, parents, parent_count, orphans, SHAPE)
+            blocks = _block_count(node, level, SHAPE)
+            wanted = (at < count) & (blocks > 0)
+            estimate = _score_nodes(unit, pyramid, node, level, wanted, SHAPE)
+            mask = (head < SHAPE.group) & (at < count)[None, :]
+            tl.store(log_mass + head * SHAPE.nodes_tile + at[None, :], estimate, mask=mask)
+            weight = tl.log(tl.maximum(blocks, 1).to(tl.float32))
+            tl.store(scratch.weight + level * SHAPE.nodes_tile + at, weight, mask=at < count)
+            share = tl.where(wanted[None, :], estimate + weight[None, :], float("-inf"))
+            higher = tl.maximum(peak, share)
+            safe = tl.where(higher == float("-inf"), 0.0, higher)
+            total = total * tl.exp(peak - safe) + tl.exp(share - safe)
+            peak = higher
+        if step == 0:
+            norm = logaddexp(outside, logsumexp(peak + tl.log(total), 1))
+        tl.debug_barrier()
+
+        # The unit's score of a node is the sum of its heads' shares.
+        for first in range(0, count, SHAPE.nodes_read):
+            at = first + tile
+            mask = unit.present[:, None] & (at < count)[None, :]
+            share = tl.load(log_mass + head * SHAPE.nodes_tile + at[None, :], mask=mask, other=float("-inf"))
+            share += tl.load(scratch.weight + level * SHAPE.nodes_tile + at, mask=at < count, other=0.0)[None, :]
+            score = logsumexp(tl.where(mask, share - norm[:, None], float("-inf")), 0)
+            tl.store(scratch.score + at, score, mask=at < count)
+        tl.debug_barrier()
+
+        node = _node_at(place, parents, parent_count, orphans, SHAPE)
+        blocks = _block_count(node, level, SHAPE)
+        front = (place < count) & (blocks > 0)
+        reads += 2 * tl.sum(front.to(tl.int32), 0)
+        key = sortable(tl.load(scratch.score + place, mask=front, other=0.0), front)
+        selected = largest(key, tl.where(level > 0, width, most))
+        taken = tl.sum(selected.to(tl.int32), 0)
+        to = tl.cumsum(selected.to(tl.int32), 0) - 1
+        weight = tl.log(tl.maximum(blocks, 1).to(tl.float32))
+        weight = tl.where(front & ((selected == 0) | (level == 0)), weight, float("-inf"))
+        tl.store(scratch.weight + level * SHAPE.nodes_tile + place, weight, mask=place < count)
+        if level > 0:
+            tl.store(scratch.kept + level * SHAPE.kept_tile + to, node, mask=selected)
+        else:
+            tl.store(scratch.chosen + to, place, mask=selected)
+            tl.store(scratch.chosen + SHAPE.candidates_tile + to, key, mask=selected)
+            _order(scratch, parents, parent_count, orphans, taken, SHAPE)
+        parent_count = taken
+        tl.debug_barrier()
+    return taken, reads
+
+
+@triton.jit
+def _order(scratch: BeamScratch, parents, parent_count, orphans, count, SHAPE: tl.constexpr):
+    """Sorts the chosen blocks by score: each one's rank is the number of those before it."""
+    tl.debug_barrier()
+    mine = tl.arange(0, SHAPE.candidates_tile)
+    position = tl.load(scratch.chosen + mine, mask=mine < count, other=0)
+    key = tl.load(scratch.chosen + SHAPE.candidates_tile + mine, mask=mine < count, other=0)
+    rank = tl.full([SHAPE.candidates_tile], 0, tl.int32)
+    for first in range(0, count, 16):
+        other = first + tl.arange(0, 16)
+        their = tl.load(scratch.chosen + SHAPE.candidates_tile + other, mask=other < count, other=-0x80000000)
+        before = (their[None, :] > key[:, None]) | ((their[None, :] == key[:, None]) & (other[None, :] < mine[:, None]))
+        rank += tl.sum((before & (other < count)[None, :]).to(tl.int32), 1)
+    block = _node_at(position, parents, parent_count, orphans, SHAPE)
+    tl.store(scratch.order + rank, block, mask=mine < count)
+    tl.store(scratch.order + SHAPE.candidates_tile + rank, position, mask=mine < count)
+
+
+@triton.jit
+def _estimates(unit: Unit, scratch: BeamScratch, first, count, SHAPE: tl.constexpr):
+    """Estimated log-sum-exp of `count` blocks from the `first` in the order of reading, [group_tile, top_tile]."""
+    column = tl.arange(0, SHAPE.top_tile)
+    position = tl.load(scratch.order + SHAPE.candidates_tile + first + column, mask=column < count, other=0)
+    head = tl.arange(0, SHAPE.group_tile)[:, None]
+    mask = unit.present[:, None] & (column < count)[None, :]
+    return tl.load(scratch.log_mass + head * SHAPE.nodes_tile + position[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _read_by_gain(unit: Unit, scratch: BeamScratch, outside, most, SHAPE: tl.constexpr):
+    """Reads blocks in their order: 2 * top_k, then top_k at a time while that is expected to be worth it.
+
+    Returns:
+        The `Top`, the regression of truth on estimate over all blocks read, and how many those are.
+    """
+    top = empty_top(SHAPE)
+    moments = no_moments(SHAPE)
+    observed = outside
+    taken = tl.full([], 0, tl.int32)
+    column = tl.arange(0, SHAPE.top_tile)[None, :]
+    going = most > 0
+    while going:
+        count = tl.minimum(most - taken, SHAPE.top_k)
+        lse, key = read_blocks(unit, scratch.order, taken, count, True, SHAPE)
+        moments = join_moments(moments, _estimates(unit, scratch, taken, count, SHAPE), lse, column < count, count)
+        observed = logaddexp(observed, logsumexp(lse, 1))
+        top = fold(top, lse, key, SHAPE)
+        taken += count
+
+        more = tl.minimum(most - taken, SHAPE.top_k)
+        threshold = tl.max(tl.where(column == SHAPE.top_k - 1, top.lse, float("-inf")), 1)
+        estimate = _estimates(unit, scratch, taken, more, SHAPE)
+        excess = expected_excess(fit_line(moments, SHAPE), estimate, threshold, observed)
+        gain = tl.sum(tl.sum(tl.where(unit.present[:, None] & (column < more), excess, 0.0), 1), 0)
+        going = (more > 0) & ((taken < 2 * SHAPE.top_k) | (gain >= SHAPE.min_gain * more))
+    return top, fit_line(moments, SHAPE), taken
+
+
+@triton.jit
+def _unread(unit: Unit, scratch: BeamScratch, fit: Fit, top, taken, SHAPE: tl.constexpr):
+    """Estimated log-sum-exp of the nodes that were scored and not looked into, after `taken` blocks were read."""
+    column = tl.arange(0, SHAPE.candidates_tile)
+    position = tl.load(scratch.order + SHAPE.candidates_tile + column, mask=column < taken, other=0)
+    nothing = tl.full([SHAPE.candidates_tile], float("-inf"), tl.float32)
+    tl.store(scratch.weight + position, nothing, mask=column < taken)
+    tl.debug_barrier()
+    tile = tl.arange(0, SHAPE.nodes_read)
+    head = tl.arange(0, SHAPE.group_tile)[:, None]
+    peak = tl.full([SHAPE.group_tile, SHAPE.nodes_read], float("-inf"), tl.float32)
+    total = tl.full([SHAPE.group_tile, SHAPE.nodes_read], 0.0, tl.float32)
+    for level in range(top + 1):
+        for first in range(0, tl.load(scratch.scored + level), SHAPE.nodes_read):
+            at = first + tile
+            within = at < tl.load(scratch.scored + level)
+            place = (level * SHAPE.group + head) * SHAPE.nodes_tile + at[None, :]
+            estimate = tl.load(scratch.log_mass + place, mask=unit.present[:, None] & within[None, :], other=0.0)
+            weight = tl.load(scratch.weight + level * SHAPE.nodes_tile + at, mask=within, other=float("-inf"))
+            mass = predicted_mean(fit, estimate) + weight[None, :]
+            higher = tl.maximum(peak, mass)
+            safe = tl.where(higher == float("-inf"), 0.0, higher)
+            total = total * tl.exp(peak - safe) + tl.exp(mass - safe)
+            peak = higher
+    return logsumexp(peak + tl.log(total), 1)
+
+
+@triton.jit
+def _own(scratch: BeamScratch, program, SHAPE: tl.constexpr):
+    """The part of the working memory that belongs to a program."""
+    wide = program.to(tl.int64)
+    return BeamScratch(
+        scratch.log_mass + wide * (SHAPE.levels * SHAPE.group * SHAPE.nodes_tile),
+        scratch.weight + wide * (SHAPE.levels * SHAPE.nodes_tile),
+        scratch.score + wide * SHAPE.nodes_tile,
+        scratch.scored + wide * SHAPE.levels,
+        scratch.kept + wide * ((SHAPE.levels + 1) * SHAPE.kept_tile),
+        scratch.chosen + wide * (2 * SHAPE.candidates_tile),
+        scratch.order + wide * (2 * SHAPE.candidates_tile),
+    )
+
+
+@triton.jit
+def beam_kernel(
+    cache: Cache,
+    plan: Plan,
+    batch: Batch,
+    pyramid: Pyramid,
+    out: Results,
+    scratch: BeamScratch,
+    SHAPE: tl.constexpr,
+):
+    """Searches all units of all rows and layers, program by program in turn."""
+    own = _own(scratch, tl.program_id(0), SHAPE)
+    column = tl.arange(0, SHAPE.candidates_tile)
+    items = item_count(batch, out, SHAPE)
+    for item in range(tl.program_id(0), items, tl.num_programs(0)):
+        tl.debug_barrier()  # the last unit's reads of the scratch memory come before this one's writes
+        unit = open_unit(item, cache, plan, batch, out, SHAPE)
+        outside, keys = read_forced(unit, plan, out, SHAPE)
+        end = tl.maximum(used_blocks(unit, SHAPE) - SHAPE.recent_blocks, 0)
+        inner = tl.maximum(end - SHAPE.sink_blocks, 0)
+        few = inner <= 2 * SHAPE.top_k
+        top_level = tl.where(few, -1, tl.load(pyramid.tops + end))
+        width = tl.load(pyramid.widths + end)
+        most = SHAPE.candidates if SHAPE.rerank else SHAPE.top_k
+        # Few blocks are all read, in any order, without a look at their summaries.
+        unsorted = column < tl.where(few, inner, 0)
+        tl.store(own.order + column, SHAPE.sink_blocks + column, mask=unsorted)
+        tl.store(own.order + SHAPE.candidates_tile + column, column, mask=unsorted)
+        scored, reads = _score_levels(unit, pyramid, own, outside, end, width, top_level, most, SHAPE)
+        tl.debug_barrier()
+        found, fit, taken = _read_by_gain(unit, own, outside, tl.where(few, inner, scored), SHAPE)
+        unread = _unread(unit, own, fit, top_level, taken, SHAPE)
+        store_unit(unit, out, found, unread, keys + reads + taken * SHAPE.block_size, item % SHAPE.units, SHAPE)

@@ -1,0 +1,136 @@
+"""What a block summary says about the block's logits: the statistics behind `beam`, in plain torch.
+
+A node of the summary pyramid holds, channel by channel, the mean and the variance of its keys. Level 0 nodes are key
+blocks; a node of level l stands for `FANOUT**l` of them in a row, numbered from the start of the context, so that what
+a node covers never changes while the context grows. Only whole nodes exist. Sink blocks are left out of every node:
+the first token's key is unlike all others and would spoil its ancestors.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+FANOUT = 8
+"""Nodes of one level under a node of the next."""
+
+MAX_RESIDUAL = 2.0
+"""Bound of the regression's residual variance, where it is used to predict: a few stray blocks must not explode it."""
+
+
+@dataclass(frozen=True)
+class NodeStatistics:
+    """One level of the pyramid, for B contexts.
+
+    Attributes:
+        mean, variance: [B, J, D], of each node's keys, channel by channel.
+        blocks: [J], how many blocks each node counts; 0 where it holds nothing but sink blocks.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    blocks: torch.Tensor
+
+
+def spread_limit(count: torch.Tensor) -> torch.Tensor:
+    """Standard deviation of logits beyond which `count` keys are too few to show the Gaussian's tail: sqrt(2 ln(n/2)).
+
+    The mean of n exponentials of a Gaussian grows as exp(var / 2) only while the values that dominate that mean are
+    likely to be among n draws; beyond, the largest draw decides. This is the freezing transition of Derrida's random
+    energy model at sqrt(2 ln n); half of n fits real keys better at every budget tried (docs/design.md).
+    """
+    return (2.0 * (count / 2.0).clamp(min=2.0).log()).sqrt()
+
+
+def log_mean_exp(mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Expected logarithm of the mean exponential of `count` Gaussian logits, elementwise.
+
+    var / 2 up to the limit c of `spread_limit`, then on along its tangent in the standard deviation: c * dev - c^2 / 2.
+    """
+    limit = spread_limit(count)
+    beyond = limit * variance.clamp(min=1e-12).sqrt() - 0.5 * limit.square()
+    return mean + torch.where(variance < limit.square(), 0.5 * variance, beyond)
+
+
+def capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """softcap * tanh(logits / softcap); unchanged where `softcap` is 0."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def node_scores(queries: torch.Tensor, nodes: NodeStatistics, block_size: int, softcap: float) -> torch.Tensor:
+    """Estimated log mean exponential of the logits of each node's keys.
+
+    Args:
+        queries: [B, n, D], scaled.
+        nodes: J of them.
+        block_size: tokens per block.
+        softcap: of the layer's logits, 0 for none. It acts on the mean, and on the variance by its slope there.
+
+    Returns:
+        [B, n, J].
+    """
+    centre = queries @ nodes.mean.mT
+    spread = queries.square() @ nodes.variance.mT
+    if softcap:
+        slope = 1.0 - torch.tanh(centre / softcap).square()
+        centre, spread = capped(centre, softcap), spread * slope.square()
+    return log_mean_exp(centre, spread, nodes.blocks * block_size)
+
+
+def pyramid(block_keys: torch.Tensor, levels: int, sink_blocks: int) -> list[NodeStatistics]:
+    """The whole nodes of every level over keys [B, N, block_size, D], level 0 first.
+
+    Statistics are stored, and built upon, in bfloat16: level 0 from the keys, each level above from the stored
+    statistics of the one below.
+    """
+    blocks = torch.arange(block_keys.shape[1], device=block_keys.device)
+    nodes = NodeStatistics(
+        mean=_stored(block_keys.mean(2)),
+        variance=_stored(block_keys.var(2, correction=0)),
+        blocks=(blocks >= sink_blocks).to(block_keys.dtype),
+    )
+    found = [nodes]
+    for _ in range(levels - 1):
+        count = len(nodes.blocks) // FANOUT
+        mean, variance = (
+            part[:, : count * FANOUT].unflatten(1, (count, FANOUT)) for part in (nodes.mean, nodes.variance)
+        )
+        weight = nodes.blocks[: count * FANOUT].unflatten(0, (count, FANOUT))
+        total = weight.sum(1)
+        share = (weight / total.clamp(min=1.0)[:, None])[None, :, :, None]
+        centre = (share * mean).sum(2)
+        spread = (share * (variance + (mean - centre[:, :, None]).square())).sum(2)
+        nodes = NodeStatistics(_stored(centre), _stored(spread), total)
+        found.append(nodes)
+    return found
+
+
+def _stored(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.bfloat16).to(values.dtype)
+
+
+def box_width(inner: torch.Tensor, base: int) -> torch.Tensor:
+    """Nodes kept per level for `inner` blocks, int64: `base` at 256 blocks, growing with the eighth root from there.
+
+    The most that lets a search's cost grow by less than 1.3 with each doubling of the context, the scoring of one more
+    level included (a test has the sums). Square roots alone, which round alike everywhere.
+    """
+    eighth_root = (inner.double() / 256.0).sqrt().sqrt().sqrt()
+    return (base * eighth_root).ceil().long().clamp(min=1)
+
+
+def top_level(blocks: torch.Tensor, width: torch.Tensor, levels: int) -> torch.Tensor:
+    """Where the search starts, int64: the lowest of `levels` levels that is cheap, or cheapest, to score whole.
+
+    Level l has blocks // FANOUT**l whole nodes. It is scored whole if there are at most two per node kept, or if the
+    level above would drop less than a quarter of its own nodes.
+    """
+    top = torch.full_like(blocks, levels - 1)
+    for level in range(levels - 2, -1, -1):
+        here, above = blocks // FANOUT**level, blocks // FANOUT ** (level + 1)
+        top = torch.where((here <= 2 * width) | (4 * width >= 3 * above), level, top)
+    return top
+
+
+def normal_cdf(x: torch.Tensor) -> torch.Tensor:
+    """The standard normal distribution function, to 0.01: the logistic one, which takes an exponential."""
+    return torch.sigmoid(1.702 * x)

@@ -1,0 +1,113 @@
+"""The reference is what an accelerator could run: static shapes, one graph, no look at a value."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from stream_kernels.reference import search_dense
+from stream_kernels.search import SearchConfig
+from stream_kernels.statistics import FANOUT, box_width, log_mean_exp, pyramid, spread_limit, top_level
+
+CONFIGS = {
+    "descent": SearchConfig(strategy="descent", width=3),
+    "paper": SearchConfig.paper(),
+    "beam": SearchConfig(strategy="beam", width=6, box_width=4),
+    "exact": SearchConfig(strategy="exact"),
+}
+
+
+def drawn(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(tokens)
+    return (
+        torch.randn(3, 2, 16, generator=rng),
+        torch.randn(3, tokens, 16, generator=rng),
+        torch.ones(3, 2, dtype=torch.bool),
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_one_graph_serves_every_context(name: str) -> None:
+    queries, keys, heads = drawn(4000)
+    config = CONFIGS[name]
+    torch.compiler.reset()
+    compiled = torch.compile(search_dense, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True), torch.inference_mode():
+        for contexts in ([4000, 3000, 700], [1, 100, 2345]):
+            lens = torch.tensor(contexts)
+            found = compiled(queries, keys, lens, heads, None, 0.0, config)
+            expected = search_dense(queries, keys, lens, heads, None, 0.0, config)
+            for field, value in vars(expected).items():
+                torch.testing.assert_close(getattr(found, field), value, msg=f"{field} at {contexts}")
+
+
+def test_rows_searched_together_are_searched_as_alone() -> None:
+    queries, keys, heads = drawn(4000)
+    for config in CONFIGS.values():
+        contexts = [4000, 90, 2999]
+        both = search_dense(queries, keys, torch.tensor(contexts), heads, None, 0.0, config)
+        for row, context in enumerate(contexts):
+            one = slice(row, row + 1)
+            alone = search_dense(
+                queries[one], keys[one, :context], torch.tensor([context]), heads[one], None, 0.0, config
+            )
+            for field, value in vars(alone).items():
+                torch.testing.assert_close(getattr(both, field)[one], value, msg=f"{field} of {config.strategy}")
+
+
+@pytest.mark.parametrize("deviation", [0.3, 1.0, 2.0, 4.0, 8.0])
+@pytest.mark.parametrize("count", [32, 256])
+def test_log_mean_exp_of_gaussian_logits(deviation: float, count: int) -> None:
+    """Near the average over draws; where exp(var / 2) is wrong by orders of magnitude, by half a deviation at most."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(20_000, count, generator=rng, dtype=torch.float64) * deviation
+    truth = float((logits.logsumexp(-1) - math.log(count)).mean())
+    told = float(log_mean_exp(torch.zeros(()), torch.tensor(deviation**2), torch.tensor(float(count))))
+    assert abs(told - truth) < 0.5 * deviation
+    if deviation == 8:
+        assert abs(told - truth) < 0.5 * abs(deviation**2 / 2 - truth)
+
+
+def test_log_mean_exp_has_no_step() -> None:
+    count = torch.tensor(32.0)
+    limit = spread_limit(count).square()
+    below, above = (log_mean_exp(torch.zeros(()), limit * factor, count) for factor in (1 - 1e-6, 1 + 1e-6))
+    assert float(above) == pytest.approx(float(below), rel=1e-5)
+
+
+@pytest.mark.parametrize("sink_blocks", [0, 1, 9])
+def test_a_node_has_the_statistics_of_its_keys(sink_blocks: int) -> None:
+    keys = torch.randn(1, 130, 32, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for level, nodes in enumerate(pyramid(keys, 3, sink_blocks)):
+        span = FANOUT**level
+        assert len(nodes.blocks) == 130 // span
+        for node in range(len(nodes.blocks)):
+            own = keys[:, max(node * span, sink_blocks) : (node + 1) * span].flatten(1, 2)
+            assert nodes.blocks[node] * 32 == own.shape[1]
+            if own.shape[1]:  # to bfloat16, once a level
+                tolerance = {"rtol": 2**-8 * (level + 1), "atol": 2**-9 * (level + 1)}
+                torch.testing.assert_close(nodes.mean[:, node], own.mean(1), **tolerance)
+                torch.testing.assert_close(nodes.variance[:, node], own.var(1, correction=0), **tolerance)
+
+
+def test_widths_grow_with_the_eighth_root() -> None:
+    inner = torch.tensor([0, 1, 256, 257, 256 * 2**8, 256 * 2**8 + 1])
+    assert box_width(inner, 96).tolist() == [1, 48, 96, 97, 192, 193]
+
+
+def test_scoring_grows_by_less_than_1_3_with_each_doubling() -> None:
+    """The sums behind `box_width` and `top_level`: nodes scored, two vectors each, plus 40 candidates of 32 keys."""
+    costs = []
+    for tokens in (2**e for e in range(16, 23)):
+        blocks = torch.tensor(tokens // 32)
+        width = box_width(blocks, 96)
+        top = int(top_level(blocks, width, 8))
+        nodes = int(blocks) // FANOUT**top
+        scored, kept = nodes, nodes
+        for _ in range(top):
+            kept = FANOUT * min(kept, int(width))
+            scored += kept
+        costs.append(2 * scored + 40 * 32)
+    ratios = [after / before for before, after in itertools.pairwise(costs)]
+    assert max(ratios) < 1.3, ratios
