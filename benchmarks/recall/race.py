@@ -1,0 +1,68 @@
+"""Every method and setting on one text: what it keeps, and what it reads for that."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from benchmarks.attention import Attention
+from benchmarks.recall.peers import SHARINGS, flat_scores, published, shared
+from benchmarks.recall.points import BEAM, DEFAULT, ORACLE, Measured
+from benchmarks.recall.product import Product, unobserved_share
+from benchmarks.recall.truth import Judge, Truth
+from stream_kernels.search import SearchConfig
+
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+"""Candidates per block kept, of every method that re-ranks; 64 is the most the product takes."""
+
+NARROW_BOXES = (2, 3, 4, 6, 8, 12, 16, 24, 48)
+"""Values of `box_width` for the smallest budgets, where summaries cost as much as blocks."""
+
+GAINS = (3e-3, 1e-3, 5e-4, 2e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
+
+
+def race(attention: Attention, top_ks: Sequence[int]) -> Iterator[Measured]:
+    """Runs them all with each of `top_ks` blocks kept and the product's default blocks forced."""
+    config = SearchConfig(strategy="beam")
+    truth = Truth.of(attention, config)
+    flat = flat_scores(attention, truth, config)
+    product = Product(attention)
+    for top_k in top_ks:
+        config = replace(config, top_k=top_k)
+        judge = Judge(truth, top_k)
+        for method, setting, own in _product_settings(config):
+            summary, reads = product.run(own)
+            figures = judge.figures(torch.from_numpy(summary.block_ids).long(), unobserved_share(summary))
+            yield Measured(method, setting, top_k, reads, figures)
+        for name, scores in flat.items():
+            ids, reads = published(scores, truth, config)
+            yield Measured(f"{name}, published", "", top_k, reads, judge.figures(ids))
+            for width in WIDTHS:
+                for sharing, share in SHARINGS.items():
+                    ids, reads = shared(scores, truth, config, attention.group, width, share)
+                    setting = f"width {width}, {sharing} over heads"
+                    yield Measured(f"{name}, shared", setting, top_k, reads, judge.figures(ids))
+
+
+def _product_settings(config: SearchConfig) -> Iterator[tuple[str, str, SearchConfig]]:
+    """(method, setting, parameters) of every run of the product."""
+    yield BEAM, DEFAULT, config
+    wide = replace(config, width=64)
+    swept = [replace(wide, min_gain=gain) for gain in GAINS]
+    swept += [replace(config, width=width, min_gain=0.0) for width in WIDTHS]
+    for box in NARROW_BOXES:
+        swept += [replace(config, box_width=box, width=width, min_gain=0.0) for width in (1, 2, 3)]
+        swept += [replace(wide, box_width=box, min_gain=gain) for gain in (0.003, 0.001)]
+    for own in swept:
+        yield BEAM, f"width {own.width}, min_gain {own.min_gain:g}, box_width {own.box_width}", own
+    for probes in (1, 4, config.block_size):
+        plain = replace(SearchConfig.paper(config.top_k), probe_keys=probes)
+        yield f"descent r={probes}, published", "", plain
+    for probes in (1, 4):
+        for width in WIDTHS:
+            yield (
+                f"descent r={probes}, shared",
+                f"width {width}",
+                replace(config, strategy="descent", probe_keys=probes, width=width),
+            )
+    yield ORACLE, "", replace(config, strategy="exact")

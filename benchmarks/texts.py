@@ -1,0 +1,100 @@
+"""Long texts to measure on: a needle in prose, prose, code, and recorded reasoning.
+
+Prose and code come from Python's own documentation and library, so that a clone needs nothing else; reasoning traces
+are a JSON-lines file given by argument, one object a line with the strings `prompt` and `reasoning`.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+KINDS = ("needle", "prose", "code", "reasoning")
+
+_QUESTION = "What is the special magic number for {name} mentioned in the provided text?"
+_ANSWER = " The special magic number for {name} mentioned in the provided text is: {number}"
+
+
+def token_ids(tokenizer: Any, kind: str, tokens: int, seed: int = 0, traces: Path | None = None) -> list[int]:
+    """At most `tokens` token ids of a text, and at least 98% of that.
+
+    Args:
+        tokenizer: of Hugging Face transformers; `needle` uses its chat template.
+        kind: one of `KINDS`.
+        seed: where in its source the text begins, and the needle's depth and number.
+        traces: recorded reasoning; needed by `reasoning` alone.
+
+    Raises:
+        ValueError: the kind is unknown, or its source is missing or too short.
+    """
+    if kind == "needle":
+        return _needle(tokenizer, tokens, seed)
+    if kind == "prose":
+        return _fill(tokenizer, _prose(seed), tokens)
+    if kind == "code":
+        return _fill(tokenizer, _code(seed), tokens)
+    if kind == "reasoning":
+        if traces is None:
+            raise ValueError("reasoning traces are not part of the repository: name a file with --traces")
+        return _fill(tokenizer, _reasoning(traces, seed), tokens)
+    raise ValueError(f"text {kind!r}; valid: {', '.join(KINDS)}")
+
+
+def _fill(tokenizer: Any, pieces: Iterator[str], tokens: int) -> list[int]:
+    ids: list[int] = []
+    for piece in pieces:
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
+        if len(ids) >= tokens:
+            return ids[:tokens]
+    raise ValueError(f"the source holds {len(ids)} tokens; {tokens} are wanted")
+
+
+def _rotated(items: Sequence[Any], seed: int) -> Sequence[Any]:
+    start = random.Random(seed).randrange(len(items)) if seed else 0
+    return [*items[start:], *items[:start]]
+
+
+def _prose(seed: int) -> Iterator[str]:
+    for name in _rotated(sorted(topics), seed):
+        yield topics[name] + "\n\n"
+
+
+def _code(seed: int) -> Iterator[str]:
+    library = Path(json.__file__).parents[1]
+    for path in _rotated(sorted(library.glob("*.py")), seed):
+        yield f"# {path.name}\n" + path.read_text(encoding="utf-8", errors="replace") + "\n"
+
+
+def _reasoning(traces: Path, seed: int) -> Iterator[str]:
+    rows = [json.loads(line) for line in traces.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows.sort(key=lambda row: -len(row["reasoning"]))
+    for row in _rotated(rows, seed):
+        yield row["prompt"] + row["reasoning"] + "\n\n"
+
+
+def _needle(tokenizer: Any, tokens: int, seed: int) -> list[int]:
+    """A number hidden in prose (mid-way for seed 0), asked for, and the answer begun."""
+    draw = random.Random(seed)
+    name = "wandering-otter"
+    number = draw.randrange(1_000_000, 10_000_000)
+    depth = draw.uniform(0.1, 0.9) if seed else 0.5
+    answer = tokenizer(_ANSWER.format(name=name, number=number), add_special_tokens=False)["input_ids"]
+    hay = _fill(tokenizer, _prose(seed), tokens - len(answer) - 90)
+    at = int(len(hay) * depth)
+    text = (
+        "A special magic number is hidden within the following text.\n"
+        + tokenizer.decode(hay[:at])
+        + f" One of the special magic numbers for {name} is: {number}. "
+        + tokenizer.decode(hay[at:])
+        + "\n"
+        + _QUESTION.format(name=name)
+    )
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    ids = [*chat["input_ids"], *answer]
+    if len(ids) > tokens:
+        raise ValueError(f"the needle prompt has {len(ids)} tokens, more than {tokens}")
+    return ids
