@@ -87,8 +87,10 @@ class CaptureSettings(_Layered):
     )
     heads: str = Field("auto", description="Query heads to watch in each layer of a rank: auto, all, or a list.")
     max_heads: int = Field(32, ge=1, le=4096, description="Watched (layer, head) pairs per rank under auto.")
-    strategy: Literal["descent", "exact"] = Field(
-        "descent", description="How key blocks are searched: descent reads a part of the keys, exact all of them."
+    strategy: Literal["beam", "descent", "exact"] = Field(
+        "beam",
+        description="How key blocks are searched: beam by summaries of the blocks, which take about 1/32 of the "
+        "watched layers' KV cache; descent without, reading more of the keys; exact reads all of them.",
     )
     block_size: Literal[8, 16, 32, 64, 128] = Field(32, description="Tokens per key block.")
     top_k: int = Field(8, ge=1, le=4096, description="Key blocks kept per query head.")

@@ -69,6 +69,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     geometry: Geometry
     vllm_version: str
     plugin_version: str
+    summary_bytes: int = 0
+    kv_tokens_lost: int = 0
 
     @property
     def heads_per_row(self) -> int:
@@ -91,6 +93,7 @@ class Rows(msgspec.Struct):
     unobserved_log_share: bytes
     total_lse: bytes
     keys_read: bytes
+    learned_sink_log_share: bytes = b""
 
 
 class RequestStarted(msgspec.Struct):

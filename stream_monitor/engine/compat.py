@@ -108,22 +108,24 @@ def uses_v2_runner(vllm_config: Any) -> bool:
 
 
 def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
-    """Every attention-like layer of this rank, with its facts (model_executor/layers/attention/attention.py)."""
+    """Every layer of this rank that keeps something of the context, with its facts
+    (model_executor/layers/attention_layer_base.py, model_executor/layers/attention/attention.py)."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.models.utils import extract_layer_index
 
     from stream_monitor.engine.backends.tap import TappedAttention
 
     found = []
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
-        impl = getattr(layer, "impl", None)
-        if impl is None and not hasattr(layer, "kv_cache"):
+        if not isinstance(layer, AttentionLayerBase):
             continue  # such as a fused mixture-of-experts layer
+        impl = getattr(layer, "impl", None)
         attention = getattr(layer, "attn_type", "decoder")
         facts = LayerFacts(
             name=name,
             index=extract_layer_index(name),
             kind=type(layer).__name__,
-            implementation=type(impl).__name__,
+            implementation="-" if impl is None else type(impl).__name__,
             query_heads=int(getattr(layer, "num_heads", 0)),
             kv_heads=int(getattr(layer, "num_kv_heads", 0)),
             head_dim=int(getattr(layer, "head_size", 0)),
@@ -131,15 +133,35 @@ def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
             tapped=isinstance(impl, TappedAttention),
             attention_type=str(getattr(attention, "value", attention)),
             kv_cache_dtype=str(getattr(layer, "kv_cache_dtype", "auto")),
-            sliding_window=max(0, getattr(layer, "sliding_window", None) or 0),
-            logits_soft_cap=float(getattr(impl, "logits_soft_cap", 0) or 0),
+            sliding_window=_sliding_window(layer),
             alibi=getattr(impl, "alibi_slopes", None) is not None,
-            sinks=getattr(impl, "sinks", None) is not None,
             shares_kv_with=getattr(layer, "kv_sharing_target_layer_name", None) or "",
             draft=name.startswith("draft"),
         )
         found.append((facts, layer))
     return found
+
+
+def _sliding_window(layer: Any) -> int:
+    """Window in tokens, 0 for none. The layer says None, its CPU implementation -1 (v1/attention/backends/cpu_attn.py);
+    either may have it alone."""
+    windows = (getattr(layer, "sliding_window", None), getattr(getattr(layer, "impl", None), "sliding_window", None))
+    return max([0, *(window for window in windows if isinstance(window, int))])
+
+
+def soft_cap(layer: Any) -> float:
+    """Bound c of the logits, c * tanh(logit / c), 0 for none (`logits_soft_cap` of the implementation)."""
+    return float(getattr(layer.impl, "logits_soft_cap", 0) or 0)
+
+
+def learned_sinks(layer: Any) -> Any | None:
+    """A copy of the learned sink logits of this rank's query heads, float32 [heads]; None for none.
+
+    Call after the weights are in, and again when they were replaced. The engine computes with them in bfloat16 or
+    float32, which this copy holds exactly; others it casts to float32 itself.
+    """
+    sinks = getattr(layer.impl, "sinks", None)
+    return None if sinks is None else sinks.detach().float().clone()
 
 
 def engine_instance(vllm_config: Any, distributed_init_method: str) -> str:
@@ -417,3 +439,22 @@ def single_rank_groups(vllm_config: Any, rendezvous: str) -> Iterator[None]:
         finally:
             destroy_model_parallel()
             destroy_distributed_environment()
+
+
+def kv_size_is_explicit(vllm_config: Any) -> bool:
+    """Whether the size of the KV cache was asked for, in bytes or blocks (`determine_available_memory` of the workers
+    returns early, v1/core/kv_cache_utils.py overrides)."""
+    cache = vllm_config.cache_config
+    return cache.kv_cache_memory_bytes is not None or cache.num_gpu_blocks_override is not None
+
+
+def kv_bytes_per_token(worker: Any) -> float:
+    """Bytes that one token takes in this worker's KV cache, over all layers (v1/kv_cache_interface.py)."""
+    return float(sum(spec.page_size_bytes / spec.block_size for spec in worker.get_kv_cache_spec().values()))
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free on this machine (psutil is vLLM's own)."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -31,6 +31,10 @@ def main(model: str) -> int:
     except (OSError, ValueError) as error:
         print(f"stream-monitor doctor: {model}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
         return 2
+    except Exception as error:  # a model's own code, such as one that computes with weights it does not have here
+        reason = f"vLLM cannot build it without its weights: {type(error).__name__}: {error}".splitlines()[0]
+        print(f"stream-monitor doctor: {model}: {reason}", file=sys.stderr)
+        return 2
     show(plan, settings, Console(soft_wrap=True))
     return 0 if plan.watched else 1
 

@@ -39,8 +39,9 @@ def install_runner_hooks(runner: Any, capture: Capture) -> None:
     runner.execute_model, runner.sample_tokens = hooked_execute_model, hooked_sample_tokens
 
 
-def install_worker_hooks(worker: Any, capture: Capture) -> None:
-    """Drain the estimator before, and invalidate every row after, whatever replaces the cache or the weights."""
+def install_worker_hooks(worker: Any, capture: Capture, replaced: Callable[[], None]) -> None:
+    """Drain the estimator before, and invalidate every row after, whatever replaces the cache or the weights; then call
+    `replaced`, while no search runs."""
 
     def hooked(method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
@@ -50,6 +51,7 @@ def install_worker_hooks(worker: Any, capture: Capture) -> None:
                 return method(*args, **kwargs)
             finally:
                 guard(capture, capture.invalidate)
+                guard(capture, replaced)
 
         return call
 

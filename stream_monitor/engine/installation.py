@@ -2,9 +2,11 @@
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 from stream_kernels.cpu import CpuSearch
+from stream_kernels.index import summary_bytes
 from stream_kernels.search import BlockSummary, SearchConfig
 from stream_monitor import __version__
 from stream_monitor.config import CaptureSettings, SettingsError, load
@@ -24,6 +26,9 @@ from stream_monitor.ring import RingWriter
 
 log = logging.getLogger("vllm.stream_monitor")
 
+_SAMPLE_PAGES = 4096
+"""Pages of an imagined cache, to learn what summaries take per page."""
+
 DRAIN_SECONDS = 5.0
 """Longest time `close` waits for the estimator."""
 
@@ -41,6 +46,15 @@ class Installation:
         self._estimator: Estimator | None = None
         self._ring: RingWriter | None = None
         self._publisher: PublisherProcess | None = None
+        self._search_config = SearchConfig(
+            strategy=settings.strategy,
+            block_size=settings.block_size,
+            top_k=settings.top_k,
+            sink_blocks=settings.sink_blocks,
+            recent_blocks=settings.recent_blocks,
+        )
+        self._kv_tokens_lost = 0
+        self.left_for_cache = 0
 
     @classmethod
     def plan(cls, worker: Any) -> "Installation | None":
@@ -63,11 +77,54 @@ class Installation:
         for layer, tap in zip(installation._layers, installation._taps, strict=True):
             layer.impl.stream_tap = tap
         log.info(
-            "Stream Monitor: watching layers %s, %d query heads each",
+            "Stream Monitor: watching layers %s, %d query heads each%s",
             [planned.facts.index for planned in plan.watched],
             len(plan.watched[0].query_heads),
+            "".join(f"\n  - refused {reason}" for reason in plan.reasons),
         )
         return installation
+
+    def charge(self, available: int) -> None:
+        """Set aside the block summaries' part of the `available` bytes for the KV cache, in `left_for_cache`.
+
+        Only where vLLM sizes the cache itself: a size that was asked for is left alone, and the summaries then come
+        from free memory (see `bind`).
+        """
+        self.left_for_cache = available
+        config = self._worker.vllm_config
+        if self._search_config.strategy != "beam" or compat.kv_size_is_explicit(config):
+            return
+        page = config.cache_config.block_size
+        cache = compat.kv_bytes_per_token(self._worker)
+        summaries = self._summary_bytes(page, _SAMPLE_PAGES) / (_SAMPLE_PAGES * page)
+        self.left_for_cache = int(available * cache / (cache + summaries))
+        self._kv_tokens_lost = int((available - self.left_for_cache) / cache)
+        log.info(
+            "Stream Monitor: block summaries take %.1f%% of the KV cache's memory, %d tokens of its capacity",
+            100 * (1 - self.left_for_cache / available),
+            self._kv_tokens_lost,
+        )
+
+    def _summary_bytes(self, page: int, pages: int) -> int:
+        facts, context = self.capture_plan.watched[0].facts, self._worker.vllm_config.model_config.max_model_len
+        layers = len(self.capture_plan.watched)
+        return summary_bytes(self._search_config, page, pages, context, layers, facts.kv_heads, facts.head_dim)
+
+    def _without_room_for_summaries(self, page: int, pages: int) -> SearchConfig:
+        """The configured search, or the stateless one where memory that was not set aside is not free either."""
+        config = self._search_config
+        if config.strategy != "beam" or self._kv_tokens_lost:
+            return config
+        needed, free = self._summary_bytes(page, pages), compat.free_memory()
+        if needed <= free // 2:
+            return config
+        log.warning(
+            "Stream Monitor: block summaries need %d MiB and %d MiB are free (half may be taken): strategy descent is "
+            "used instead of beam. Give the KV cache less memory, or watch fewer layers",
+            needed >> 20,
+            free >> 20,
+        )
+        return replace(config, strategy="descent")
 
     def bind(self) -> None:
         """Compile the search for the allocated KV cache and check it there against dense attention."""
@@ -79,13 +136,8 @@ class Installation:
         keys = paged_keys(caches, self._layers)
         block_tokens = compat.tokens_per_block(runner)
         rows = config.scheduler_config.max_num_seqs
-        search_config = SearchConfig(
-            strategy=settings.strategy,
-            block_size=settings.block_size,
-            top_k=settings.top_k,
-            sink_blocks=settings.sink_blocks,
-            recent_blocks=settings.recent_blocks,
-        )
+        search_config = self._without_room_for_summaries(keys[0].layout.page_size, keys[0].num_pages)
+        self._search_config = search_config
         self.search = search = CpuSearch(
             keys,
             facts.query_heads,
@@ -96,6 +148,7 @@ class Installation:
             query_heads=watched[0].query_heads,
         )
         check_against_dense(search, keys, self._layers, caches, search_config)
+        search.forget()
         generations = BlockGenerations(runner.kv_cache_config.num_blocks)
         slots = [
             StepSlot(
@@ -133,7 +186,7 @@ class Installation:
             self._publisher_alive,
         )
         install_runner_hooks(runner, self._capture)
-        install_worker_hooks(worker, self._capture)
+        install_worker_hooks(worker, self._capture, self._take_sinks)
 
     def arm(self) -> None:
         """Start the estimator thread and the publisher, and begin to capture."""
@@ -163,8 +216,15 @@ class Installation:
             "reason": capture.fault if capture else "",
             "layers": [planned.facts.index for planned in self.capture_plan.watched],
             "query_heads": list(self.capture_plan.watched[0].query_heads),
+            "refused": list(self.capture_plan.reasons),
             "backlog": self._estimator.backlog if self._estimator else 0,
+            "strategy": self._search_config.strategy,
+            "kv_tokens_lost": self._kv_tokens_lost,
         }
+
+    def _take_sinks(self) -> None:
+        """Learned sinks are weights: read them again when the engine may have replaced its weights."""
+        self.search.set_sinks([compat.learned_sinks(layer) for layer in self._layers])
 
     def _publisher_alive(self) -> None:
         """Start the publisher again if it died (called on the estimator thread, once a job)."""
@@ -208,8 +268,14 @@ class Installation:
             total_query_heads=parallel.tensor_parallel_size * facts.query_heads,
             query_heads=list(watched[0].query_heads),
             geometry=Geometry(
-                settings.block_size, settings.top_k, settings.sink_blocks, settings.recent_blocks, settings.strategy
+                settings.block_size,
+                settings.top_k,
+                settings.sink_blocks,
+                settings.recent_blocks,
+                self._search_config.strategy,
             ),
             vllm_version=compat.vllm_version(),
             plugin_version=__version__,
+            summary_bytes=self.search.summary_bytes,
+            kv_tokens_lost=self._kv_tokens_lost,
         )

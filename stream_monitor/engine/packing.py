@@ -17,6 +17,7 @@ def pack_rows(summary: BlockSummary, labels: list[RowLabel], keep: list[int]) ->
     def by_row(array: np.ndarray, dtype: str) -> bytes:
         return np.ascontiguousarray(array[:, keep].swapaxes(0, 1), dtype).tobytes()
 
+    sinks = summary.learned_sink_lse
     kept = [labels[row] for row in keep]
     return Rows(
         request_ids=[label.request_id for label in kept],
@@ -31,4 +32,5 @@ def pack_rows(summary: BlockSummary, labels: list[RowLabel], keep: list[int]) ->
         unobserved_log_share=by_row(summary.unobserved_lse - total, "<f2"),
         total_lse=by_row(total, "<f4"),
         keys_read=by_row(summary.keys_read, "<f4"),
+        learned_sink_log_share=by_row(sinks - total, "<f2") if np.isfinite(sinks).any() else b"",
     )

@@ -8,7 +8,7 @@ import torch
 from stream_kernels.cpu import CpuSearch
 from stream_kernels.layout import KeyLayout, PagedKeys, probe_permutation
 from stream_kernels.search import BlockSummary, SearchConfig
-from stream_monitor.engine.compat import PagedLayerCache, cpu_cache_writer
+from stream_monitor.engine.compat import PagedLayerCache, cpu_cache_writer, learned_sinks, soft_cap
 
 CHECK_TOLERANCE = 0.02
 """Largest difference of log-sum-exps in the self-check; bf16 keys and fp32 sums give about 1e-5."""
@@ -28,7 +28,11 @@ def paged_keys(caches: list[PagedLayerCache], layers: list[Any]) -> list[PagedKe
         shape = (kv_heads, page, width // 2, cache.tensor.dtype)
         if shape not in layouts:
             layouts[shape] = _probe(layer, *shape)
-        keys.append(PagedKeys(cache.tensor, layouts[shape], layer.impl.scale, cache.group))
+        keys.append(
+            PagedKeys(
+                cache.tensor, layouts[shape], layer.impl.scale, cache.group, soft_cap(layer), learned_sinks(layer)
+            )
+        )
     return keys
 
 
@@ -49,20 +53,23 @@ def check_against_dense(
     """Write known keys into the last pages of every watched layer's real cache through the engine's own writer, search
     them, and compare each row's total and each kept block's mass with dense attention. The pages are put back.
 
+    Layers of different KV cache groups may share one tensor (v1/core/kv_cache_utils.py): each group gets other pages.
+
     Raises:
         LayoutError: any of them differs; capture must then stay off.
     """
     generator = torch.Generator().manual_seed(0)
     layer_count, query_heads, head_dim = len(keys), layers[0].num_heads, layers[0].head_size
     queries = torch.randn((layer_count, 1, query_heads, head_dim), generator=generator).to(keys[0].tensor.dtype)
+    groups = sorted({k.table for k in keys})
     pages_free = min(k.num_pages for k in keys) - 1  # page 0 is the engine's null block
-    pages = min(MAX_CHECK_PAGES, pages_free)
+    pages = min(MAX_CHECK_PAGES, pages_free // len(groups))
     if pages < 1:
         raise LayoutError("the KV cache has no page to check the search on")
     page = keys[0].layout.page_size
     context = pages * page - page // 3
-    last = [k.num_pages - 1 - np.arange(pages) for k in keys]
-    tables = [np.zeros((1, pages), np.int32) for _ in range(1 + max(k.table for k in keys))]
+    last = [k.num_pages - 1 - groups.index(k.table) * pages - np.arange(pages) for k in keys]
+    tables = [np.zeros((1, pages), np.int32) for _ in range(1 + max(groups))]
     saved, written = [], []
     for k, layer, cache, ids in zip(keys, layers, caches, last, strict=True):
         tables[k.table][0] = ids
@@ -78,7 +85,7 @@ def check_against_dense(
         for cache, ids, content in zip(caches, last, saved, strict=True):
             cache.tensor[ids.tolist()] = content
     for index, (k, key) in enumerate(zip(keys, written, strict=True)):
-        _compare(summary, index, queries[index, 0], key, k.scale, search.query_heads, config)
+        _compare(summary, index, queries[index, 0], key, k, search.query_heads, config)
 
 
 def _compare(
@@ -86,13 +93,15 @@ def _compare(
     layer: int,
     query: torch.Tensor,
     key: torch.Tensor,
-    scale: float,
+    known: PagedKeys,
     heads: Any,
     config: SearchConfig,
 ) -> None:
     group = query.shape[0] // key.shape[1]
     for slot, head in enumerate(heads):
-        logits = scale * key[:, head // group].double() @ query[head].double()
+        logits = known.scale * key[:, head // group].double() @ query[head].double()
+        if known.softcap:
+            logits = known.softcap * torch.tanh(logits / known.softcap)
         for block, lse in zip(summary.block_ids[layer, 0, slot], summary.block_lse[layer, 0, slot], strict=True):
             if block < 0:
                 continue
@@ -102,7 +111,8 @@ def _compare(
                     f"self-check failed: block {block} of watched layer {layer}, head {head} has log-sum-exp {lse:.4f} "
                     f"by the search and {exact:.4f} by dense attention"
                 )
-        exact = torch.logsumexp(logits, 0).item()
+        sink = logits[:0] if known.sinks is None else known.sinks[head, None].double()
+        exact = torch.logsumexp(torch.cat([logits, sink]), 0).item()
         total = float(summary.total_lse()[layer, 0, slot])
         bound = CHECK_TOLERANCE if config.strategy == "exact" else 1.0  # the unread remainder is an estimate
         if not abs(exact - total) <= bound:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from stream_monitor.config import CaptureSettings, SettingsError
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
+"""The largest that the search is tested with, and that vLLM's CPU attention takes."""
 AUTO_MAX_LAYERS = 4
 
 
@@ -19,7 +20,7 @@ class LayerFacts:
         name: vLLM's layer name, such as `model.layers.3.self_attn.attn`.
         index: decoder layer, from 0 over the whole model.
         kind: class of the layer, such as `Attention` or `MLAAttention`.
-        implementation: class of its attention implementation.
+        implementation: class of its attention implementation; "-" for a layer without one.
         query_heads, kv_heads: on this rank.
         scale: factor on q.k before the softmax.
         tapped: the implementation is one of ours.
@@ -38,9 +39,7 @@ class LayerFacts:
     attention_type: str = "decoder"
     kv_cache_dtype: str = "auto"
     sliding_window: int = 0
-    logits_soft_cap: float = 0.0
     alibi: bool = False
-    sinks: bool = False
     shares_kv_with: str = ""
     draft: bool = False
 
@@ -106,7 +105,9 @@ def make_plan(layers: list[LayerFacts], engine_refusals: tuple[str, ...], settin
     heads = _choose_heads(capable, settings)
     chosen = _choose_layers(ordered, capable, len(heads), settings)
     planned = tuple(
-        PlannedLayer(facts, heads if facts.index in chosen else (), refusals[facts.name]) for facts in ordered
+        # Two layers may have one index, such as attention and a state-space mixer side by side.
+        PlannedLayer(facts, heads if facts.index in chosen and not refusals[facts.name] else (), refusals[facts.name])
+        for facts in ordered
     )
     engine = engine_refusals if ordered else (*engine_refusals, "the model has no attention layer on this rank")
     return CapturePlan(planned, engine)
@@ -127,9 +128,7 @@ def layer_refusals(facts: LayerFacts) -> tuple[str, ...]:
             f"its implementation {facts.implementation} has no Stream Monitor subclass on this platform",
         ),
         (facts.sliding_window > 0, f"sliding window of {facts.sliding_window} tokens"),
-        (facts.logits_soft_cap > 0, f"logits soft cap of {facts.logits_soft_cap:g}"),
         (facts.alibi, "ALiBi position biases"),
-        (facts.sinks, "learned attention sinks"),
         (bool(facts.shares_kv_with), f"shares the KV cache of {facts.shares_kv_with}"),
         (
             facts.kv_cache_dtype not in ("auto", "bfloat16", "float16", "float32"),

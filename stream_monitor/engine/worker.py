@@ -23,11 +23,16 @@ class StreamWorker(NativeWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, then plan the capture and install its hooks."""
         super().load_model(*args, **kwargs)
-        if disabled():
-            return
-        from stream_monitor.engine.installation import Installation
+        if not disabled():
+            self._station("plan", self._plan)
 
-        self._station("plan", lambda: setattr(self, "stream_installation", Installation.plan(self)))
+    def determine_available_memory(self) -> int:
+        """Memory for the KV cache, less what block summaries will take of it where vLLM sizes the cache itself."""
+        available: int = super().determine_available_memory()
+        installation = self.stream_installation
+        if installation is not None:
+            self._station("charge", lambda: installation.charge(available))
+        return self.stream_installation.left_for_cache if self.stream_installation is not None else available
 
     def initialize_from_config(self, *args: Any, **kwargs: Any) -> None:
         """Allocate the KV cache, then compile and check the search on it."""
@@ -53,6 +58,12 @@ class StreamWorker(NativeWorker):
         if self.stream_installation is None:
             return {"capturing": False, "reason": "disabled, or a fault at load; see the log"}
         return self.stream_installation.status()
+
+    def _plan(self) -> None:
+        # Imported here, so that a fault of the import is a fault of the capture and not of the engine.
+        from stream_monitor.engine.installation import Installation
+
+        self.stream_installation = Installation.plan(self)
 
     def _station(self, name: str, step: Callable[[], None]) -> None:
         try:

@@ -108,6 +108,23 @@ class _StateCollector:
         yield from self._ranks()
         yield from self._held()
 
+    def _summaries(self) -> Iterable[Metric]:
+        held = GaugeMetricFamily(
+            "stream_monitor_summary_bytes", "Engine memory that block summaries take, over all ranks.", labels=ENGINE
+        )
+        lost = GaugeMetricFamily(
+            "stream_monitor_kv_cache_tokens_lost",
+            "Tokens that the KV cache would hold more without block summaries, on the rank that lost most.",
+            labels=ENGINE,
+        )
+        ranks = self.ranks.ranks.values()
+        for pair in sorted({rank.labels for rank in ranks}):
+            own = [rank.engine for rank in ranks if rank.labels == pair and rank.streams]
+            held.add_metric(pair, sum(engine.summary_bytes for engine in own))
+            lost.add_metric(pair, max((engine.kv_tokens_lost for engine in own), default=0))
+        yield held
+        yield lost
+
     def _ledger(self) -> Iterable[Metric]:
         cells: dict[Labels, CellCounter[Cell]] = {pair: CellCounter(kept) for pair, kept in self.ranks.retired.items()}
         estimates: CellCounter[Labels] = CellCounter()
@@ -145,6 +162,7 @@ class _StateCollector:
             time.add_metric(pair, seconds[pair])
         yield calls
         yield time
+        yield from self._summaries()
         refused = CounterMetricFamily(
             "stream_monitor_request_arguments_refused",
             "Arguments of requests (vllm_xargs) that were not honoured, and why.",

@@ -15,7 +15,7 @@ from stream_monitor.v1alpha1 import summary_pb2
 
 MAX_ROWS = 4096
 ROUNDING = 0.05
-"""How far kept + forced + unobserved may be from 1: float16 logarithms are off by up to 0.4% each."""
+"""How far kept + forced + unobserved + learned sink may be from 1: float16 logarithms are off by up to 0.4% each."""
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Row:
     Attributes:
         token: whether a token was sampled from it (else it ends a prefill chunk).
         keys: uint32 [n], ascending token positions of strongest keys.
-        mass: float32 [n], attention mass at each, summed over heads.
+        mass: float32 [n], attention mass at each, summed over heads; that of learned sinks is at none.
         unobserved: mass the search did not observe, summed over heads.
         heads: (layer, head) pairs summed.
         sources: who reported it: (rank, heads), the unit of the ledger.
@@ -90,6 +90,7 @@ def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tupl
     unobserved = _array(rows, "unobserved_log_share", "<f2", lead)
     total = _array(rows, "total_lse", "<f4", lead)
     keys_read = _array(rows, "keys_read", "<f4", lead[:2])
+    sinks = _array(rows, "learned_sink_log_share", "<f2", lead) if rows.learned_sink_log_share else None
 
     if count and positions.max() >= MAX_POSITION:
         raise invalid("limit", f"rows.positions reach {positions.max()}; below {MAX_POSITION}")
@@ -111,8 +112,10 @@ def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tupl
     wrong = (blocks < 0) | (offsets >= geometry.block_size) | (keys > positions[:, None, None, None])
     if (used & wrong).any():
         raise invalid("value", "rows: a block with mass, or its strongest key, lies outside the row's context")
-    if (abs(shares.sum(axis=-1) + rest - 1.0) > ROUNDING).any():
-        raise invalid("value", "rows: kept, forced and unobserved shares do not sum to 1")
+    # A learned sink stands for no token: its share is accounted for here and belongs to nothing after.
+    without_key = rest if sinks is None else rest + _share(sinks, "learned_sink")
+    if (abs(shares.sum(axis=-1) + without_key - 1.0) > ROUNDING).any():
+        raise invalid("value", "rows: kept, forced, unobserved and learned sink shares do not sum to 1")
     # One sort for all rows: the row number stands above the bits of the position.
     row_of = np.broadcast_to(np.arange(count)[:, None, None, None], keys.shape)
     combined, mass = sum_by_key(row_of[used] * MAX_POSITION + keys[used], shares[used])

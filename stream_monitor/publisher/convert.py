@@ -43,6 +43,8 @@ def engine_message(info: EngineInfo) -> pb.EngineInfo:
         ),
         vllm_version=info.vllm_version,
         plugin_version=info.plugin_version,
+        summary_bytes=info.summary_bytes,
+        kv_tokens_lost=info.kv_tokens_lost,
     )
 
 
@@ -78,6 +80,7 @@ def _rows(rows: Rows) -> pb.Rows:
         unobserved_log_share=rows.unobserved_log_share,
         total_lse=rows.total_lse,
         keys_read=rows.keys_read,
+        learned_sink_log_share=rows.learned_sink_log_share,
     )
 
 

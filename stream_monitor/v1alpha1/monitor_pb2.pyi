@@ -382,7 +382,8 @@ class GetTraceResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     matrix_row: _builtins.bytes
     """The sentence matrix in coordinate form: n entries, query sentence row[i] gave share[i] of its mass to sentence
-    column[i]. uint32[n], uint32[n], float32[n]. Shares of a row and its unobserved share sum to 1.
+    column[i]. uint32[n], uint32[n], float32[n]. Shares of a row and its unobserved share sum to 1; what
+    is missing in a model with learned attention sinks went to those, to no token.
     """
     matrix_column: _builtins.bytes
     matrix_share: _builtins.bytes

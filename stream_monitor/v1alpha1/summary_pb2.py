@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%stream_monitor/v1alpha1/summary.proto\x12\x17stream_monitor.v1alpha1\"\x9d\x03\n\nEngineInfo\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x1b\n\x13\x64\x61ta_parallel_index\x18\x04 \x01(\r\x12\x1c\n\x14tensor_parallel_rank\x18\x05 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x06 \x01(\r\x12\x1e\n\x16pipeline_parallel_rank\x18\x07 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x08 \x01(\r\x12\x0e\n\x06layers\x18\t \x03(\r\x12\x18\n\x10\x66irst_query_head\x18\n \x01(\r\x12\x19\n\x11total_query_heads\x18\x0b \x01(\r\x12\x13\n\x0bquery_heads\x18\x0c \x03(\r\x12\x38\n\x08geometry\x18\r \x01(\x0b\x32&.stream_monitor.v1alpha1.BlockGeometry\x12\x14\n\x0cvllm_version\x18\x0e \x01(\t\x12\x16\n\x0eplugin_version\x18\x0f \x01(\t\"p\n\rBlockGeometry\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x13\n\x0bsink_blocks\x18\x03 \x01(\r\x12\x15\n\rrecent_blocks\x18\x04 \x01(\r\x12\x10\n\x08strategy\x18\x05 \x01(\t\"\x9c\x02\n\x04Rows\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x13\n\x0brequest_ids\x18\x02 \x03(\t\x12\x11\n\tpositions\x18\x03 \x01(\x0c\x12\x10\n\x08\x61ttempts\x18\x04 \x01(\x0c\x12\x0e\n\x06phases\x18\x05 \x01(\x0c\x12\x11\n\tblock_ids\x18\x06 \x01(\x0c\x12\x17\n\x0f\x62lock_log_share\x18\x07 \x01(\x0c\x12\x17\n\x0f\x62lock_strongest\x18\x08 \x01(\x0c\x12\x18\n\x10\x66orced_log_share\x18\t \x01(\x0c\x12\x18\n\x10\x66orced_strongest\x18\n \x01(\x0c\x12\x1c\n\x14unobserved_log_share\x18\x0b \x01(\x0c\x12\x11\n\ttotal_lse\x18\x0c \x01(\x0c\x12\x11\n\tkeys_read\x18\r \x01(\x0c\"\xa7\x01\n\x0eRequestStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x13\n\x0brole_starts\x18\x03 \x01(\x0c\x12\r\n\x05roles\x18\x04 \x01(\x0c\x12\x14\n\x0cprompt_flags\x18\x05 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x06 \x01(\x0c\x12\x16\n\x0erefused_reason\x18\x07 \x01(\t\"X\n\x08TokenRun\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\r\n\x05\x66lags\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\";\n\x0fRequestFinished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\r\":\n\x08RowCount\x12\x0f\n\x07outcome\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xbd\x02\n\x06Ledger\x12\x35\n\ntoken_rows\x18\x01 \x03(\x0b\x32!.stream_monitor.v1alpha1.RowCount\x12\x35\n\nchunk_rows\x18\x02 \x03(\x0b\x32!.stream_monitor.v1alpha1.RowCount\x12\x11\n\testimates\x18\x03 \x01(\x04\x12\x18\n\x10\x65stimate_seconds\x18\x04 \x01(\x01\x12\r\n\x05\x66\x61ult\x18\x05 \x01(\t\x12P\n\x11refused_arguments\x18\x06 \x03(\x0b\x32\x35.stream_monitor.v1alpha1.Ledger.RefusedArgumentsEntry\x1a\x37\n\x15RefusedArgumentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"a\n\x05\x41udit\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nquery_head\x18\x03 \x01(\r\x12\x0e\n\x06recall\x18\x04 \x01(\x02\x12\x18\n\x10unobserved_error\x18\x05 \x01(\x02\"\xc7\x03\n\x0bStepSummary\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x33\n\x06\x65ngine\x18\x02 \x01(\x0b\x32#.stream_monitor.v1alpha1.EngineInfo\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x14\n\x0cwall_time_ns\x18\x05 \x01(\x03\x12\x38\n\x07started\x18\x06 \x03(\x0b\x32\'.stream_monitor.v1alpha1.RequestStarted\x12\x31\n\x06tokens\x18\x07 \x03(\x0b\x32!.stream_monitor.v1alpha1.TokenRun\x12+\n\x04rows\x18\x08 \x01(\x0b\x32\x1d.stream_monitor.v1alpha1.Rows\x12:\n\x08\x66inished\x18\t \x03(\x0b\x32(.stream_monitor.v1alpha1.RequestFinished\x12/\n\x06ledger\x18\n \x01(\x0b\x32\x1f.stream_monitor.v1alpha1.Ledger\x12.\n\x06\x61udits\x18\x0b \x03(\x0b\x32\x1e.stream_monitor.v1alpha1.Audit*`\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x17\n\x13PHASE_PREFILL_CHUNK\x10\x01\x12\x15\n\x11PHASE_PREFILL_END\x10\x02\x12\x10\n\x0cPHASE_DECODE\x10\x03*\x89\x01\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_UNTRUSTED\x10\x03\x12\x12\n\x0eROLE_REASONING\x10\x04\x12\x0f\n\x0bROLE_ANSWER\x10\x05\x12\x12\n\x0eROLE_ASSISTANT\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%stream_monitor/v1alpha1/summary.proto\x12\x17stream_monitor.v1alpha1\"\xcc\x03\n\nEngineInfo\x12\x10\n\x08instance\x18\x01 \x01(\t\x12\x12\n\nmodel_name\x18\x02 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x03 \x01(\t\x12\x1b\n\x13\x64\x61ta_parallel_index\x18\x04 \x01(\r\x12\x1c\n\x14tensor_parallel_rank\x18\x05 \x01(\r\x12\x1c\n\x14tensor_parallel_size\x18\x06 \x01(\r\x12\x1e\n\x16pipeline_parallel_rank\x18\x07 \x01(\r\x12\x1e\n\x16pipeline_parallel_size\x18\x08 \x01(\r\x12\x0e\n\x06layers\x18\t \x03(\r\x12\x18\n\x10\x66irst_query_head\x18\n \x01(\r\x12\x19\n\x11total_query_heads\x18\x0b \x01(\r\x12\x13\n\x0bquery_heads\x18\x0c \x03(\r\x12\x38\n\x08geometry\x18\r \x01(\x0b\x32&.stream_monitor.v1alpha1.BlockGeometry\x12\x14\n\x0cvllm_version\x18\x0e \x01(\t\x12\x16\n\x0eplugin_version\x18\x0f \x01(\t\x12\x15\n\rsummary_bytes\x18\x10 \x01(\x04\x12\x16\n\x0ekv_tokens_lost\x18\x11 \x01(\x04\"p\n\rBlockGeometry\x12\x12\n\nblock_size\x18\x01 \x01(\r\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\x13\n\x0bsink_blocks\x18\x03 \x01(\r\x12\x15\n\rrecent_blocks\x18\x04 \x01(\r\x12\x10\n\x08strategy\x18\x05 \x01(\t\"\xbc\x02\n\x04Rows\x12\r\n\x05\x63ount\x18\x01 \x01(\r\x12\x13\n\x0brequest_ids\x18\x02 \x03(\t\x12\x11\n\tpositions\x18\x03 \x01(\x0c\x12\x10\n\x08\x61ttempts\x18\x04 \x01(\x0c\x12\x0e\n\x06phases\x18\x05 \x01(\x0c\x12\x11\n\tblock_ids\x18\x06 \x01(\x0c\x12\x17\n\x0f\x62lock_log_share\x18\x07 \x01(\x0c\x12\x17\n\x0f\x62lock_strongest\x18\x08 \x01(\x0c\x12\x18\n\x10\x66orced_log_share\x18\t \x01(\x0c\x12\x18\n\x10\x66orced_strongest\x18\n \x01(\x0c\x12\x1c\n\x14unobserved_log_share\x18\x0b \x01(\x0c\x12\x11\n\ttotal_lse\x18\x0c \x01(\x0c\x12\x11\n\tkeys_read\x18\r \x01(\x0c\x12\x1e\n\x16learned_sink_log_share\x18\x0e \x01(\x0c\"\xa7\x01\n\x0eRequestStarted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x13\n\x0brole_starts\x18\x03 \x01(\x0c\x12\r\n\x05roles\x18\x04 \x01(\x0c\x12\x14\n\x0cprompt_flags\x18\x05 \x01(\x0c\x12\x18\n\x10prompt_token_ids\x18\x06 \x01(\x0c\x12\x16\n\x0erefused_reason\x18\x07 \x01(\t\"X\n\x08TokenRun\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12\r\n\x05\x66lags\x18\x03 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x04 \x01(\x0c\";\n\x0fRequestFinished\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x14\n\x0ctotal_tokens\x18\x02 \x01(\r\":\n\x08RowCount\x12\x0f\n\x07outcome\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x63ount\x18\x03 \x01(\x04\"\xbd\x02\n\x06Ledger\x12\x35\n\ntoken_rows\x18\x01 \x03(\x0b\x32!.stream_monitor.v1alpha1.RowCount\x12\x35\n\nchunk_rows\x18\x02 \x03(\x0b\x32!.stream_monitor.v1alpha1.RowCount\x12\x11\n\testimates\x18\x03 \x01(\x04\x12\x18\n\x10\x65stimate_seconds\x18\x04 \x01(\x01\x12\r\n\x05\x66\x61ult\x18\x05 \x01(\t\x12P\n\x11refused_arguments\x18\x06 \x03(\x0b\x32\x35.stream_monitor.v1alpha1.Ledger.RefusedArgumentsEntry\x1a\x37\n\x15RefusedArgumentsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"a\n\x05\x41udit\x12\x0b\n\x03row\x18\x01 \x01(\r\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nquery_head\x18\x03 \x01(\r\x12\x0e\n\x06recall\x18\x04 \x01(\x02\x12\x18\n\x10unobserved_error\x18\x05 \x01(\x02\"\xc7\x03\n\x0bStepSummary\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x33\n\x06\x65ngine\x18\x02 \x01(\x0b\x32#.stream_monitor.v1alpha1.EngineInfo\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x14\n\x0cwall_time_ns\x18\x05 \x01(\x03\x12\x38\n\x07started\x18\x06 \x03(\x0b\x32\'.stream_monitor.v1alpha1.RequestStarted\x12\x31\n\x06tokens\x18\x07 \x03(\x0b\x32!.stream_monitor.v1alpha1.TokenRun\x12+\n\x04rows\x18\x08 \x01(\x0b\x32\x1d.stream_monitor.v1alpha1.Rows\x12:\n\x08\x66inished\x18\t \x03(\x0b\x32(.stream_monitor.v1alpha1.RequestFinished\x12/\n\x06ledger\x18\n \x01(\x0b\x32\x1f.stream_monitor.v1alpha1.Ledger\x12.\n\x06\x61udits\x18\x0b \x03(\x0b\x32\x1e.stream_monitor.v1alpha1.Audit*`\n\x05Phase\x12\x15\n\x11PHASE_UNSPECIFIED\x10\x00\x12\x17\n\x13PHASE_PREFILL_CHUNK\x10\x01\x12\x15\n\x11PHASE_PREFILL_END\x10\x02\x12\x10\n\x0cPHASE_DECODE\x10\x03*\x89\x01\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_UNTRUSTED\x10\x03\x12\x12\n\x0eROLE_REASONING\x10\x04\x12\x0f\n\x0bROLE_ANSWER\x10\x05\x12\x12\n\x0eROLE_ASSISTANT\x10\x06\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,30 +33,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LEDGER_REFUSEDARGUMENTSENTRY']._loaded_options = None
   _globals['_LEDGER_REFUSEDARGUMENTSENTRY']._serialized_options = b'8\001'
-  _globals['_PHASE']._serialized_start=2141
-  _globals['_PHASE']._serialized_end=2237
-  _globals['_ROLE']._serialized_start=2240
-  _globals['_ROLE']._serialized_end=2377
+  _globals['_PHASE']._serialized_start=2220
+  _globals['_PHASE']._serialized_end=2316
+  _globals['_ROLE']._serialized_start=2319
+  _globals['_ROLE']._serialized_end=2456
   _globals['_ENGINEINFO']._serialized_start=67
-  _globals['_ENGINEINFO']._serialized_end=480
-  _globals['_BLOCKGEOMETRY']._serialized_start=482
-  _globals['_BLOCKGEOMETRY']._serialized_end=594
-  _globals['_ROWS']._serialized_start=597
-  _globals['_ROWS']._serialized_end=881
-  _globals['_REQUESTSTARTED']._serialized_start=884
-  _globals['_REQUESTSTARTED']._serialized_end=1051
-  _globals['_TOKENRUN']._serialized_start=1053
-  _globals['_TOKENRUN']._serialized_end=1141
-  _globals['_REQUESTFINISHED']._serialized_start=1143
-  _globals['_REQUESTFINISHED']._serialized_end=1202
-  _globals['_ROWCOUNT']._serialized_start=1204
-  _globals['_ROWCOUNT']._serialized_end=1262
-  _globals['_LEDGER']._serialized_start=1265
-  _globals['_LEDGER']._serialized_end=1582
-  _globals['_LEDGER_REFUSEDARGUMENTSENTRY']._serialized_start=1527
-  _globals['_LEDGER_REFUSEDARGUMENTSENTRY']._serialized_end=1582
-  _globals['_AUDIT']._serialized_start=1584
-  _globals['_AUDIT']._serialized_end=1681
-  _globals['_STEPSUMMARY']._serialized_start=1684
-  _globals['_STEPSUMMARY']._serialized_end=2139
+  _globals['_ENGINEINFO']._serialized_end=527
+  _globals['_BLOCKGEOMETRY']._serialized_start=529
+  _globals['_BLOCKGEOMETRY']._serialized_end=641
+  _globals['_ROWS']._serialized_start=644
+  _globals['_ROWS']._serialized_end=960
+  _globals['_REQUESTSTARTED']._serialized_start=963
+  _globals['_REQUESTSTARTED']._serialized_end=1130
+  _globals['_TOKENRUN']._serialized_start=1132
+  _globals['_TOKENRUN']._serialized_end=1220
+  _globals['_REQUESTFINISHED']._serialized_start=1222
+  _globals['_REQUESTFINISHED']._serialized_end=1281
+  _globals['_ROWCOUNT']._serialized_start=1283
+  _globals['_ROWCOUNT']._serialized_end=1341
+  _globals['_LEDGER']._serialized_start=1344
+  _globals['_LEDGER']._serialized_end=1661
+  _globals['_LEDGER_REFUSEDARGUMENTSENTRY']._serialized_start=1606
+  _globals['_LEDGER_REFUSEDARGUMENTSENTRY']._serialized_end=1661
+  _globals['_AUDIT']._serialized_start=1663
+  _globals['_AUDIT']._serialized_end=1760
+  _globals['_STEPSUMMARY']._serialized_start=1763
+  _globals['_STEPSUMMARY']._serialized_end=2218
 # @@protoc_insertion_point(module_scope)

@@ -102,6 +102,8 @@ class EngineInfo(_message.Message):
     GEOMETRY_FIELD_NUMBER: _builtins.int
     VLLM_VERSION_FIELD_NUMBER: _builtins.int
     PLUGIN_VERSION_FIELD_NUMBER: _builtins.int
+    SUMMARY_BYTES_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_LOST_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     """UUID of this engine start, 36 characters. A restarted engine has a new one. MUST be present."""
     model_name: _builtins.str
@@ -119,6 +121,10 @@ class EngineInfo(_message.Message):
     """Query heads of one layer over all ranks."""
     vllm_version: _builtins.str
     plugin_version: _builtins.str
+    summary_bytes: _builtins.int
+    """Bytes that the block summaries of this rank take; 0 where the strategy needs none."""
+    kv_tokens_lost: _builtins.int
+    """Tokens that this rank's KV cache would hold more without them; 0 where they came from memory left free."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the watched layers, counted from 0 over the whole model, ascending."""
@@ -147,10 +153,12 @@ class EngineInfo(_message.Message):
         geometry: Global___BlockGeometry | None = ...,
         vllm_version: _builtins.str = ...,
         plugin_version: _builtins.str = ...,
+        summary_bytes: _builtins.int = ...,
+        kv_tokens_lost: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_parallel_index", b"data_parallel_index", "engine", b"engine", "first_query_head", b"first_query_head", "geometry", b"geometry", "instance", b"instance", "layers", b"layers", "model_name", b"model_name", "pipeline_parallel_rank", b"pipeline_parallel_rank", "pipeline_parallel_size", b"pipeline_parallel_size", "plugin_version", b"plugin_version", "query_heads", b"query_heads", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "total_query_heads", b"total_query_heads", "vllm_version", b"vllm_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_parallel_index", b"data_parallel_index", "engine", b"engine", "first_query_head", b"first_query_head", "geometry", b"geometry", "instance", b"instance", "kv_tokens_lost", b"kv_tokens_lost", "layers", b"layers", "model_name", b"model_name", "pipeline_parallel_rank", b"pipeline_parallel_rank", "pipeline_parallel_size", b"pipeline_parallel_size", "plugin_version", b"plugin_version", "query_heads", b"query_heads", "summary_bytes", b"summary_bytes", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "total_query_heads", b"total_query_heads", "vllm_version", b"vllm_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -213,6 +221,7 @@ class Rows(_message.Message):
     UNOBSERVED_LOG_SHARE_FIELD_NUMBER: _builtins.int
     TOTAL_LSE_FIELD_NUMBER: _builtins.int
     KEYS_READ_FIELD_NUMBER: _builtins.int
+    LEARNED_SINK_LOG_SHARE_FIELD_NUMBER: _builtins.int
     count: _builtins.int
     """R. At most 4,096."""
     positions: _builtins.bytes
@@ -237,14 +246,18 @@ class Rows(_message.Message):
     """uint8[R, L, H, F]: offset of the strongest key of each forced block."""
     unobserved_log_share: _builtins.bytes
     """float16[R, L, H]: log share of all mass in blocks that are neither kept nor forced, as the search estimates it.
-    Never renormalised away: kept + forced + unobserved = 1 up to rounding.
+    Never renormalised away: kept + forced + unobserved + learned sink = 1 up to rounding.
     """
     total_lse: _builtins.bytes
-    """float32[R, L, H]: log-sum-exp of all scaled logits of the row (natural log); of the blocks that were not read, as
-    estimated. The shares above are relative to it.
+    """float32[R, L, H]: log-sum-exp of all logits of the row (natural log), scaled, capped and with its learned sink as
+    the model has them; of the blocks that were not read, as estimated. All log shares are relative to it.
     """
     keys_read: _builtins.bytes
     """float32[R, L]: key-equivalents read by the search, per query head. Divide by (position + 1) for the share."""
+    learned_sink_log_share: _builtins.bytes
+    """float16[R, L, H]: log share of the head's learned sink, a logit that takes attention without any token (gpt-oss);
+    -inf in layers without. Empty if no watched layer has sinks. A receiver MUST NOT spread this share over tokens.
+    """
     @_builtins.property
     def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """vLLM's internal request id of each row, length R."""
@@ -265,10 +278,11 @@ class Rows(_message.Message):
         unobserved_log_share: _builtins.bytes = ...,
         total_lse: _builtins.bytes = ...,
         keys_read: _builtins.bytes = ...,
+        learned_sink_log_share: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "block_ids", b"block_ids", "block_log_share", b"block_log_share", "block_strongest", b"block_strongest", "count", b"count", "forced_log_share", b"forced_log_share", "forced_strongest", b"forced_strongest", "keys_read", b"keys_read", "phases", b"phases", "positions", b"positions", "request_ids", b"request_ids", "total_lse", b"total_lse", "unobserved_log_share", b"unobserved_log_share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "block_ids", b"block_ids", "block_log_share", b"block_log_share", "block_strongest", b"block_strongest", "count", b"count", "forced_log_share", b"forced_log_share", "forced_strongest", b"forced_strongest", "keys_read", b"keys_read", "learned_sink_log_share", b"learned_sink_log_share", "phases", b"phases", "positions", b"positions", "request_ids", b"request_ids", "total_lse", b"total_lse", "unobserved_log_share", b"unobserved_log_share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -18,6 +18,11 @@ from tests.e2e.recorder import CapturedRow, Recorder, rows_of
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _compiled(compiled_search: None) -> None:
+    """Engines find the search's machine code on disk."""
+
+
 @pytest.fixture(scope="session")
 def dtype() -> str:
     """bfloat16 where the CPU multiplies it in hardware; elsewhere prompts of thousands of tokens would take minutes."""

@@ -96,7 +96,8 @@ def run(spec: Spec) -> dict[str, Any]:
         engine.reset_prefix_cache()
     status = native.stream_monitor_status() if spec.worker == "stream" else {}
     layers = native.vllm_config.compilation_config.static_forward_context.values()
-    status["native_backend"] = all(type(layer.impl).__module__.startswith("vllm.") for layer in layers)
+    attention = [type(layer.impl).__module__ for layer in layers if hasattr(layer, "impl")]
+    status["native_backend"] = all(module.startswith("vllm.") for module in attention)
     engine.engine_core.shutdown()
     return {"runs": [asdict(run) for run in runs], "status": status}
 

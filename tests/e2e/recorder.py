@@ -51,6 +51,7 @@ class CapturedRow:
     block_strongest: NDArray[np.uint8]
     forced_share: NDArray[np.float64]
     unobserved_share: NDArray[np.float64]
+    sink_share: NDArray[np.float64]
     total_lse: NDArray[np.float32]
     keys_read: NDArray[np.float32]
     geometry: summary_pb2.BlockGeometry
@@ -93,6 +94,9 @@ def _unpack(summary: summary_pb2.StepSummary) -> list[CapturedRow]:
         share = np.exp(array(rows.block_log_share, "<f2", *lead, kept).astype(np.float64))
         forced_share = np.exp(array(rows.forced_log_share, "<f2", *lead, forced).astype(np.float64))
         unobserved = np.exp(array(rows.unobserved_log_share, "<f2", *lead).astype(np.float64))
+        sinks = np.zeros(lead)
+        if rows.learned_sink_log_share:
+            sinks = np.exp(array(rows.learned_sink_log_share, "<f2", *lead).astype(np.float64))
     columns = zip(
         rows.request_ids,
         array(rows.positions, "<u4", rows.count),
@@ -103,6 +107,7 @@ def _unpack(summary: summary_pb2.StepSummary) -> list[CapturedRow]:
         array(rows.block_strongest, "u1", *lead, kept),
         forced_share,
         unobserved,
+        sinks,
         array(rows.total_lse, "<f4", *lead),
         array(rows.keys_read, "<f4", *lead[:2]),
         strict=True,

@@ -154,7 +154,7 @@ def test_default_rows_are_whole_and_of_the_default_table(default_capture):
     rows, first = rows_of_long(default_capture)
     assert first + 1 >= 7000
     for row in rows:
-        assert (row.geometry.strategy, row.geometry.top_k, row.geometry.block_size) == ("descent", 8, BLOCK)
+        assert (row.geometry.strategy, row.geometry.top_k, row.geometry.block_size) == ("beam", 8, BLOCK)
         total = row.block_share.sum(-1) + row.forced_share.sum(-1) + row.unobserved_share
         np.testing.assert_allclose(total, 1, atol=0.01)
 

@@ -20,16 +20,27 @@ def prose(model: str, tokens: int) -> list[int]:
 
 
 def attention_rows(
-    model: str, token_ids: list[int], first: int, dtype: torch.dtype, layers: list[int] | None = None
+    model: str,
+    token_ids: list[int],
+    first: int,
+    dtype: torch.dtype,
+    layers: list[int] | None = None,
+    **config: object,
 ) -> NDArray[np.float32]:
     """Post-softmax attention of the query tokens at positions `first` onwards, teacher-forced.
 
-    The rows themselves run eager; the prompt before them runs with torch's fused attention, which forms no matrix.
+    The rows themselves run eager; the prompt before them runs with torch's fused attention, which forms no matrix (and
+    which has neither soft caps nor learned sinks: for models with those, `first` is 0).
+
+    `config` overrides entries of the model's configuration.
 
     Returns:
         float32 [rows, layers, query_heads, len(token_ids)], zero at keys after the row's position.
     """
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa").eval()
+    prompt_attention = "sdpa" if first else "eager"
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, attn_implementation=prompt_attention, **config
+    ).eval()
     ids = torch.tensor([token_ids])
     cache = None
     with torch.inference_mode():
@@ -39,7 +50,10 @@ def attention_rows(
             ).past_key_values
         network.set_attn_implementation("eager")
         attentions = network(ids[:, first:], past_key_values=cache, output_attentions=True).attentions
-    chosen = [attentions[index] for index in (layers or range(len(attentions)))]
+    attentions = [layer for layer in attentions if layer is not None]  # a Mamba layer has none, or is not listed
+    chosen = attentions
+    if layers is not None and len(layers) < len(attentions):
+        chosen = [attentions[index] for index in layers]
     return torch.stack([layer[0].float() for layer in chosen]).permute(2, 0, 1, 3).numpy()
 
 

@@ -207,9 +207,11 @@ def test_blocks_are_marked_before_the_step_that_may_rewrite_them():
 def test_replacing_the_cache_invalidates_every_older_row():
     rig = Rig().arm()
     rig.run(1)
-    worker = SimpleNamespace(sleep=lambda level: level)
-    install_worker_hooks(worker, rig.capture)
+    seen = []
+    worker = SimpleNamespace(sleep=lambda level: seen.append("sleep") or level)
+    install_worker_hooks(worker, rig.capture, lambda: seen.append("replaced"))
     assert worker.sleep(2) == 2
+    assert seen == ["sleep", "replaced"]
     taken = rig.estimator.jobs[-1].slot.generations[0]
     assert (rig.generations.of_block > taken).all()
 

@@ -1,6 +1,8 @@
 """The plan names every reason and never watches a layer it cannot read."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -59,7 +61,7 @@ def test_a_wrong_choice_is_named_with_what_is_valid(settings, says):
         plan([facts(i) for i in range(6)], **settings)
 
 
-@pytest.mark.parametrize(
+REFUSED = pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"kind": "MLAAttention"}, "latent attention"),
@@ -67,15 +69,16 @@ def test_a_wrong_choice_is_named_with_what_is_valid(settings, says):
         ({"tapped": False, "implementation": "X"}, "X has no Stream Monitor subclass"),
         ({"attention_type": "encoder_only"}, "encoder_only attention"),
         ({"sliding_window": 512}, "sliding window of 512"),
-        ({"logits_soft_cap": 50.0}, "soft cap of 50"),
         ({"alibi": True}, "ALiBi"),
-        ({"sinks": True}, "sinks"),
         ({"shares_kv_with": "layer 3"}, "shares the KV cache of layer 3"),
         ({"kv_cache_dtype": "fp8"}, "KV cache of type fp8"),
-        ({"head_dim": 512}, "head size 512"),
+        ({"head_dim": 576}, "head size 576 above 512"),
         ({"draft": True}, "draft model"),
     ],
 )
+
+
+@REFUSED
 def test_every_kind_of_unreadable_layer_is_refused_with_its_reason(changes, reason):
     assert layer_refusals(facts(0)) == ()
     assert any(reason in refusal for refusal in layer_refusals(facts(0, **changes)))
@@ -84,8 +87,24 @@ def test_every_kind_of_unreadable_layer_is_refused_with_its_reason(changes, reas
     assert any(reason in line and line.startswith("layers 1:") for line in mixed.reasons)
 
 
+@REFUSED
+def test_the_page_of_coverage_has_every_reason(changes, reason):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "coverage.md").read_text()
+    # What varies from model to model is N on the page: numbers, names of classes, types and layers.
+    shown = [re.escape(part) for part in re.findall(r"`([^`]+)`", page)]
+    patterns = [re.sub(r"\bN\b|LAYER|MambaMixer2?", ".+", part) for part in shown]
+    for refusal in layer_refusals(facts(0, **changes)):
+        assert any(re.fullmatch(pattern, refusal) for pattern in patterns), refusal
+
+
+def test_a_refused_layer_beside_a_watched_one_of_the_same_index_stays_refused():
+    mixer = facts(1, name="model.layers.1.mamba", kind="MambaMixer2", query_heads=0, kv_heads=0, head_dim=0)
+    both = plan([facts(0), facts(1), mixer], layers="all")
+    assert [p.facts.name for p in both.watched] == [facts(i).name for i in (0, 1)]
+
+
 def test_all_reasons_of_a_layer_are_collected():
-    assert len(layer_refusals(facts(0, sliding_window=8, sinks=True, alibi=True))) == 3
+    assert len(layer_refusals(facts(0, sliding_window=8, draft=True, alibi=True))) == 3
 
 
 def test_an_engine_refusal_leaves_nothing_watched():

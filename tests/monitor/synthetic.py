@@ -40,7 +40,8 @@ def engine(
 
 @dataclass
 class Look:
-    """One row: `share` of its attention on key `target`, `unobserved` nowhere, the rest on itself.
+    """One row: `share` of its attention on key `target`, `unobserved` nowhere, `sink` on a learned sink, the rest on
+    itself.
 
     `by_head` gives every (layer, head) of `engine()` a target of its own, [layers, heads].
     """
@@ -50,6 +51,7 @@ class Look:
     target: int = 0
     share: float = 0.5
     unobserved: float = 0.1
+    sink: float = 0.0
     attempt: int = 0
     phase: int = summary_pb2.PHASE_DECODE
     by_head: np.ndarray | None = None
@@ -79,10 +81,11 @@ def rows(looks: Sequence[Look], info: summary_pb2.EngineInfo) -> summary_pb2.Row
                 else:
                     ids[(*place, 0)], kept[(*place, 0)] = target // BLOCK, look.share
                     strongest[(*place, 0)] = target % BLOCK
-                forced[(*place, own)] += 1 - look.share - look.unobserved
+                forced[(*place, own)] += 1 - look.share - look.unobserved - look.sink
                 if not same:
                     forced_strongest[(*place, own)] = look.position % BLOCK
                 unobserved[place] = look.unobserved
+    sinks = np.broadcast_to(np.array([look.sink for look in looks])[:, None, None], lead)
     with np.errstate(divide="ignore"):
         return summary_pb2.Rows(
             count=len(looks),
@@ -98,6 +101,7 @@ def rows(looks: Sequence[Look], info: summary_pb2.EngineInfo) -> summary_pb2.Row
             unobserved_log_share=np.log(unobserved).astype("<f2").tobytes(),
             total_lse=np.zeros(lead, "<f4").tobytes(),
             keys_read=np.zeros(lead[:2], "<f4").tobytes(),
+            learned_sink_log_share=np.log(sinks).astype("<f2").tobytes() if sinks.any() else b"",
         )
 
 

@@ -17,10 +17,11 @@ from tests.stream_kernels.cases import Case, draw
 CONTEXTS = (1, 31, 32, 33, 70, 97, 500, 2300)
 
 
+@pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("strategy", ["descent", "beam", "exact"])
-def test_estimates_of_every_context_length_are_sound(strategy: str) -> None:
+def test_estimates_of_every_context_length_are_sound(strategy: str, sinks: bool) -> None:
     config = SearchConfig(strategy=strategy, top_k=4)
-    case = Case(config, CONTEXTS, grid=False)
+    case = Case(config, CONTEXTS, grid=False, softcap=30.0, sinks=sinks)
     inputs = draw(case)
     found = reference.search(
         inputs.queries, inputs.keys, inputs.block_tables, torch.as_tensor(inputs.context_lens), config
@@ -52,7 +53,9 @@ def test_estimates_of_every_context_length_are_sound(strategy: str) -> None:
     rows = decode(summary_pb2.Rows(count=len(CONTEXTS), **fields), info, ())
     for row, context in zip(rows, CONTEXTS, strict=True):
         assert row.keys.max() < context
-        assert row.mass.sum() + row.unobserved == pytest.approx(row.heads, rel=0.01)
+        lost = np.exp(found.learned_sink_lse - found.total_lse())[:, int(row.request_id[1:])].sum()
+        assert (lost > 0) == sinks
+        assert row.mass.sum() + row.unobserved + lost == pytest.approx(row.heads, rel=0.01)
         assert row.heads == case.layers * case.total_heads
     assert rows[0].keys.tolist() == [0]
     assert np.isclose(rows[0].unobserved, 0)

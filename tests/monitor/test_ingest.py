@@ -99,6 +99,12 @@ BAD = {
     "position_huge": (changed(rows__positions=b"\xff" * 8), Status.INVALID_ARGUMENT, "limit"),
     "nan": (changed(rows__unobserved_log_share=NAN * ROW_HEADS), Status.INVALID_ARGUMENT, "value"),
     "sum_above_1": (changed(rows__unobserved_log_share=ZERO * ROW_HEADS), Status.INVALID_ARGUMENT, "value"),
+    "sum_below_1": (
+        changed(rows__forced_log_share=np.full(ROW_HEADS * 3, -np.inf, "<f2").tobytes()),
+        Status.INVALID_ARGUMENT,
+        "value",
+    ),
+    "sink_above_1": (changed(rows__learned_sink_log_share=ZERO * ROW_HEADS), Status.INVALID_ARGUMENT, "value"),
     "block_beyond": (
         changed(rows__block_log_share=ZERO * ROW_HEADS * 4),
         Status.INVALID_ARGUMENT,

@@ -57,6 +57,23 @@ def test_a_request_is_traced_from_start_to_finish(monitor: Running) -> None:
     assert positions == [48 + 6 * i + o for i in range(6) for o in (0, 2, 4)]
 
 
+def test_the_share_of_learned_sinks_is_given_to_no_sentence(monitor: Running) -> None:
+    rank = Engine()
+    looks = [Look(CHAT, 48 + offset, target=4, share=0.3, sink=0.4) for offset in (0, 2, 4)]
+    messages = [
+        rank.summary(started=[started(CHAT)]),
+        rank.summary(tokens=[tokens(CHAT, 48)]),
+        *[rank.summary([look]) for look in looks],
+        rank.summary(finished=[finished(CHAT, 54)]),
+    ]
+    assert {answer.outcome for answer in monitor.publish(messages)} == {1}
+    response = trace(monitor, CHAT)
+    last = matrix(response)[8]
+    assert last[0] == pytest.approx(0.3, abs=1e-3)
+    assert last.sum() == pytest.approx(1 - 0.4 - 0.1, abs=2e-3)
+    assert np.frombuffer(response.unobserved_share, "<f4")[8] == pytest.approx(0.1, abs=1e-3)
+
+
 def test_the_anchor_shift_is_found_where_it_happens(monitor: Running) -> None:
     stream = monitor.api.Subscribe(monitor_pb2.SubscribeRequest(request_ids=["my-req-1"]))
     assert not next(stream).HasField("event")

@@ -182,7 +182,7 @@ def test_a_ring_that_overflows_is_counted_to_the_row(worker: Worker, monitor: Mo
         worker.step()
     publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
     publisher.start()
-    publisher.stop(15)
+    publisher.stop(45)
     tokens, chunks = check_ledger(monitor, worker)
     assert tokens["dropped/ring_full"] == 3 * chunks["dropped/ring_full"] > 0
     assert max(monitor.accepted) == 3000

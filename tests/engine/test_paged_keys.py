@@ -1,0 +1,98 @@
+"""The self-check on the engine's cache: it finds a search that reads or weighs keys wrongly, and leaves no trace."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from stream_kernels.cpu import CpuSearch
+from stream_kernels.layout import KeyLayout, PagedKeys
+from stream_kernels.search import SearchConfig
+from stream_monitor.engine.compat import PagedLayerCache, learned_sinks, soft_cap
+from stream_monitor.engine.paged_keys import LayoutError, check_against_dense, paged_keys
+
+PAGE, HEADS, KV_HEADS, DIM, PAGES = 32, 4, 2, 16, 12
+CONFIG = SearchConfig(strategy="exact", top_k=4)
+
+
+class Implementation:
+    """Stores keys row by row, as no CPU build of vLLM does, with logits that are capped or share with sinks."""
+
+    scale = 0.5
+
+    def __init__(self, softcap: float = 0.0, sinks: torch.Tensor | None = None) -> None:
+        self.logits_soft_cap = softcap
+        self.sinks = sinks
+
+    def do_kv_cache_update(self, layer: Any, key: torch.Tensor, value: Any, cache: torch.Tensor, slots: Any) -> None:
+        flat = cache.view(cache.shape[0], KV_HEADS, 2 * PAGE, DIM)
+        flat[slots // PAGE, :, slots % PAGE] = key
+
+
+def layer(**logits: Any) -> SimpleNamespace:
+    return SimpleNamespace(impl=Implementation(**logits), num_heads=HEADS, head_size=DIM)
+
+
+@pytest.fixture
+def layers() -> list[SimpleNamespace]:
+    """A capped layer, one with sinks, and one of another KV cache group that shares the first one's tensor."""
+    sinks = torch.nn.Parameter(torch.tensor([3.0, -1.0, 0.0, 6.0], dtype=torch.bfloat16))
+    return [layer(softcap=2.0), layer(sinks=sinks), layer()]
+
+
+@pytest.fixture
+def caches() -> list[PagedLayerCache]:
+    first, second = torch.randn(2, PAGES, KV_HEADS, PAGE, 2 * DIM)
+    return [PagedLayerCache(first, 0), PagedLayerCache(second, 0), PagedLayerCache(first, 2)]
+
+
+def search_of(keys: list[PagedKeys]) -> CpuSearch:
+    return CpuSearch(keys, HEADS, CONFIG, max_rows=1, max_context=PAGES * PAGE, query_dtype=torch.float32)
+
+
+def test_caps_and_sinks_are_read_off_the_implementation(layers, caches):
+    keys = paged_keys(caches, layers)
+    assert [k.softcap for k in keys] == [2.0, 0.0, 0.0]
+    assert [k.layout for k in keys] == [KeyLayout.row_major(PAGE, DIM)] * 3
+    assert keys[0].sinks is None
+    assert keys[1].sinks is not None
+    assert keys[1].sinks.tolist() == [3.0, -1.0, 0.0, 6.0]
+    with torch.no_grad():
+        layers[1].impl.sinks.zero_()
+    assert keys[1].sinks.tolist() == [3.0, -1.0, 0.0, 6.0], "a copy: it changes only when the search is told"
+    assert learned_sinks(layers[1]).tolist() == [0.0] * HEADS
+    assert soft_cap(layers[0]) == 2.0
+
+
+def test_a_right_search_passes_and_the_cache_is_as_before(layers, caches):
+    before = [cache.tensor.clone() for cache in caches]
+    keys = paged_keys(caches, layers)
+    check_against_dense(search_of(keys), keys, layers, caches, CONFIG)
+    assert all(torch.equal(cache.tensor, content) for cache, content in zip(caches, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("where", "wrong"),
+    [
+        ({0}, {"softcap": 0.0}),
+        ({0}, {"softcap": 3.0}),
+        ({1}, {"sinks": None}),
+        ({1}, {"sinks": torch.zeros(HEADS)}),
+        ({2}, {"scale": 0.6}),
+        ({0, 1, 2}, {"layout": KeyLayout(PAGE, DIM, PAGE, 1)}),
+    ],
+)
+def test_a_search_that_weighs_or_reads_otherwise_is_found_out(layers, caches, where, wrong):
+    keys = paged_keys(caches, layers)
+    searched = [replace(k, **wrong) if n in where else k for n, k in enumerate(keys)]
+    with pytest.raises(LayoutError, match="self-check failed"):
+        check_against_dense(search_of(searched), keys, layers, caches, CONFIG)
+
+
+def test_a_cache_without_a_page_for_each_group_is_refused(layers, caches):
+    few = [PagedLayerCache(cache.tensor[:2], cache.group) for cache in caches]
+    keys = paged_keys(few, layers)
+    with pytest.raises(LayoutError, match="no page to check"):
+        check_against_dense(search_of(keys), keys, layers, few, CONFIG)
