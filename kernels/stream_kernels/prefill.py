@@ -30,9 +30,11 @@ from stream_kernels.statistics import (
     FANOUT,
     NodeStatistics,
     box_width,
+    bulk_scores,
     capped,
-    node_scores,
+    outlier_scores,
     pyramid,
+    spread_profile,
     top_level,
 )
 
@@ -91,6 +93,13 @@ class _Prompt:
     kv_head: torch.Tensor
     softcap: float
     config: SearchConfig
+
+    def profile(self, end: int, position: int) -> torch.Tensor:
+        """`spread_profile` of the keys from block `end` to `position`, which a row there reads anyway, [U, D]."""
+        size = self.config.block_size
+        recent = self.blocks[:, end : position // size + 1]
+        place = end * size + torch.arange(recent.shape[1] * size, device=recent.device)
+        return spread_profile(recent, (place <= position).view(1, -1, size))[self.kv_head]
 
     def logits(self, queries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Of queries [U, m, D] with the keys of blocks `ids` [U, C]: [U, m, C, block_size]."""
@@ -247,7 +256,7 @@ def _search_block(
     forced_lse = _forced_lse(prompt, flat, forced, position, rows)
     outside = forced_lse.logsumexp(-1)
     end = max(config.sink_blocks, position // size + 1 - config.recent_blocks)
-    leaves = _leaves(prompt, flat, rows, outside, end)
+    leaves = _leaves(prompt, flat, rows, outside, position, end)
 
     total = torch.stack([outside, leaves.lse.logsumexp(-1), leaves.unread]).logsumexp(0)
     shares = (leaves.lse - total[..., None]).unflatten(1, (heads, rows))
@@ -319,8 +328,10 @@ def _forced_lse(prompt: _Prompt, queries: torch.Tensor, forced: torch.Tensor, po
     return logits.masked_fill(~visible.repeat(heads, 1, 1), -math.inf).logsumexp(-1)
 
 
-def _leaves(prompt: _Prompt, queries: torch.Tensor, rows: int, outside: torch.Tensor, end: int) -> _Leaves:
-    """Searches blocks `sink_blocks` to `end` and reads the candidates, for queries [U, m, D]."""
+def _leaves(
+    prompt: _Prompt, queries: torch.Tensor, rows: int, outside: torch.Tensor, position: int, end: int
+) -> _Leaves:
+    """Searches blocks `sink_blocks` to `end` and reads the candidates, for queries [U, m, D] from `position` on."""
     config = prompt.config
     inner = end - config.sink_blocks
     if config.strategy == "descent" and inner:
@@ -334,7 +345,7 @@ def _leaves(prompt: _Prompt, queries: torch.Tensor, rows: int, outside: torch.Te
             unread=torch.full_like(outside, -math.inf),
             reads=torch.zeros_like(outside[:, 0]),
         )
-    return _beam(prompt, queries, rows, outside, end)
+    return _beam(prompt, queries, rows, outside, position, end)
 
 
 def _descend(prompt: _Prompt, queries: torch.Tensor, end: int) -> _Leaves:
@@ -375,16 +386,16 @@ class _Scored:
         return (self.log_mass + self.blocks.log()).masked_fill(~self.present[:, None], -math.inf)
 
 
-def _beam(prompt: _Prompt, queries: torch.Tensor, rows: int, outside: torch.Tensor, end: int) -> _Leaves:
+def _beam(prompt: _Prompt, queries: torch.Tensor, rows: int, outside: torch.Tensor, position: int, end: int) -> _Leaves:
     """`reference_beam.beam`, which says what is done and why; here only what is looked into takes time."""
     config, device = prompt.config, queries.device
     blocks = torch.tensor(end)
     width = box_width(blocks - config.sink_blocks, config.box_width)
     level = int(top_level(blocks, width, len(prompt.nodes)))
+    profile = prompt.profile(end, position)
     ids = torch.arange(end // FANOUT**level, device=device).expand(len(queries), -1)
-    scored = _score(prompt, queries, level, ids, torch.ones_like(ids, dtype=torch.bool))
-    norm = torch.logaddexp(outside, scored.mass().logsumexp(-1))[..., None]
-    reads = 2 * scored.present.sum(1)
+    every = torch.ones_like(ids, dtype=torch.bool)
+    scored, norm, reads = _score(prompt, queries, rows, profile, level, ids, every, outside, None)
     dropped = []
     while level:
         kept = _largest(_unit_score(scored.mass() - norm, rows), int(width))
@@ -397,8 +408,9 @@ def _beam(prompt: _Prompt, queries: torch.Tensor, rows: int, outside: torch.Tens
         present = torch.cat(
             [kept.gather(1, order).repeat_interleave(FANOUT, 1), torch.ones_like(orphans, dtype=torch.bool)], 1
         )
-        scored = _score(prompt, queries, level, torch.cat([children, orphans], 1), present)
-        reads = reads + 2 * scored.present.sum(1)
+        ids = torch.cat([children, orphans], 1)
+        scored, _, more = _score(prompt, queries, rows, profile, level, ids, present, outside, norm)
+        reads = reads + more
     leaves, was_read, fit = _read_on(prompt, queries, rows, scored, _unit_score(scored.mass() - norm, rows), outside)
     dropped.append((scored, scored.present & ~was_read))
     unread = [
@@ -408,13 +420,40 @@ def _beam(prompt: _Prompt, queries: torch.Tensor, rows: int, outside: torch.Tens
     return replace(leaves, unread=torch.cat(unread, -1).logsumexp(-1), reads=reads)
 
 
-def _score(prompt: _Prompt, queries: torch.Tensor, level: int, ids: torch.Tensor, present: torch.Tensor) -> _Scored:
-    """Scores nodes `ids` [U, J] of a level; those that count no block are not present."""
-    nodes, at = prompt.nodes[level], (prompt.kv_head[:, None], ids)
+def _score(
+    prompt: _Prompt,
+    queries: torch.Tensor,
+    rows: int,
+    profile: torch.Tensor,
+    level: int,
+    ids: torch.Tensor,
+    present: torch.Tensor,
+    outside: torch.Tensor,
+    norm: torch.Tensor | None,
+) -> tuple[_Scored, torch.Tensor, torch.Tensor]:
+    """Scores nodes `ids` [U, J] of a level; those that count no block are not present.
+
+    Returns the nodes, what shares are relative to [U, m, 1] (`norm`, or where the search starts here, None, `outside`
+    and these nodes), and the key-equivalents read [U].
+    """
+    config, nodes, at = prompt.config, prompt.nodes[level], (prompt.kv_head[:, None], ids)
     blocks = nodes.blocks[ids]
-    own = NodeStatistics(nodes.mean[at], nodes.variance[at], blocks[:, None])
-    log_mass = node_scores(queries, own, prompt.config.block_size, prompt.softcap) + math.log(prompt.config.block_size)
-    return _Scored(ids, present & (blocks > 0), log_mass, blocks[:, None].clamp(min=1.0))
+    own = NodeStatistics(nodes.mean[at], nodes.outlier[at], nodes.spread[at], blocks[:, None])
+    block = math.log(config.block_size)
+    bulk = bulk_scores(queries, profile, own, config.block_size, prompt.softcap) + block
+    scored = _Scored(ids, present & (blocks > 0), bulk, blocks[:, None].clamp(min=1.0))
+
+    def relative_to(found: _Scored) -> torch.Tensor:
+        return torch.logaddexp(outside, found.mass().logsumexp(-1))[..., None] if norm is None else norm
+
+    count = scored.present.sum(1)
+    twice = (count * config.outlier_256ths + 255) // 256
+    order = _unit_score(scored.mass() - relative_to(scored), rows).sort(dim=-1, descending=True, stable=True).indices
+    best = torch.arange(ids.shape[1], device=ids.device) < twice[:, None]
+    again = scored.present & torch.zeros_like(best).scatter(1, order, best)
+    outlier = outlier_scores(queries, own, config.block_size, prompt.softcap) + block
+    scored = replace(scored, log_mass=torch.where(again[:, None], torch.maximum(bulk, outlier), bulk))
+    return scored, relative_to(scored), count + twice
 
 
 def _unit_score(shares: torch.Tensor, rows: int) -> torch.Tensor:

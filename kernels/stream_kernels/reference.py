@@ -13,9 +13,9 @@ Words used here and in the compiled searches:
 * **logits** are scaled, and capped where the layer has a soft cap, wherever a score or a mass is made of them.
 * Equal scores are decided in favour of the lower block id, everywhere.
 
-`keys_read` counts every read that is done: `probe_keys` per branch scored, two per block summary scored (mean and
-variance), `block_size` per candidate read in full, and the keys of the forced blocks. A unit's read counts once,
-whatever the number of its heads; a key that two rounds read counts twice. The figure is the units' total over the
+`keys_read` counts every read that is done: `probe_keys` per branch scored, one per block summary scored and one more per
+outlier key looked at, `block_size` per candidate read in full, and the keys of the forced blocks. A unit's read counts
+once, whatever the number of its heads; a key that two rounds read counts twice. The figure is the units' total over the
 number of heads.
 """
 
@@ -30,7 +30,7 @@ from stream_kernels.reference_beam import Found, beam
 from stream_kernels.reference_descent import descent
 from stream_kernels.reference_descent import probe_offsets as probe_offsets
 from stream_kernels.search import NO_BLOCK, BlockSummary, SearchConfig
-from stream_kernels.statistics import capped
+from stream_kernels.statistics import capped, spread_profile
 
 
 def search_units(query_heads: Sequence[int], group: int, config: SearchConfig) -> list[tuple[int, list[int]]]:
@@ -162,7 +162,9 @@ def search_dense(
         found = descent(block_logits, heads, end, config)
     elif config.strategy == "beam":
         block_keys = keys.unflatten(1, (blocks, size))
-        found = beam(queries, block_keys, block_lse, heads, end, outside, softcap, config)
+        recent = torch.arange(blocks, device=keys.device) >= end.clamp(min=config.sink_blocks)[:, None]
+        profile = spread_profile(block_keys, present.unflatten(1, (blocks, size)) & recent[..., None])
+        found = beam(queries, block_keys, block_lse, heads, end, outside, profile, softcap, config)
     else:
         ids = torch.arange(blocks, device=keys.device)
         every = (ids >= config.sink_blocks) & (ids < end[:, None])

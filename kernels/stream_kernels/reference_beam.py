@@ -14,8 +14,9 @@ from stream_kernels.statistics import (
     FANOUT,
     MAX_RESIDUAL,
     box_width,
-    node_scores,
+    bulk_scores,
     normal_cdf,
+    outlier_scores,
     pyramid,
     top_level,
 )
@@ -116,19 +117,22 @@ def beam(
     heads: torch.Tensor,
     end: torch.Tensor,
     outside: torch.Tensor,
+    profile: torch.Tensor,
     softcap: float,
     config: SearchConfig,
 ) -> Found:
     """Searches blocks `config.sink_blocks` to `end` of each unit.
 
-    1. From `top_level` down, every level scores its nodes (`node_scores`) and keeps the `box_width` best of them; the
-       children of those, and the up to seven nodes no whole parent covers, are scored next.
-    2. A node's score is, per head, its estimated share of the row's attention; a unit's score is the heads' sum. Shares
+    1. From `top_level` down, every level scores its nodes and keeps the `box_width` best of them; the children of
+       those, and the up to seven nodes no whole parent covers, are scored next.
+    2. A node's estimate is what the mean and spread of its keys say (`bulk_scores`), or what its outlier says
+       (`outlier_scores`) if that is more. Outliers are looked at only in the `outlier_share` best nodes by the former.
+    3. A node's score is, per head, its estimated share of the row's attention; a unit's score is the heads' sum. Shares
        are relative to `outside` and the nodes of the top level.
-    3. Blocks are read in order of their score: the first `2 * top_k`, then `top_k` at a time while the mass that the
+    4. Blocks are read in order of their score: the first `2 * top_k`, then `top_k` at a time while the mass that the
        heads may expect to gain by reading them, per block read, is at least `min_gain` of the row's observed attention;
        never more than `width * top_k`. Without `rerank` it is the first `top_k` and no more.
-    4. What to expect of a block not read comes from a regression per head, over the blocks read, of their exact
+    5. What to expect of a block not read comes from a regression per head, over the blocks read, of their exact
        log-sum-exp on the estimate: the search picks by the estimate, so the estimate is high where it picked.
 
     Args:
@@ -138,6 +142,7 @@ def beam(
         heads: bool [B, n], which heads a unit has.
         end: int64 [B], first block that is not inner.
         outside: [B, n], log-sum-exp of what is read whatever the search does: forced blocks and the learned sink.
+        profile: [B, D], how the spread of keys divides among the channels (`spread_profile`).
     """
     blocks = block_keys.shape[1]
     inner = (end - config.sink_blocks).clamp(min=0)
@@ -154,7 +159,6 @@ def beam(
     for level in range(levels - 1, -1, -1):
         span = FANOUT**level
         counts = summaries[level].blocks
-        scores = node_scores(queries, summaries[level], config.block_size, softcap)
         nodes = torch.arange(len(counts), device=end.device)
         whole = (nodes < (end // span)[:, None]) & (counts > 0)
         orphan = nodes >= FANOUT * (end // (span * FANOUT))[:, None]
@@ -165,11 +169,18 @@ def beam(
             (top == level)[:, None], True, (top > level)[:, None] & (below[:, : len(counts)] | orphan)
         )
         front = front & ~all_read[:, None]
-        reads = reads + 2 * front.sum(1)
-        log_mass = scores + math.log(config.block_size)
-        share = (log_mass + counts.clamp(min=1.0).log()).masked_fill(~front[:, None], -math.inf)
-        norm = torch.where((top == level)[:, None], torch.logaddexp(outside, share.logsumexp(-1)), norm)
-        place = rank(unit_scores(share - norm[..., None], heads), front)
+        scored = front.sum(1)
+        twice = (scored * config.outlier_256ths + 255) // 256
+        reads = reads + scored + twice
+
+        at_top = (top == level)[:, None]
+        block = math.log(config.block_size)
+        bulk = bulk_scores(queries, profile, summaries[level], config.block_size, softcap) + block
+        outlier = outlier_scores(queries, summaries[level], config.block_size, softcap) + block
+        place, _ = _placed(bulk, counts, front, heads, outside, norm, at_top)
+        again = front & (place < twice[:, None])
+        log_mass = torch.where(again[:, None], torch.maximum(bulk, outlier), bulk)
+        place, norm = _placed(log_mass, counts, front, heads, outside, norm, at_top)
         if level:
             kept = front & (place < width[:, None])
             dropped.append(_Nodes(log_mass, counts, front & ~kept))
@@ -183,6 +194,24 @@ def beam(
     ids = torch.arange(blocks, device=end.device)
     every = (ids >= config.sink_blocks) & (ids < end[:, None])
     return Found(torch.where(all_read[:, None], every, read), torch.cat(unread, dim=-1).logsumexp(-1), reads)
+
+
+def _placed(
+    log_mass: torch.Tensor,
+    counts: torch.Tensor,
+    front: torch.Tensor,
+    heads: torch.Tensor,
+    outside: torch.Tensor,
+    norm: torch.Tensor,
+    at_top: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of a level's nodes by their unit score, int64 [B, J], and what shares are relative to, [B, n].
+
+    That is `norm`, or, for units that start here (`at_top` bool [B, 1]), `outside` and these nodes.
+    """
+    mass = (log_mass + counts.clamp(min=1.0).log()).masked_fill(~front[:, None], -math.inf)
+    norm = torch.where(at_top, torch.logaddexp(outside, mass.logsumexp(-1)), norm)
+    return rank(unit_scores(mass - norm[..., None], heads), front), norm
 
 
 def _read(

@@ -36,6 +36,8 @@ class SearchConfig:
             the K blocks kept are then read in full, to give their mass.
         box_width: beam's nodes kept per level of the summary pyramid in a context of 256 inner blocks; grows with the
             eighth root of the context (`statistics.box_width`).
+        outlier_share: of the nodes that beam scores on a level, how many it looks at twice, in 256ths rounded up: all
+            by the mean of their keys, then the best of them by their outlier key too.
         min_gain: beam reads on while the heads of a unit may expect to gain this share of their attention, summed, per
             candidate read; 0 always reads `width * top_k`.
     """
@@ -50,6 +52,7 @@ class SearchConfig:
     share_kv_group: bool = True
     rerank: bool = True
     box_width: int = 96
+    outlier_share: float = 0.5
     min_gain: float = 0.0002
 
     def __post_init__(self) -> None:
@@ -65,12 +68,19 @@ class SearchConfig:
             raise ValueError(f"recent_blocks is {self.recent_blocks}; valid: 1 to 64")
         if not 1 <= self.probe_keys <= self.block_size:
             raise ValueError(f"probe_keys is {self.probe_keys}; valid: 1 to block_size ({self.block_size})")
-        if not 1 <= self.width <= 64:
-            raise ValueError(f"width is {self.width}; valid: 1 to 64")
+        if not 1 <= self.width <= 256:
+            raise ValueError(f"width is {self.width}; valid: 1 to 256")
         if not 1 <= self.box_width <= 256:
             raise ValueError(f"box_width is {self.box_width}; valid: 1 to 256")
+        if not 0 <= self.outlier_share <= 1:
+            raise ValueError(f"outlier_share is {self.outlier_share}; valid: 0 to 1")
         if not 0 <= self.min_gain <= 1:
             raise ValueError(f"min_gain is {self.min_gain}; valid: 0 to 1")
+
+    @property
+    def outlier_256ths(self) -> int:
+        """`outlier_share` as every implementation counts it, so that none rounds another way."""
+        return round(256 * self.outlier_share)
 
     @property
     def forced_blocks(self) -> int:

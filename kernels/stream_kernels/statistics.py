@@ -1,9 +1,9 @@
 """What a block summary says about the block's logits: the statistics behind `beam`, in plain torch.
 
-A node of the summary pyramid holds, channel by channel, the mean and the variance of its keys. Level 0 nodes are key
-blocks; a node of level l stands for `FANOUT**l` of them in a row, numbered from the start of the context, so that what
-a node covers never changes while the context grows. Only whole nodes exist. Sink blocks are left out of every node:
-the first token's key is unlike all others and would spoil its ancestors.
+A node of the summary pyramid holds the mean of its keys, the key that lies farthest from it, and how far they lie on
+average. Level 0 nodes are key blocks; a node of level l stands for `FANOUT**l` of them in a row, numbered from the
+start of the context, so that what a node covers never changes while the context grows. Only whole nodes exist. Sink
+blocks are left out of every node: the first token's key is unlike all others and would spoil its ancestors.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,16 @@ class NodeStatistics:
     """One level of the pyramid, for B contexts.
 
     Attributes:
-        mean, variance: [B, J, D], of each node's keys, channel by channel.
+        mean: [B, J, D], of each node's keys.
+        outlier: [B, J, D], the key farthest from the mean: in level 0 of all keys, above of its children's outliers.
+            The first where several are as far.
+        spread: [B, J], the keys' variances, summed over the channels.
         blocks: [J], how many blocks each node counts; 0 where it holds nothing but sink blocks.
     """
 
     mean: torch.Tensor
-    variance: torch.Tensor
+    outlier: torch.Tensor
+    spread: torch.Tensor
     blocks: torch.Tensor
 
 
@@ -56,11 +60,33 @@ def capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def node_scores(queries: torch.Tensor, nodes: NodeStatistics, block_size: int, softcap: float) -> torch.Tensor:
-    """Estimated log mean exponential of the logits of each node's keys.
+def spread_profile(keys: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Each channel's part in the spread of keys, [B, D], summing to 1: measured where all keys are read anyway.
+
+    Args:
+        keys: [B, N, block_size, D], of which the row's recent blocks are looked at, each around its own mean.
+        present: bool [B, N, block_size], keys of recent blocks.
+
+    Returns:
+        The profile; the same for every channel where the keys do not differ.
+    """
+    weight = present[..., None].to(keys.dtype)
+    count = weight.sum(2, keepdim=True).clamp(min=1.0)
+    deviation = (keys - (keys * weight).sum(2, keepdim=True) / count) * weight
+    variance = deviation.square().sum((1, 2))
+    total = variance.sum(-1, keepdim=True)
+    even = torch.full_like(variance, 1.0 / variance.shape[-1])
+    return torch.where(total > 0.0, variance / total.clamp(min=torch.finfo(keys.dtype).tiny), even)
+
+
+def bulk_scores(
+    queries: torch.Tensor, profile: torch.Tensor, nodes: NodeStatistics, block_size: int, softcap: float
+) -> torch.Tensor:
+    """Estimated log mean exponential of the logits of each node's keys, taken to be Gaussian.
 
     Args:
         queries: [B, n, D], scaled.
+        profile: [B, D], from `spread_profile`.
         nodes: J of them.
         block_size: tokens per block.
         softcap: of the layer's logits, 0 for none. It acts on the mean, and on the variance by its slope there.
@@ -69,39 +95,55 @@ def node_scores(queries: torch.Tensor, nodes: NodeStatistics, block_size: int, s
         [B, n, J].
     """
     centre = queries @ nodes.mean.mT
-    spread = queries.square() @ nodes.variance.mT
+    variance = (queries.square() @ profile[..., None]) * nodes.spread[:, None]
     if softcap:
         slope = 1.0 - torch.tanh(centre / softcap).square()
-        centre, spread = capped(centre, softcap), spread * slope.square()
-    return log_mean_exp(centre, spread, nodes.blocks * block_size)
+        centre, variance = capped(centre, softcap), variance * slope.square()
+    return log_mean_exp(centre, variance, nodes.blocks * block_size)
+
+
+def outlier_scores(queries: torch.Tensor, nodes: NodeStatistics, block_size: int, softcap: float) -> torch.Tensor:
+    """Log mean exponential of each node's logits if the outlier had all the mass: [B, n, J], as `bulk_scores`."""
+    logits = capped(queries @ nodes.outlier.mT, softcap)
+    return logits - (nodes.blocks * block_size).clamp(min=1).log()
 
 
 def pyramid(block_keys: torch.Tensor, levels: int, sink_blocks: int) -> list[NodeStatistics]:
-    """The whole nodes of every level over keys [B, N, block_size, D], level 0 first.
+    """All levels over keys [B, N, block_size, D] (N whole blocks), lowest first.
 
-    Statistics are stored, and built upon, in bfloat16: level 0 from the keys, each level above from the stored
-    statistics of the one below.
+    Vectors are bfloat16 at every level, as a cache of them stores them, and a level is made from the stored one below.
     """
     blocks = torch.arange(block_keys.shape[1], device=block_keys.device)
+    mean = block_keys.mean(2)
+    distance = (block_keys - mean[:, :, None]).square().sum(-1)
     nodes = NodeStatistics(
-        mean=_stored(block_keys.mean(2)),
-        variance=_stored(block_keys.var(2, correction=0)),
+        mean=_stored(mean),
+        outlier=_stored(_pick(block_keys, distance)),
+        spread=distance.mean(-1),
         blocks=(blocks >= sink_blocks).to(block_keys.dtype),
     )
     found = [nodes]
     for _ in range(levels - 1):
         count = len(nodes.blocks) // FANOUT
-        mean, variance = (
-            part[:, : count * FANOUT].unflatten(1, (count, FANOUT)) for part in (nodes.mean, nodes.variance)
+        means, outliers, spreads = (
+            part[:, : count * FANOUT].unflatten(1, (count, FANOUT))
+            for part in (nodes.mean, nodes.outlier, nodes.spread)
         )
         weight = nodes.blocks[: count * FANOUT].unflatten(0, (count, FANOUT))
         total = weight.sum(1)
-        share = (weight / total.clamp(min=1.0)[:, None])[None, :, :, None]
-        centre = (share * mean).sum(2)
-        spread = (share * (variance + (mean - centre[:, :, None]).square())).sum(2)
-        nodes = NodeStatistics(_stored(centre), _stored(spread), total)
+        share = weight / total.clamp(min=1.0)[:, None]
+        mean = (share[..., None] * means).sum(2)
+        spread = (share * (spreads + (means - mean[:, :, None]).square().sum(-1))).sum(2)
+        distance = (outliers - mean[:, :, None]).square().sum(-1).masked_fill(weight == 0, -1.0)
+        nodes = NodeStatistics(_stored(mean), _pick(outliers, distance), spread, total)
         found.append(nodes)
     return found
+
+
+def _pick(keys: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    """Of keys [B, J, m, D] the one at the largest distance [B, J, m]."""
+    at = distance.argmax(-1)[..., None, None].expand(-1, -1, 1, keys.shape[-1])
+    return keys.gather(2, at)[:, :, 0]
 
 
 def _stored(values: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from stream_kernels.reference import search_dense
 from stream_kernels.search import SearchConfig
-from stream_kernels.statistics import FANOUT, box_width, log_mean_exp, pyramid, spread_limit, top_level
+from stream_kernels.statistics import FANOUT, box_width, log_mean_exp, pyramid, spread_limit, spread_profile, top_level
 
 CONFIGS = {
     "descent": SearchConfig(strategy="descent", width=3),
@@ -88,7 +88,37 @@ def test_a_node_has_the_statistics_of_its_keys(sink_blocks: int) -> None:
             if own.shape[1]:  # to bfloat16, once a level
                 tolerance = {"rtol": 2**-8 * (level + 1), "atol": 2**-9 * (level + 1)}
                 torch.testing.assert_close(nodes.mean[:, node], own.mean(1), **tolerance)
-                torch.testing.assert_close(nodes.variance[:, node], own.var(1, correction=0), **tolerance)
+                torch.testing.assert_close(nodes.spread[:, node], own.var(1, correction=0).sum(-1), **tolerance)
+
+
+def test_an_outlier_is_the_farthest_key_and_above_the_farthest_outlier() -> None:
+    keys = torch.randn(1, 17, 32, 8, generator=torch.Generator().manual_seed(2))
+    keys[0, 0] *= 9  # the sink block, in no node
+    keys[0, 3, 5] *= 5
+    keys[0, 6, 31] *= 20
+    blocks, boxes = pyramid(keys, 2, sink_blocks=1)
+    for block in (3, 6):
+        wanted = keys[0, block, {3: 5, 6: 31}[block]]
+        assert torch.equal(blocks.outlier[0, block], wanted.bfloat16().float())
+    assert torch.equal(boxes.outlier[0, 0], keys[0, 6, 31].bfloat16().float())
+
+
+def test_equal_outliers_fall_to_the_first() -> None:
+    keys = torch.zeros(1, 1, 32, 4)
+    keys[0, 0, 7, 1], keys[0, 0, 9, 1] = 3.0, -3.0
+    assert pyramid(keys, 1, 0)[0].outlier[0, 0, 1] == 3.0
+
+
+def test_the_profile_is_of_the_keys_that_are_there() -> None:
+    keys = torch.randn(1, 3, 32, 4, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 2.0, 4.0, 0.0])
+    present = torch.zeros(1, 3, 32, dtype=torch.bool)
+    present[0, 1], present[0, 2, :3] = True, True
+    parts = [keys[0, 1], keys[0, 2, :3]]
+    variance = sum((part - part.mean(0)).square().sum(0) for part in parts)
+    torch.testing.assert_close(spread_profile(keys, present)[0], variance / variance.sum())
+    alone = torch.zeros(1, 3, 32, dtype=torch.bool)
+    alone[0, 2, 0] = True
+    assert spread_profile(keys, alone).tolist() == [[0.25] * 4]
 
 
 def test_widths_grow_with_the_eighth_root() -> None:
@@ -97,7 +127,7 @@ def test_widths_grow_with_the_eighth_root() -> None:
 
 
 def test_scoring_grows_by_less_than_1_3_with_each_doubling() -> None:
-    """The sums behind `box_width` and `top_level`: nodes scored, two vectors each, plus 40 candidates of 32 keys."""
+    """The sums behind `box_width` and `top_level`: nodes scored, two vectors at most, plus 40 candidates of 32 keys."""
     costs = []
     for tokens in (2**e for e in range(16, 23)):
         blocks = torch.tensor(tokens // 32)
