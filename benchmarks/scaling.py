@@ -20,7 +20,7 @@ from benchmarks.paging import PAGE_SIZE, allocate, layout, store
 from benchmarks.report import Report, bootstrap, run
 from benchmarks.texts import KINDS, token_ids
 from stream_kernels.cpu import CpuSearch
-from stream_kernels.index import allocate_index, levels_for
+from stream_kernels.index import summary_bytes
 from stream_kernels.layout import PagedKeys
 from stream_kernels.search import BlockSummary, SearchConfig
 
@@ -143,21 +143,21 @@ def _account(times: dict[int, list[float]], reads: dict[int, list[float]], repor
     report.figures[f"share_read/{longest}"] = statistics.median(reads[longest]) / longest
     if longest >= LONGEST:
         report.must[f"share_read/{longest}"] = ("<=", 0.005)
-    report.figures["index_gib"] = index_bytes(LONGEST) / 2**30
+    index = summary_bytes(
+        SearchConfig(strategy="beam"),
+        PAGE_SIZE,
+        LONGEST // PAGE_SIZE,
+        LONGEST,
+        INDEX_LAYERS,
+        INDEX_KV_HEADS,
+        INDEX_HEAD_DIM,
+    )
+    report.figures["index_gib"] = index / 2**30
     report.must["index_gib"] = ("<=", 1.2)
     print(
         f"index of {LONGEST:,} tokens, {INDEX_LAYERS} layers, {INDEX_KV_HEADS} KV heads, head size {INDEX_HEAD_DIM}: "
         f"{report.figures['index_gib']:.3f} GiB"
     )
-
-
-def index_bytes(tokens: int) -> int:
-    """Bytes of block summaries and of what finds them, for a cache of `tokens` and one context that fills it."""
-    config = SearchConfig(strategy="beam")
-    index = allocate_index(config, levels_for(config, tokens), PAGE_SIZE, tokens // PAGE_SIZE, tokens)
-    mean_and_variance = 2 * INDEX_HEAD_DIM * torch.bfloat16.itemsize
-    found = sum(array.nbytes for array in index if isinstance(array, np.ndarray))
-    return found + len(index.built) * INDEX_LAYERS * INDEX_KV_HEADS * mean_and_variance
 
 
 Keys = tuple[torch.Tensor, float, Iterator[torch.Tensor]]

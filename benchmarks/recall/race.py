@@ -12,13 +12,15 @@ from benchmarks.recall.product import Product, unobserved_share
 from benchmarks.recall.truth import Judge, Truth
 from stream_kernels.search import SearchConfig
 
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-"""Candidates per block kept, of every method that re-ranks; 64 is the most the product takes."""
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
+"""Candidates per block kept, of every method that re-ranks; 256 is the most the product takes."""
 
-NARROW_BOXES = (2, 3, 4, 6, 8, 12, 16, 24, 48)
+NARROW_BOXES = (2, 4, 8, 16, 32)
 """Values of `box_width` for the smallest budgets, where summaries cost as much as blocks."""
 
-GAINS = (3e-3, 1e-3, 5e-4, 2e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
+OUTLIER_SHARES = (0.0, 0.25, 0.5, 1.0)
+
+GAINS = (1e-2, 3e-3, 1e-3, 5e-4, 2e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 
 
 def race(attention: Attention, top_ks: Sequence[int]) -> Iterator[Measured]:
@@ -47,14 +49,18 @@ def race(attention: Attention, top_ks: Sequence[int]) -> Iterator[Measured]:
 def _product_settings(config: SearchConfig) -> Iterator[tuple[str, str, SearchConfig]]:
     """(method, setting, parameters) of every run of the product."""
     yield BEAM, DEFAULT, config
-    wide = replace(config, width=64)
-    swept = [replace(wide, min_gain=gain) for gain in GAINS]
+    wide = replace(config, width=max(WIDTHS))
+    swept = [replace(wide, min_gain=gain, outlier_share=share) for share in OUTLIER_SHARES for gain in GAINS]
     swept += [replace(config, width=width, min_gain=0.0) for width in WIDTHS]
+    for share in (0.0, 0.25):
+        swept += [replace(config, width=width, min_gain=0.0, outlier_share=share) for width in (1, 2, 3)]
     for box in NARROW_BOXES:
-        swept += [replace(config, box_width=box, width=width, min_gain=0.0) for width in (1, 2, 3)]
-        swept += [replace(wide, box_width=box, min_gain=gain) for gain in (0.003, 0.001)]
+        narrow = replace(config, box_width=box, outlier_share=0.0)
+        swept += [replace(narrow, width=width, min_gain=0.0) for width in (1, 2, 3)]
+        swept += [replace(narrow, width=max(WIDTHS), min_gain=gain) for gain in (0.003, 0.001)]
     for own in swept:
-        yield BEAM, f"width {own.width}, min_gain {own.min_gain:g}, box_width {own.box_width}", own
+        parts = [f"{name} {getattr(own, name):g}" for name in ("width", "min_gain", "box_width", "outlier_share")]
+        yield BEAM, ", ".join(parts), own
     for probes in (1, 4, config.block_size):
         plain = replace(SearchConfig.paper(config.top_k), probe_keys=probes)
         yield f"descent r={probes}, published", "", plain

@@ -118,7 +118,8 @@ class CpuSearch:
         if self.config.strategy != "beam":
             return 0
         index = (part for part in self._beam.nodes if isinstance(part, np.ndarray))
-        return self._beam.statistics.nbytes + sum(array.nbytes for array in index)
+        summaries = self._beam.statistics.nbytes + self._beam.summaries.spreads.nbytes
+        return summaries + sum(array.nbytes for array in index)
 
     def forget(self) -> None:
         """Takes no block summary to be valid any more: where no generations say what was rewritten, or all was."""

@@ -434,7 +434,7 @@ def _score(
     """Scores nodes `ids` [U, J] of a level; those that count no block are not present.
 
     Returns the nodes, what shares are relative to [U, m, 1] (`norm`, or where the search starts here, None, `outside`
-    and these nodes), and the key-equivalents read [U].
+    and these nodes by their means and spreads), and the key-equivalents read [U].
     """
     config, nodes, at = prompt.config, prompt.nodes[level], (prompt.kv_head[:, None], ids)
     blocks = nodes.blocks[ids]
@@ -443,17 +443,16 @@ def _score(
     bulk = bulk_scores(queries, profile, own, config.block_size, prompt.softcap) + block
     scored = _Scored(ids, present & (blocks > 0), bulk, blocks[:, None].clamp(min=1.0))
 
-    def relative_to(found: _Scored) -> torch.Tensor:
-        return torch.logaddexp(outside, found.mass().logsumexp(-1))[..., None] if norm is None else norm
-
+    if norm is None:
+        norm = torch.logaddexp(outside, scored.mass().logsumexp(-1))[..., None]
     count = scored.present.sum(1)
     twice = (count * config.outlier_256ths + 255) // 256
-    order = _unit_score(scored.mass() - relative_to(scored), rows).sort(dim=-1, descending=True, stable=True).indices
+    order = _unit_score(scored.mass() - norm, rows).sort(dim=-1, descending=True, stable=True).indices
     best = torch.arange(ids.shape[1], device=ids.device) < twice[:, None]
     again = scored.present & torch.zeros_like(best).scatter(1, order, best)
     outlier = outlier_scores(queries, own, config.block_size, prompt.softcap) + block
     scored = replace(scored, log_mass=torch.where(again[:, None], torch.maximum(bulk, outlier), bulk))
-    return scored, relative_to(scored), count + twice
+    return scored, norm, count + twice
 
 
 def _unit_score(shares: torch.Tensor, rows: int) -> torch.Tensor:

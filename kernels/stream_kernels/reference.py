@@ -13,10 +13,10 @@ Words used here and in the compiled searches:
 * **logits** are scaled, and capped where the layer has a soft cap, wherever a score or a mass is made of them.
 * Equal scores are decided in favour of the lower block id, everywhere.
 
-`keys_read` counts every read that is done: `probe_keys` per branch scored, one per block summary scored and one more per
-outlier key looked at, `block_size` per candidate read in full, and the keys of the forced blocks. A unit's read counts
-once, whatever the number of its heads; a key that two rounds read counts twice. The figure is the units' total over the
-number of heads.
+`keys_read` counts every read that is done: `probe_keys` per branch scored, one per block summary scored and one more
+per outlier key looked at, `block_size` per candidate read in full, and the keys of the forced blocks. A unit's read
+counts once, whatever the number of its heads; a key that two rounds read counts twice. The figure is the units' total
+over the number of heads.
 """
 
 import math

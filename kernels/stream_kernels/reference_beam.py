@@ -128,7 +128,7 @@ def beam(
     2. A node's estimate is what the mean and spread of its keys say (`bulk_scores`), or what its outlier says
        (`outlier_scores`) if that is more. Outliers are looked at only in the `outlier_share` best nodes by the former.
     3. A node's score is, per head, its estimated share of the row's attention; a unit's score is the heads' sum. Shares
-       are relative to `outside` and the nodes of the top level.
+       are relative to `outside` and the top level's nodes, these by their means and spreads.
     4. Blocks are read in order of their score: the first `2 * top_k`, then `top_k` at a time while the mass that the
        heads may expect to gain by reading them, per block read, is at least `min_gain` of the row's observed attention;
        never more than `width * top_k`. Without `rerank` it is the first `top_k` and no more.
@@ -173,14 +173,14 @@ def beam(
         twice = (scored * config.outlier_256ths + 255) // 256
         reads = reads + scored + twice
 
-        at_top = (top == level)[:, None]
-        block = math.log(config.block_size)
+        block, size = math.log(config.block_size), counts.clamp(min=1.0).log()
         bulk = bulk_scores(queries, profile, summaries[level], config.block_size, softcap) + block
         outlier = outlier_scores(queries, summaries[level], config.block_size, softcap) + block
-        place, _ = _placed(bulk, counts, front, heads, outside, norm, at_top)
-        again = front & (place < twice[:, None])
+        mass = (bulk + size).masked_fill(~front[:, None], -math.inf)
+        norm = torch.where((top == level)[:, None], torch.logaddexp(outside, mass.logsumexp(-1)), norm)
+        again = front & (rank(unit_scores(mass - norm[..., None], heads), front) < twice[:, None])
         log_mass = torch.where(again[:, None], torch.maximum(bulk, outlier), bulk)
-        place, norm = _placed(log_mass, counts, front, heads, outside, norm, at_top)
+        place = rank(unit_scores(log_mass + size - norm[..., None], heads), front)
         if level:
             kept = front & (place < width[:, None])
             dropped.append(_Nodes(log_mass, counts, front & ~kept))
@@ -194,24 +194,6 @@ def beam(
     ids = torch.arange(blocks, device=end.device)
     every = (ids >= config.sink_blocks) & (ids < end[:, None])
     return Found(torch.where(all_read[:, None], every, read), torch.cat(unread, dim=-1).logsumexp(-1), reads)
-
-
-def _placed(
-    log_mass: torch.Tensor,
-    counts: torch.Tensor,
-    front: torch.Tensor,
-    heads: torch.Tensor,
-    outside: torch.Tensor,
-    norm: torch.Tensor,
-    at_top: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places of a level's nodes by their unit score, int64 [B, J], and what shares are relative to, [B, n].
-
-    That is `norm`, or, for units that start here (`at_top` bool [B, 1]), `outside` and these nodes.
-    """
-    mass = (log_mass + counts.clamp(min=1.0).log()).masked_fill(~front[:, None], -math.inf)
-    norm = torch.where(at_top, torch.logaddexp(outside, mass.logsumexp(-1)), norm)
-    return rank(unit_scores(mass - norm[..., None], heads), front), norm
 
 
 def _read(

@@ -348,14 +348,15 @@ class Worker:
                 of_nodes = slots[first : first + end // FANOUT**level]
                 valid = np.flatnonzero(of_nodes >= 0)
                 found = self._stored(at * LAYERS_PER_GROUP, of_nodes[valid])
-                wanted = torch.stack([expected[level].mean, expected[level].variance], dim=2)
+                nodes = expected[level]
+                wanted = torch.cat([nodes.mean, nodes.outlier, nodes.spread[..., None]], dim=-1)
                 wanted = wanted.unflatten(0, (LAYERS_PER_GROUP, -1))[:, :, valid]
                 right = (found - wanted).abs() <= RELATIVE * wanted.abs() + ABSOLUTE
                 assert right.all(), f"level {level}, nodes {sorted(set(valid[(~right).nonzero()[:, 2]]))}"
-                self.compared[level] += right.numel() // (2 * HEAD_DIM)
+                self.compared[level] += right.numel() // wanted.shape[-1]
 
     def _stored(self, first_layer: int, slots: NDArray[np.int32]) -> torch.Tensor:
-        """Mean and variance in `slots` [n], float64 [LAYERS_PER_GROUP, kv_heads, n, 2, HEAD_DIM]."""
+        """Mean, outlier and spread in `slots` [n], float64 [LAYERS_PER_GROUP, kv_heads, n, 2 * HEAD_DIM + 1]."""
         beam = self._search._beam
         layers, kv_heads = np.ogrid[first_layer : first_layer + LAYERS_PER_GROUP, : self.shape.kv_heads]
         address = slot_address.py_func(
@@ -367,7 +368,9 @@ class Worker:
         )
         numbers = beam.statistics.reshape(-1, 2, HEAD_DIM)
         at = (address - numbers.ctypes.data) // numbers.strides[0]
-        return torch.from_numpy(numbers.view(np.int16)[at]).view(torch.bfloat16).double()
+        vectors = torch.from_numpy(numbers.view(np.int16)[at]).view(torch.bfloat16).double().flatten(-2)
+        spreads = torch.from_numpy(beam.summaries.spreads[layers[..., None], kv_heads[..., None], slots]).double()
+        return torch.cat([vectors, spreads[..., None]], dim=-1)
 
     def _follow(self, output: Any) -> None:
         """Block tables, as a model runner keeps them."""

@@ -12,6 +12,7 @@ from stream_kernels.cpu_kernel.keys import prefetch_block
 from stream_kernels.cpu_kernel.logits import (
     add_exponentials,
     add_mass,
+    cap_logits,
     exp_below_zero,
     largest,
     raise_to,
@@ -28,6 +29,7 @@ from stream_kernels.cpu_kernel.summaries import (
     project_nodes,
     slot_address,
     spread_limit,
+    spread_scale,
 )
 
 _MAX_RESIDUAL = 2.0
@@ -37,8 +39,10 @@ _LEAST_RESIDUAL = 1e-4
 class BeamScratch(NamedTuple):
     """Working memory. n: heads of the largest unit; C: most nodes scored on a level; K: `top_k`."""
 
-    squares: Floats
-    """[n, D], squared scaled queries."""
+    profile: Floats
+    """[D], how the recent keys' spread divides among the channels, in any unit."""
+    scale: Floats
+    """[n], variance of a head's logits per spread of keys."""
     slots: NDArray[np.int32]
     """[row nodes], the slot of each node of the row."""
     jobs: NDArray[np.int32]
@@ -50,7 +54,13 @@ class BeamScratch(NamedTuple):
     centre: Floats
     """[n, C], estimated log mass of one block of each node, on average."""
     spread: Floats
-    """[n, C]"""
+    """[n, C], variances, then products with outliers."""
+    node_spread: Floats
+    """[C]"""
+    again: Ints
+    """[C], places in the front of the nodes whose outliers are looked at."""
+    again_node: Ints
+    """[C], which nodes these are."""
     left_estimate: Floats
     """[n, NL * C], `centre` of the nodes that were scored and not looked into."""
     left_blocks: Floats
@@ -75,8 +85,9 @@ class Beam(NamedTuple):
     """All that the beam needs beyond what every strategy has."""
 
     statistics: NDArray[np.uint16]
-    """[L, KV heads, S, 2, D], bfloat16: what the slots hold. Read through `summaries`."""
+    """[L, KV heads, S, 2, D], bfloat16: the vectors that the slots hold. Read through `summaries`."""
     min_gain: float
+    outlier_256ths: int
     widths: NDArray[np.int32]
     """[N + 1], nodes kept per level, by the block before which the search ends."""
     tops: NDArray[np.int32]
@@ -114,8 +125,7 @@ def search_nodes(
         return end - g.sink_blocks, 0
 
     for h in range(heads):
-        for c in range(g.head_dim):
-            b.squares[h, c] = s.query[h, c] * s.query[h, c]
+        b.scale[h] = spread_scale(s.query[h], b.profile)
     width: int = beam.widths[end]
     level: int = beam.tops[end]
     count, reads, left = 0, 0, 0
@@ -125,9 +135,12 @@ def search_nodes(
             count += 1
     at_top = True
     while True:
-        reads += 2 * count
         _estimate(g, s, beam.summaries, beam.nodes, b, heads, layer, kv_head, level, count, softcap)
         _unit_scores(g, s, b, heads, level, count, at_top)
+        twice = (count * beam.outlier_256ths + 255) // 256
+        if twice > 0:
+            _look_at_outliers(g, s, beam.summaries, beam.nodes, b, heads, layer, kv_head, level, count, twice, softcap)
+        reads += count + twice
         if level == 0:
             break
         at_top = False
@@ -162,10 +175,15 @@ def _estimate(
     count: int,
     softcap: np.float32,
 ) -> None:
-    """b.centre = estimated log mass of one block of each node in `b.front`, on average, per head."""
+    """b.centre = estimated log mass of one block of each node in `b.front`, on average, per head, outliers aside."""
     slots = b.slots[index.row_offset[level] :]
-    first_slot = slot_address(g, m, layer, 0, kv_head)
-    project_nodes(first_slot, slots, b.front, count, g.head_dim, s.query, b.squares, heads, b.centre, b.spread)
+    project_nodes(slot_address(g, m, layer, 0, kv_head), slots, b.front, count, g.head_dim, s.query, heads, b.centre)
+    spreads = m.spreads[layer, kv_head]
+    for i in range(count):
+        b.node_spread[i] = spreads[slots[b.front[i]]]
+    for h in range(heads):
+        for i in range(count):
+            b.spread[h, i] = b.scale[h] * b.node_spread[i]
     # The first nodes may be short of sink blocks; what a node counts decides where its Gaussian's tail ends.
     short = 0
     while short < count and b.front[short] << (FANOUT_BITS * level) < g.sink_blocks:
@@ -208,6 +226,48 @@ def _unit_scores(g: Geometry, s: Scratch, b: BeamScratch, heads: int, level: int
     for i in range(count):
         s.score[i] += b.log_blocks[i] + np.float32(math.log(weight[i]))
         s.rank[i] = sort_key(s.score[i], i)
+
+
+@jit()
+def _look_at_outliers(
+    g: Geometry,
+    s: Scratch,
+    m: Summaries,
+    index: NodeIndex,
+    b: BeamScratch,
+    heads: int,
+    layer: int,
+    kv_head: int,
+    level: int,
+    count: int,
+    twice: int,
+    softcap: np.float32,
+) -> None:
+    """Raises the estimates of the `twice` best nodes of the front to what their outliers say, and their scores."""
+    for i in range(count):
+        s.work[i] = s.rank[i]
+    worst = kth_largest(s.work, count, twice)
+    found = 0
+    for i in range(count):
+        if s.rank[i] >= worst:
+            b.again[found], b.again_node[found] = i, b.front[i]
+            found += 1
+    slots = b.slots[index.row_offset[level] :]
+    outlier = slot_address(g, m, layer, 0, kv_head) + 2 * g.head_dim
+    project_nodes(outlier, slots, b.again_node, found, g.head_dim, s.query, heads, b.spread)
+    if softcap > ZERO:
+        cap_logits(b.spread, heads, found, softcap)
+    for i in range(found):
+        at = b.again[i]
+        peak = MINUS_INFINITY
+        for h in range(heads):
+            b.centre[h, at] = max(b.centre[h, at], b.spread[h, i] - b.log_blocks[at])
+            peak = max(peak, b.centre[h, at] - b.norm[h])
+        weight = ZERO
+        for h in range(heads):
+            weight += exp_below_zero(b.centre[h, at] - b.norm[h] - peak)
+        s.score[at] = peak + b.log_blocks[at] + np.float32(math.log(weight))
+        s.rank[at] = sort_key(s.score[at], at)
 
 
 @jit()

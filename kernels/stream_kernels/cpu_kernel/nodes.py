@@ -77,30 +77,67 @@ def resolve(
     index.calls[0] += 1
     wanted = 0
     for level in range(len(index.hand)):
-        span_bits = FANOUT_BITS * level
-        span_tokens = index.block_size << span_bits
-        for j in range(end >> span_bits):
-            _note_generation(index, level, j, pages, generations)
-            at = index.row_offset[level] + j
-            slots[at] = NO_SLOT
-            if (j + 1) << span_bits <= index.sink_blocks:
-                continue
-            last = (j + 1) * span_tokens - 1
-            page = pages[last // index.page_size]
-            entry = index.entry_of[level, page]
+        _note_generations(
+            level,
+            end >> (FANOUT_BITS * level),
+            pages,
+            generations,
+            index.page_size,
+            index.block_size,
+            index.generation,
+        )
+        wanted = _resolve_level(index, level, end >> (FANOUT_BITS * level), pages, snapshot, slots, jobs, wanted)
+        if wanted < 0:
+            return -1
+    return wanted
+
+
+@jit()
+def _resolve_level(
+    index: NodeIndex,
+    level: int,
+    nodes: int,
+    pages: Pages,
+    snapshot: int,
+    slots: NDArray[np.int32],
+    jobs: NDArray[np.int32],
+    wanted: int,
+) -> int:
+    """`resolve` for the `nodes` whole nodes of a level, after `wanted` jobs of the levels below."""
+    # This runs once per block of the context: arrays out of the tuple first, and no division in the loop.
+    entry_of, used, built, generation = index.entry_of[level], index.used, index.built, index.generation
+    calls, page_size = index.calls[0], index.page_size
+    first_entry, first_slot = index.first_entry[level], index.first_slot[level]
+    nodes_per_entry, row_offset = index.nodes_per_entry[level], index.row_offset[level]
+    span_bits = FANOUT_BITS * level
+    span_tokens = index.block_size << span_bits
+    several = span_tokens < page_size  # nodes end in one page
+    step_pages, step_tokens = span_tokens // page_size, span_tokens % page_size
+    place, within = (span_tokens - 1) // page_size, (span_tokens - 1) % page_size  # of node 0's last token
+    for j in range(nodes):
+        slot = NO_SLOT
+        if (j + 1) << span_bits > index.sink_blocks:
+            page = pages[place]
+            entry: int = entry_of[page]
             if entry < 0:
                 entry = _claim(index, level, page)
                 if entry < 0:
                     forget(index, jobs, wanted)
                     return -1
-            index.used[entry] = index.calls[0]
-            within = last % index.page_size // span_tokens if span_tokens < index.page_size else 0
-            slot = index.first_slot[level] + (entry - index.first_entry[level]) * index.nodes_per_entry[level] + within
-            slots[at] = slot
-            if index.built[slot] < index.generation[j]:
-                index.built[slot] = snapshot
+            used[entry] = calls
+            slot = first_slot + (entry - first_entry) * nodes_per_entry
+            if several:
+                slot += within // span_tokens
+            if built[slot] < generation[j]:
+                built[slot] = snapshot
                 jobs[wanted, 0], jobs[wanted, 1], jobs[wanted, 2] = level, slot, j
                 wanted += 1
+        slots[row_offset + j] = slot
+        place += step_pages
+        within += step_tokens
+        if within >= page_size:
+            within -= page_size
+            place += 1
     return wanted
 
 
@@ -112,20 +149,27 @@ def forget(index: NodeIndex, jobs: NDArray[np.int32], count: int) -> None:
 
 
 @jit()
-def _note_generation(index: NodeIndex, level: int, j: int, pages: Pages, generations: Ints) -> None:
-    """index.generation[j] = the latest generation among the pages of node j, from its pages or, in place, its children.
+def _note_generations(
+    level: int, nodes: int, pages: Pages, generations: Ints, page_size: int, block_size: int, latest: Ints
+) -> None:
+    """latest[j] = the latest generation among the pages of node j, from its pages or, in place, its children.
 
     In place is safe: node j is written after its children 8j to 8j + 7 were read.
     """
-    latest = np.int64(0)
     if level:
-        for child in range(j << FANOUT_BITS, (j + 1) << FANOUT_BITS):
-            latest = max(latest, index.generation[child])
-    elif len(generations):
-        first = j * index.block_size
-        for page in range(first // index.page_size, (first + index.block_size - 1) // index.page_size + 1):
-            latest = max(latest, generations[pages[page]])
-    index.generation[j] = latest
+        for j in range(nodes):
+            newest = np.int64(0)
+            for child in range(j << FANOUT_BITS, (j + 1) << FANOUT_BITS):
+                newest = max(newest, latest[child])
+            latest[j] = newest
+    elif len(generations) == 0:
+        latest[:nodes] = 0
+    else:
+        for j in range(nodes):
+            newest = np.int64(0)
+            for place in range(j * block_size // page_size, ((j + 1) * block_size - 1) // page_size + 1):
+                newest = max(newest, generations[pages[place]])
+            latest[j] = newest
 
 
 @jit()

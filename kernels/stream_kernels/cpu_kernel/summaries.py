@@ -1,6 +1,7 @@
-"""The statistics in the nodes: made from keys or from the nodes below, stored in bfloat16, turned into scores.
+"""The statistics in the nodes: made from keys or from the nodes below, and turned into scores.
 
-A layer has [KV heads, slots, 2, head_dim] numbers: the mean and the variance of each node's keys.
+A layer has bfloat16 vectors [KV heads, slots, 2, head_dim], the mean and the outlier of each node's keys, and their
+spread, float32 [KV heads, slots]. `statistics.NodeStatistics` defines them.
 """
 
 import math
@@ -33,13 +34,15 @@ class Summaries(NamedTuple):
     """Where the layers' node statistics are, and room to work on one node."""
 
     address: Ints
-    """[L], of a layer's slot 0."""
+    """[L], of the vectors of a layer's slot 0."""
+    spreads: NDArray[np.float32]
+    """[L, KV heads, S]"""
     kv_heads: int
     slots: int
     node: Floats
-    """[2, D], a node's statistics, widened."""
-    sums: Floats
-    """[2, D]"""
+    """[2, D], a node's mean and outlier, widened."""
+    made: Floats
+    """[2, D], those of the node being built."""
 
 
 @jit()
@@ -64,7 +67,7 @@ def _load_node(g: Geometry, m: Summaries, address: int) -> None:
 
 
 @jit()
-def _store_node(g: Geometry, m: Summaries, address: int, values: Floats) -> None:
+def _store_node(g: Geometry, address: int, values: Floats) -> None:
     stored = numba.carray(pointer(address, types.uint16), (2 * g.head_dim,))
     flat = values.reshape(2 * g.head_dim)
     for c in range(2 * g.head_dim):
@@ -72,16 +75,54 @@ def _store_node(g: Geometry, m: Summaries, address: int, values: Floats) -> None
 
 
 @jit(fastmath=_REORDER)
-def _moments(tile: Floats, channel: int, count: int) -> tuple[np.float32, np.float32]:
-    """Mean and variance of the first `count` columns of a channel."""
+def _summarise_keys(tile: Floats, count: int, head_dim: int, made: Floats, distance: Floats) -> np.float32:
+    """Mean and outlier of the tile's first `count` keys, in `made`; returns their spread. `distance` is overwritten."""
+    for t in range(count):
+        distance[t] = ZERO
+    for c in range(head_dim):
+        mean = _mean(tile[c], count)
+        made[0, c] = mean
+        for t in range(count):
+            distance[t] += (tile[c, t] - mean) * (tile[c, t] - mean)
+    farthest = 0
     total = ZERO
     for t in range(count):
-        total += tile[channel, t]
-    mean = total / np.float32(count)
-    square = ZERO
+        total += distance[t]
+        if distance[t] > distance[farthest]:
+            farthest = t
+    for c in range(head_dim):
+        made[1, c] = tile[c, farthest]
+    return total / np.float32(count)
+
+
+@jit(fastmath=_REORDER)
+def _mean(values: Floats, count: int) -> np.float32:
+    total = ZERO
     for t in range(count):
-        square += (tile[channel, t] - mean) * (tile[channel, t] - mean)
-    return mean, square / np.float32(count)
+        total += values[t]
+    return total / np.float32(count)
+
+
+@jit(fastmath=_REORDER)
+def add_deviations(tile: Floats, count: int, profile: Floats) -> None:
+    """Adds to `profile` [D] the squared deviations of the tile's first `count` keys from their mean."""
+    for c in range(len(profile)):
+        mean = _mean(tile[c], count)
+        total = ZERO
+        for t in range(count):
+            total += (tile[c, t] - mean) * (tile[c, t] - mean)
+        profile[c] += total
+
+
+@jit(fastmath=_REORDER)
+def spread_scale(query: Floats, profile: Floats) -> np.float32:
+    """Variance of the query's logits per spread of the keys: `statistics.spread_profile` applied."""
+    along, total, square = ZERO, ZERO, ZERO
+    for c in range(len(profile)):
+        along += query[c] * query[c] * profile[c]
+        square += query[c] * query[c]
+        total += profile[c]
+    return along / total if total > ZERO else square / np.float32(len(profile))
 
 
 @jit()
@@ -116,76 +157,77 @@ def build_nodes(
                 if level == 0:
                     first = node * g.block_size
                     load_keys(g, keys, plan.page_stride[layer], pages, first, g.block_size, s.tile, 0)
-                    for c in range(g.head_dim):
-                        m.sums[0, c], m.sums[1, c] = _moments(s.tile, c, g.block_size)
+                    spread = _summarise_keys(s.tile, g.block_size, g.head_dim, m.made, s.logits[0])
                 else:
                     children = slots[index.row_offset[level - 1] + (node << FANOUT_BITS) :]
-                    _join(g, m, layer, kv_head, level, node, children)
-                _store_node(g, m, slot_address(g, m, layer, slot, kv_head), m.sums)
+                    spread = _join(g, m, layer, kv_head, level, node, children)
+                _store_node(g, slot_address(g, m, layer, slot, kv_head), m.made)
+                m.spreads[layer, kv_head, slot] = spread
 
 
-@jit()
+@jit(fastmath=_REORDER)
 def _join(
     g: Geometry, m: Summaries, layer: int, kv_head: int, level: int, node: int, children: NDArray[np.int32]
-) -> None:
-    """m.sums = the statistics of a node from those of its eight children, in `children`."""
+) -> np.float32:
+    """m.made = mean and outlier of a node, from its eight children in slots `children`; returns the spread."""
     total = np.float32(node_blocks(level, node, g.sink_blocks))
-    m.sums[:] = ZERO
-    for step in range(2):  # the means' mean, then the variances and the means' distances from it
-        for i in range(1 << FANOUT_BITS):
-            blocks = node_blocks(level - 1, (node << FANOUT_BITS) + i, g.sink_blocks)
-            if blocks <= 0:
-                continue
-            share = np.float32(blocks) / total
+    m.made[:] = ZERO
+    for i in range(1 << FANOUT_BITS):
+        blocks = node_blocks(level - 1, (node << FANOUT_BITS) + i, g.sink_blocks)
+        if blocks > 0:
             _load_node(g, m, slot_address(g, m, layer, children[i], kv_head))
-            if step == 0:
-                for c in range(g.head_dim):
-                    m.sums[0, c] += share * m.node[0, c]
-            else:
-                for c in range(g.head_dim):
-                    distance = m.node[0, c] - m.sums[0, c]
-                    m.sums[1, c] += share * (m.node[1, c] + distance * distance)
+            share = np.float32(blocks) / total
+            for c in range(g.head_dim):
+                m.made[0, c] += share * m.node[0, c]
+    spread, farthest = ZERO, np.float32(-1)
+    for i in range(1 << FANOUT_BITS):
+        blocks = node_blocks(level - 1, (node << FANOUT_BITS) + i, g.sink_blocks)
+        if blocks <= 0:
+            continue
+        _load_node(g, m, slot_address(g, m, layer, children[i], kv_head))
+        between, distance = ZERO, ZERO
+        for c in range(g.head_dim):
+            between += (m.node[0, c] - m.made[0, c]) * (m.node[0, c] - m.made[0, c])
+            distance += (m.node[1, c] - m.made[0, c]) * (m.node[1, c] - m.made[0, c])
+        spread += np.float32(blocks) / total * (m.spreads[layer, kv_head, children[i]] + between)
+        if distance > farthest:
+            farthest = distance
+            m.made[1] = m.node[1]
+    return spread
 
 
 @jit()
 def project_nodes(
-    first_slot: int,
+    first: int,
     slots: NDArray[np.int32],
-    front: Ints,
+    nodes: Ints,
     count: int,
     head_dim: int,
     queries: Floats,
-    squares: Floats,
     heads: int,
-    centre: Floats,
-    spread: Floats,
+    products: Floats,
 ) -> None:
-    """Mean and variance of the logits of the first `count` nodes of `front`, for each head, in `centre` and `spread`.
+    """Products of `heads` queries [n, D] with one vector of each of the first `count` of `nodes`, in `products` [n, C].
 
-    `first_slot` is the address of slot 0 of the layer's KV head, `slots` the slots of the level's nodes. Only arrays
-    and numbers are handed over: a named tuple of arrays costs a call as much as a node does.
+    `first` is the address of that vector in slot 0 of the layer's KV head, `slots` the slots of the level's nodes. Only
+    arrays and numbers are handed over: a named tuple of arrays costs a call as much as a node does.
     """
-    row_bytes = 4 * centre.shape[1]
+    row_bytes = 4 * products.shape[1]
     query_bytes = 4 * queries.shape[1]
     # Addresses are unsigned to numba, and an unsigned and a signed number add up to a float.
     query: Any
-    square: Any
-    at: Any
     out: Any
-    query, square = np.int64(queries.ctypes.data), np.int64(squares.ctypes.data)
-    at, out = np.int64(centre.ctypes.data), np.int64(spread.ctypes.data)
+    query, out = np.int64(queries.ctypes.data), np.int64(products.ctypes.data)
     for i in range(count):
-        mean: Any = first_slot + 4 * head_dim * np.int64(slots[front[i]])
+        vector: Any = first + 4 * head_dim * np.int64(slots[nodes[i]])
         if head_dim % LANES == 0:
-            _project(mean, query, query_bytes, heads, head_dim, at + 4 * i, row_bytes)
-            _project(mean + 2 * head_dim, square, query_bytes, heads, head_dim, out + 4 * i, row_bytes)
+            _project(vector, query, query_bytes, heads, head_dim, out + 4 * i, row_bytes)
             continue
-        stored = numba.carray(pointer(mean, types.uint16), (2 * head_dim,))
+        stored = numba.carray(pointer(vector, types.uint16), (head_dim,))
         for h in range(heads):
-            centre[h, i], spread[h, i] = ZERO, ZERO
+            products[h, i] = ZERO
             for c in range(head_dim):
-                centre[h, i] += queries[h, c] * bfloat16_to_float(stored[c])
-                spread[h, i] += squares[h, c] * bfloat16_to_float(stored[head_dim + c])
+                products[h, i] += queries[h, c] * bfloat16_to_float(stored[c])
 
 
 @jit()
@@ -227,7 +269,7 @@ def log_mean_exp(
 ) -> None:
     """Turns `count` (mean, variance) of logits from `first` on into their log mean exponential, in `centre`.
 
-    `statistics.log_mean_exp`, with the soft cap of `statistics.node_scores`.
+    `statistics.log_mean_exp`, with the soft cap of `statistics.bulk_scores`.
     """
     if softcap > ZERO:
         for i in range(first, first + count):

@@ -22,6 +22,7 @@ from stream_kernels.cpu_kernel.structures import (
     Scratch,
     Summary,
 )
+from stream_kernels.cpu_kernel.summaries import add_deviations
 
 
 @jit()
@@ -51,6 +52,7 @@ def search_unit(
         add_mass(s.outside, h, plan.sinks[layer, slots[h]], np.float32(1))
 
     blocks = -(-context // g.block_size)
+    beam.scratch.profile[:] = ZERO
     for i in range(g.sink_blocks + g.recent_blocks):
         block = i if i < g.sink_blocks else blocks - g.recent_blocks + i - g.sink_blocks
         if block >= blocks or (i >= g.sink_blocks and block < g.sink_blocks):
@@ -59,6 +61,8 @@ def search_unit(
         load_keys(g, address, page_stride, pages, block * g.block_size, count, s.tile, 0)
         score_keys(s, heads, count, g.head_dim, plan.softcap[layer])
         reads += count
+        if g.strategy == BEAM and i >= g.sink_blocks:
+            add_deviations(s.tile, count, beam.scratch.profile)
         for h in range(heads):
             peak = largest(s.logits[h], 0, count)
             weight = weight_above(s.logits[h], 0, count, peak)
