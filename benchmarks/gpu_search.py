@@ -5,8 +5,8 @@ Not run yet: it was written where there is no GPU.
 For each batch, context and group of query heads one decoding step is made up: bfloat16 caches of pages of 16, keys that
 gather in topics, queries that look for a few of them. Search and attention are captured in one CUDA graph each and
 replayed in turn with a cold second-level cache. `search/attention` is the quotient of the median times; `reads` the
-keys and summaries that the search read over all keys; `bandwidth` what it read per second, over that of a copy on the
-same GPU; `most` the quotient when the search never stops early, whatever the keys.
+keys and summary vectors that the search read over all keys; `bandwidth` what it read per second, over that of a copy on
+the same GPU; `most` the quotient when the search never stops early, whatever the keys.
 """
 
 import statistics

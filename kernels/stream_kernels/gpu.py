@@ -63,7 +63,8 @@ class GpuSearch:
 
     Attributes:
         levels: under `beam`, levels of the pyramid that searches use.
-        summaries: under `beam`, bfloat16 [L, summary_slots, kv_heads, 2, head_dim]: mean and variance per channel.
+        summaries: under `beam`, bfloat16 [L, summary_slots, kv_heads, 2, head_dim]: mean and outlier of a node's keys.
+        spreads: under `beam`, float32 [L, summary_slots, kv_heads]: their variances, summed over the channels.
         units: how many groups of heads search together in a layer.
 
     Raises:
@@ -118,6 +119,7 @@ class GpuSearch:
         self.summaries = torch.zeros(
             self.layers, slots, keys[0].kv_heads, 2, self._shape.head_dim, dtype=torch.bfloat16, device=self.device
         )
+        self.spreads = torch.zeros(self.layers, slots, keys[0].kv_heads, device=self.device)
         self._widths = torch.from_numpy(levels.widths).to(self.device)
         self._tops = torch.from_numpy(levels.tops).to(self.device)
         self._level_offsets = torch.tensor(level_offsets, dtype=torch.int32, device=self.device)
@@ -265,6 +267,7 @@ class GpuSearch:
             raise ValueError(f"node_slots are on {node_slots.device}, the keys on {self.device}")
         return Pyramid(
             self.summaries.view(torch.int16),
+            self.spreads,
             self.summaries.shape[1],
             node_slots,
             node_slots.stride(0),
@@ -311,8 +314,11 @@ def _refusals(
         reasons.append(f"queries are {query_dtype}; valid: {', '.join(map(str, QUERY_TYPES))}")
     if config.top_k > MOST_TOP_K:
         reasons.append(f"top_k is {config.top_k}; on a GPU at most {MOST_TOP_K}")
-    if config.strategy != "exact" and config.width * config.top_k > MOST_CANDIDATES:
-        reasons.append(f"width * top_k is {config.width * config.top_k}; on a GPU at most {MOST_CANDIDATES}")
+    if config.strategy != "exact" and _candidates(config, max_context) > MOST_CANDIDATES:
+        reasons.append(
+            f"width * top_k is {config.width * config.top_k}; on a GPU at most {MOST_CANDIDATES}, "
+            "where max_context has more inner blocks"
+        )
     # A descent multiplies candidates by blocks, a beam rounds blocks up to its fan-out: all of it in 32 bits.
     most_context = 2**31 // (2 * MOST_CANDIDATES)
     if max_rows < 1 or not 1 <= max_context <= most_context:
@@ -360,6 +366,12 @@ def _pyramid_refusals(
     return reasons
 
 
+def _candidates(config: SearchConfig, max_context: int) -> int:
+    """Most blocks that a descent or a beam reads in full."""
+    inner = -(-max_context // config.block_size) - config.recent_blocks - config.sink_blocks
+    return min(config.width * config.top_k, max(1, inner))
+
+
 def _processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 for the CPU, where Triton's interpreter runs one program after the other."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -379,7 +391,7 @@ def _shape(
     dim_tile = triton.next_power_of_2(layout.head_dim)
     keys_read = _KEYS_READ if dim_tile <= 128 else _KEYS_READ // 2
     read_tile = max(1, min(keys_read // config.block_size, triton.next_power_of_2(config.top_k)))
-    candidates = config.width * config.top_k
+    candidates = _candidates(config, max_context)
     probe_tile = triton.next_power_of_2(config.probe_keys)
     return Shape(
         layers=len(keys),
@@ -413,6 +425,7 @@ def _shape(
         fanout=FANOUT,
         max_residual=MAX_RESIDUAL,
         min_gain=config.min_gain,
+        outlier_256ths=config.outlier_256ths,
         levels=levels.count,
         nodes_tile=triton.next_power_of_2(levels.most_scored),
         kept_tile=triton.next_power_of_2(int(levels.widths.max())),
@@ -473,6 +486,7 @@ def _scratch(shape: Shape, programs: int, device: torch.device) -> BeamScratch |
             weight=floats(shape.levels, shape.nodes_tile),
             score=floats(shape.nodes_tile),
             scored=integers(shape.levels),
+            again=integers(2, shape.nodes_tile),
             kept=integers(shape.levels + 1, shape.kept_tile),
             chosen=integers(2, shape.candidates_tile),
             order=integers(2, shape.candidates_tile),

@@ -10,7 +10,7 @@ from stream_kernels.gpu_keys import capped, from_bfloat16_bits, logaddexp, logsu
 from stream_kernels.gpu_moments import expected_excess, fit_line, join_moments, no_moments, predicted_mean
 from stream_kernels.gpu_selection import empty_top, fold, largest, sortable
 from stream_kernels.gpu_structures import Batch, BeamScratch, Cache, Fit, Plan, Pyramid, Results, Unit
-from stream_kernels.gpu_unit import item_count, read_forced, store_unit, used_blocks
+from stream_kernels.gpu_unit import item_count, read_forced, spread_profile, store_unit, used_blocks
 
 
 @triton.jit
@@ -30,8 +30,9 @@ def _block_count(node, level, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _score_nodes(unit: Unit, pyramid: Pyramid, node, level, wanted, SHAPE: tl.constexpr):
-    """Estimated log-sum-exp of one of a node's blocks, on average, float32 [group_tile, nodes]."""
+def _node_place(unit: Unit, pyramid: Pyramid, node, level, wanted, SHAPE: tl.constexpr):
+    """Index of each node's summary among all, int64 [nodes], and which of those wanted there are. A slot outside the
+    pyramid marks the row as invalid."""
     slot = tl.load(
         pyramid.node_slots
         + unit.row.to(tl.int64) * pyramid.node_row_stride
@@ -42,33 +43,107 @@ def _score_nodes(unit: Unit, pyramid: Pyramid, node, level, wanted, SHAPE: tl.co
     )
     inside = (slot >= 0) & (slot < pyramid.slots)
     tl.store(unit.status + tl.zeros_like(node), 2, mask=wanted & (inside == 0))
-    channel = tl.arange(0, SHAPE.dim_tile)
     place = (unit.layer.to(tl.int64) * pyramid.slots + slot) * SHAPE.kv_heads + unit.kv_head
-    at = pyramid.summaries + place[:, None] * (2 * SHAPE.head_dim) + channel[None, :]
-    mask = (wanted & inside)[:, None] & (channel < SHAPE.head_dim)[None, :]
-    mean = from_bfloat16_bits(tl.load(at, mask=mask, other=0))
-    variance = from_bfloat16_bits(tl.load(at + SHAPE.head_dim, mask=mask, other=0))
-    query = unit.query * unit.scale
-    # A square of bfloat16 needs twice its digits, which a plain tensor-core product would cut off.
-    centre = tl.dot(query, tl.trans(mean), input_precision="tf32x3")
-    spread = tl.dot(query * query, tl.trans(variance), input_precision="tf32x3")
+    return place, wanted & inside
+
+
+@triton.jit
+def _vector_logits(unit: Unit, pyramid: Pyramid, place, there, WHICH: tl.constexpr, SHAPE: tl.constexpr):
+    """Logits of every head, not capped, and the nodes' means (`WHICH` 0) or outliers (1), [group_tile, nodes]."""
+    channel = tl.arange(0, SHAPE.dim_tile)
+    at = pyramid.summaries + place[:, None] * (2 * SHAPE.head_dim) + WHICH * SHAPE.head_dim + channel[None, :]
+    mask = there[:, None] & (channel < SHAPE.head_dim)[None, :]
+    vectors = from_bfloat16_bits(tl.load(at, mask=mask, other=0))
+    return tl.dot(unit.query, tl.trans(vectors), input_precision=SHAPE.dot_precision) * unit.scale
+
+
+@triton.jit
+def _bulk_estimates(unit: Unit, pyramid: Pyramid, stretch, node, level, wanted, SHAPE: tl.constexpr):
+    """`statistics.bulk_scores` as log-sum-exp of one of a node's blocks, on average, float32 [group_tile, nodes].
+
+    `stretch` [group_tile] is the variance of a head's logits where the spread is 1.
+    """
+    place, there = _node_place(unit, pyramid, node, level, wanted, SHAPE)
+    centre = _vector_logits(unit, pyramid, place, there, 0, SHAPE)
+    variance = stretch[:, None] * tl.load(pyramid.spreads + place, mask=there, other=0.0)[None, :]
     if SHAPE.softcap:
         bounded = capped(centre, unit.softcap)
         ratio = tl.where(unit.softcap > 0.0, bounded / tl.where(unit.softcap > 0.0, unit.softcap, 1.0), 0.0)
         slope = 1.0 - ratio * ratio
         centre = bounded
-        spread = spread * slope * slope
+        variance = variance * slope * slope
     # `statistics.log_mean_exp`
     keys = (_block_count(node, level, SHAPE) * SHAPE.block_size).to(tl.float32)
     square = 2.0 * tl.log(tl.maximum(keys / 2.0, 2.0))[None, :]
-    beyond = tl.sqrt(square) * tl.sqrt(tl.maximum(spread, 1e-12)) - 0.5 * square
-    estimate = centre + tl.where(spread < square, 0.5 * spread, beyond)
+    beyond = tl.sqrt(square) * tl.sqrt(tl.maximum(variance, 1e-12)) - 0.5 * square
+    estimate = centre + tl.where(variance < square, 0.5 * variance, beyond)
     return estimate + tl.log(tl.full([], SHAPE.block_size, tl.float32))
 
 
 @triton.jit
+def _look_again(unit: Unit, pyramid: Pyramid, scratch: BeamScratch, level, count, SHAPE: tl.constexpr):
+    """Raises the estimates of the `count` nodes in `scratch.again` to what their outliers say, if that is more."""
+    log_mass = scratch.log_mass + level * (SHAPE.group * SHAPE.nodes_tile)
+    tile = tl.arange(0, SHAPE.nodes_read)
+    head = tl.arange(0, SHAPE.group_tile)[:, None]
+    for first in range(0, count, SHAPE.nodes_read):
+        wanted = first + tile < count
+        position = tl.load(scratch.again + first + tile, mask=wanted, other=0)
+        node = tl.load(scratch.again + SHAPE.nodes_tile + first + tile, mask=wanted, other=0)
+        place, there = _node_place(unit, pyramid, node, level, wanted, SHAPE)
+        logits = _vector_logits(unit, pyramid, place, there, 1, SHAPE)
+        if SHAPE.softcap:
+            logits = capped(logits, unit.softcap)
+        # `statistics.outlier_scores`: the outlier has all the mass, so one of the node's blocks has its part of that.
+        estimate = logits - tl.log(tl.maximum(_block_count(node, level, SHAPE), 1).to(tl.float32))[None, :]
+        at = log_mass + head * SHAPE.nodes_tile + position[None, :]
+        mask = (head < SHAPE.group) & wanted[None, :]
+        tl.store(at, tl.maximum(tl.load(at, mask=mask, other=0.0), estimate), mask=mask)
+
+
+@triton.jit
+def _node_masses(unit: Unit, scratch: BeamScratch, level, at, count, SHAPE: tl.constexpr):
+    """Estimated log-sum-exp of the nodes at places `at` of a level's `count`, [group_tile, nodes]; -inf for none."""
+    within = at < count
+    place = (level * SHAPE.group + tl.arange(0, SHAPE.group_tile)[:, None]) * SHAPE.nodes_tile + at[None, :]
+    mask = unit.present[:, None] & within[None, :]
+    estimate = tl.load(scratch.log_mass + place, mask=mask, other=float("-inf"))
+    weight = tl.load(scratch.weight + level * SHAPE.nodes_tile + at, mask=within, other=0.0)
+    return estimate + weight[None, :]
+
+
+@triton.jit
+def _unit_scores(unit: Unit, scratch: BeamScratch, level, count, outside, norm, at_top, SHAPE: tl.constexpr):
+    """Scores the `count` nodes of a level by the estimates in `scratch`.
+
+    Returns:
+        What shares are relative to, [group_tile]: `norm`, or `at_top` `outside` and these nodes. And the unit's score
+        of each node, the sum of its heads' shares, float32 [nodes_tile]; -inf for none.
+    """
+    tile = tl.arange(0, SHAPE.nodes_read)
+    tl.debug_barrier()
+    # Masses are summed element by element and over elements only once, after the loop.
+    peak = tl.full([SHAPE.group_tile, SHAPE.nodes_read], float("-inf"), tl.float32)
+    total = tl.full([SHAPE.group_tile, SHAPE.nodes_read], 0.0, tl.float32)
+    for first in range(0, tl.where(at_top, count, 0), SHAPE.nodes_read):
+        mass = _node_masses(unit, scratch, level, first + tile, count, SHAPE)
+        higher = tl.maximum(peak, mass)
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(peak - safe) + tl.exp(mass - safe)
+        peak = higher
+    norm = tl.where(at_top, logaddexp(outside, logsumexp(peak + tl.log(total), 1)), norm)
+
+    for first in range(0, count, SHAPE.nodes_read):
+        mass = _node_masses(unit, scratch, level, first + tile, count, SHAPE)
+        tl.store(scratch.score + first + tile, logsumexp(mass - norm[:, None], 0), mask=first + tile < count)
+    tl.debug_barrier()
+    place = tl.arange(0, SHAPE.nodes_tile)
+    return norm, tl.load(scratch.score + place, mask=place < count, other=float("-inf"))
+
+
+@triton.jit
 def _score_levels(
-    unit: Unit, pyramid: Pyramid, scratch: BeamScratch, outside, end, width, top, most, SHAPE: tl.constexpr
+    unit: Unit, pyramid: Pyramid, scratch: BeamScratch, outside, stretch, end, width, top, most, SHAPE: tl.constexpr
 ):
     """Goes down the pyramid from level `top`, keeping `width` nodes of each level, and orders the best `most` nodes of
     level 0 for reading, in `scratch.order`.
@@ -90,44 +165,32 @@ def _score_levels(
         count = parent_count * SHAPE.fanout + (end >> (3 * level)) - orphans
         tl.store(scratch.scored + level, count)
         log_mass = scratch.log_mass + level * (SHAPE.group * SHAPE.nodes_tile)
-
-        # Shares are summed element by element and over elements only once, after the loop.
-        peak = tl.full([SHAPE.group_tile, SHAPE.nodes_read], float("-inf"), tl.float32)
-        total = tl.full([SHAPE.group_tile, SHAPE.nodes_read], 0.0, tl.float32)
         for first in range(0, count, SHAPE.nodes_read):
             at = first + tile
             node = _node_at(at, parents, parent_count, orphans, SHAPE)
             blocks = _block_count(node, level, SHAPE)
-            wanted = (at < count) & (blocks > 0)
-            estimate = _score_nodes(unit, pyramid, node, level, wanted, SHAPE)
+            estimate = _bulk_estimates(unit, pyramid, stretch, node, level, (at < count) & (blocks > 0), SHAPE)
             mask = (head < SHAPE.group) & (at < count)[None, :]
             tl.store(log_mass + head * SHAPE.nodes_tile + at[None, :], estimate, mask=mask)
-            weight = tl.log(tl.maximum(blocks, 1).to(tl.float32))
+            weight = tl.where(blocks > 0, tl.log(tl.maximum(blocks, 1).to(tl.float32)), float("-inf"))
             tl.store(scratch.weight + level * SHAPE.nodes_tile + at, weight, mask=at < count)
-            share = tl.where(wanted[None, :], estimate + weight[None, :], float("-inf"))
-            higher = tl.maximum(peak, share)
-            safe = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp(peak - safe) + tl.exp(share - safe)
-            peak = higher
-        if step == 0:
-            norm = logaddexp(outside, logsumexp(peak + tl.log(total), 1))
-        tl.debug_barrier()
-
-        # The unit's score of a node is the sum of its heads' shares.
-        for first in range(0, count, SHAPE.nodes_read):
-            at = first + tile
-            mask = unit.present[:, None] & (at < count)[None, :]
-            share = tl.load(log_mass + head * SHAPE.nodes_tile + at[None, :], mask=mask, other=float("-inf"))
-            share += tl.load(scratch.weight + level * SHAPE.nodes_tile + at, mask=at < count, other=0.0)[None, :]
-            score = logsumexp(tl.where(mask, share - norm[:, None], float("-inf")), 0)
-            tl.store(scratch.score + at, score, mask=at < count)
-        tl.debug_barrier()
+        _, score = _unit_scores(unit, scratch, level, count, outside, norm, step == 0, SHAPE)
 
         node = _node_at(place, parents, parent_count, orphans, SHAPE)
         blocks = _block_count(node, level, SHAPE)
         front = (place < count) & (blocks > 0)
-        reads += 2 * tl.sum(front.to(tl.int32), 0)
-        key = sortable(tl.load(scratch.score + place, mask=front, other=0.0), front)
+        scored = tl.sum(front.to(tl.int32), 0)
+        twice = (scored * SHAPE.outlier_256ths + 255) // 256
+        reads += scored + twice
+        again = largest(sortable(score, front), twice)
+        to = tl.cumsum(again.to(tl.int32), 0) - 1
+        tl.store(scratch.again + to, place, mask=again)
+        tl.store(scratch.again + SHAPE.nodes_tile + to, node, mask=again)
+        tl.debug_barrier()
+        _look_again(unit, pyramid, scratch, level, twice, SHAPE)
+        norm, score = _unit_scores(unit, scratch, level, count, outside, norm, step == 0, SHAPE)
+
+        key = sortable(score, front)
         selected = largest(key, tl.where(level > 0, width, most))
         taken = tl.sum(selected.to(tl.int32), 0)
         to = tl.cumsum(selected.to(tl.int32), 0) - 1
@@ -239,6 +302,7 @@ def _own(scratch: BeamScratch, program, SHAPE: tl.constexpr):
         scratch.weight + wide * (SHAPE.levels * SHAPE.nodes_tile),
         scratch.score + wide * SHAPE.nodes_tile,
         scratch.scored + wide * SHAPE.levels,
+        scratch.again + wide * (2 * SHAPE.nodes_tile),
         scratch.kept + wide * ((SHAPE.levels + 1) * SHAPE.kept_tile),
         scratch.chosen + wide * (2 * SHAPE.candidates_tile),
         scratch.order + wide * (2 * SHAPE.candidates_tile),
@@ -263,7 +327,8 @@ def beam_kernel(
         tl.debug_barrier()  # the last unit's reads of the scratch memory come before this one's writes
         unit = open_unit(item, cache, plan, batch, out, SHAPE)
         outside, keys = read_forced(unit, plan, out, SHAPE)
-        end = tl.maximum(used_blocks(unit, SHAPE) - SHAPE.recent_blocks, 0)
+        used = used_blocks(unit, SHAPE)
+        end = tl.maximum(used - SHAPE.recent_blocks, 0)
         inner = tl.maximum(end - SHAPE.sink_blocks, 0)
         few = inner <= 2 * SHAPE.top_k
         top_level = tl.where(few, -1, tl.load(pyramid.tops + end))
@@ -273,7 +338,11 @@ def beam_kernel(
         unsorted = column < tl.where(few, inner, 0)
         tl.store(own.order + column, SHAPE.sink_blocks + column, mask=unsorted)
         tl.store(own.order + SHAPE.candidates_tile + column, column, mask=unsorted)
-        scored, reads = _score_levels(unit, pyramid, own, outside, end, width, top_level, most, SHAPE)
+        # Read once more, from a cache close by; where no node is scored, not at all.
+        profile = spread_profile(unit, tl.where(few, used, tl.maximum(end, SHAPE.sink_blocks)), used, SHAPE)
+        query = unit.query * unit.scale
+        stretch = tl.sum(query * query * profile[None, :], 1)
+        scored, reads = _score_levels(unit, pyramid, own, outside, stretch, end, width, top_level, most, SHAPE)
         tl.debug_barrier()
         found, fit, taken = _read_by_gain(unit, own, outside, tl.where(few, inner, scored), SHAPE)
         unread = _unread(unit, own, fit, top_level, taken, SHAPE)

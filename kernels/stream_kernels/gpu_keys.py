@@ -138,8 +138,8 @@ def open_unit(item, cache: Cache, plan: Plan, batch: Batch, out: Results, SHAPE:
 
 
 @triton.jit
-def key_logits(unit: Unit, tokens, wanted, SHAPE: tl.constexpr):
-    """Logits of every head and the keys at positions `tokens` [T], float32 [group_tile, T]; -inf where not wanted.
+def read_keys(unit: Unit, tokens, wanted, SHAPE: tl.constexpr):
+    """The keys at positions `tokens` [T], float32 [T, dim_tile], 0 where not wanted; and bool [T], which were read.
 
     A page id outside the cache marks the row as invalid, and nothing is read there.
     """
@@ -148,12 +148,19 @@ def key_logits(unit: Unit, tokens, wanted, SHAPE: tl.constexpr):
     tl.store(unit.status + tl.zeros_like(tokens), 2, mask=wanted & (inside == 0))
     place = page.to(tl.int64) * unit.page_stride + (tokens % SHAPE.page_size).to(tl.int64) * unit.token_stride
     channel = tl.arange(0, SHAPE.dim_tile)
-    mask = (wanted & inside)[:, None] & (channel < SHAPE.head_dim)[None, :]
-    keys = load_keys(unit.keys + place[:, None] + channel[None, :], mask, SHAPE)
+    there = wanted & inside
+    mask = there[:, None] & (channel < SHAPE.head_dim)[None, :]
+    return load_keys(unit.keys + place[:, None] + channel[None, :], mask, SHAPE), there
+
+
+@triton.jit
+def key_logits(unit: Unit, tokens, wanted, SHAPE: tl.constexpr):
+    """Logits of every head and the keys that `read_keys` reads, float32 [group_tile, T]; -inf for the others."""
+    keys, there = read_keys(unit, tokens, wanted, SHAPE)
     logits = tl.dot(unit.query, tl.trans(keys), input_precision=SHAPE.dot_precision) * unit.scale
     if SHAPE.softcap:
         logits = capped(logits, unit.softcap)
-    return tl.where((wanted & inside)[None, :], logits, float("-inf"))
+    return tl.where(there[None, :], logits, float("-inf"))
 
 
 @triton.jit

@@ -43,7 +43,8 @@ class Shape:
     strategy: str
     rerank: bool
     candidates: int
-    """Most blocks that a descent or a beam reads in full: `width * top_k` of the settings."""
+    """Most blocks that a descent or a beam reads in full: `width * top_k` of the settings, or all inner blocks of
+    `max_context` if they are fewer."""
     candidates_tile: int
     probe_keys: int
     probe_tile: int
@@ -52,6 +53,7 @@ class Shape:
     fanout: int
     max_residual: float
     min_gain: float
+    outlier_256ths: int
     levels: int
     """Of the pyramid of summaries."""
     nodes_tile: int
@@ -116,7 +118,9 @@ class Pyramid(NamedTuple):
     """Block summaries and who owns which."""
 
     summaries: Any
-    """int16, the bits of bfloat16 [L, slots, kv_heads, 2, head_dim]: mean, variance."""
+    """int16, the bits of bfloat16 [L, slots, kv_heads, 2, head_dim]: mean, outlier."""
+    spreads: Any
+    """float32 [L, slots, kv_heads]."""
     slots: Any
     node_slots: Any
     """int32 [rows, nodes]."""
@@ -213,6 +217,8 @@ class BeamScratch(NamedTuple):
     """float32 [nodes_tile], the unit's scores of one level."""
     scored: Any
     """int32 [levels], nodes scored."""
+    again: Any
+    """int32 [2, nodes_tile], of one level's nodes whose outlier is looked at: position among those scored, number."""
     kept: Any
     """int32 [levels, kept_tile], in ascending order."""
     chosen: Any

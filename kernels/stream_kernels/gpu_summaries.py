@@ -24,13 +24,22 @@ class Jobs(NamedTuple):
 
 
 @triton.jit
-def _store(pyramid: Pyramid, layer, slot, kv_head, mean, variance, SHAPE: tl.constexpr):
+def _farthest(vectors, distance):
+    """Of vectors [N, dim_tile] the first of those at the largest distance [N], [dim_tile]."""
+    chosen = tl.arange(0, distance.shape[0]) == tl.argmax(distance, 0, tie_break_left=True)
+    return tl.sum(tl.where(chosen[:, None], vectors, 0.0), 0)
+
+
+@triton.jit
+def _store(pyramid: Pyramid, layer, slot, kv_head, mean, outlier, spread, SHAPE: tl.constexpr):
     channel = tl.arange(0, SHAPE.dim_tile)
     place = (layer.to(tl.int64) * pyramid.slots + slot) * SHAPE.kv_heads + kv_head
     at = pyramid.summaries + place * (2 * SHAPE.head_dim) + channel
-    mask = channel < tl.where((slot >= 0) & (slot < pyramid.slots), SHAPE.head_dim, 0)
+    inside = (slot >= 0) & (slot < pyramid.slots)
+    mask = channel < tl.where(inside, SHAPE.head_dim, 0)
     tl.store(at, to_bfloat16_bits(mean), mask=mask)
-    tl.store(at + SHAPE.head_dim, to_bfloat16_bits(variance), mask=mask)
+    tl.store(at + SHAPE.head_dim, to_bfloat16_bits(outlier), mask=mask)
+    tl.store(pyramid.spreads + place, spread, mask=inside)
 
 
 @triton.jit
@@ -63,7 +72,9 @@ def summarise_blocks_kernel(cache: Cache, batch: Batch, pyramid: Pyramid, jobs: 
             keys = load_keys(first + place[:, None] + channel[None, :], mask, SHAPE)
             mean = tl.sum(keys, 0) / SHAPE.block_size
             away = keys - mean[None, :]
-            _store(pyramid, layer, tl.load(job + 1), kv_head, mean, tl.sum(away * away, 0) / SHAPE.block_size, SHAPE)
+            distance = tl.sum(away * away, 1)
+            spread = tl.sum(distance, 0) / SHAPE.block_size
+            _store(pyramid, layer, tl.load(job + 1), kv_head, mean, _farthest(keys, distance), spread, SHAPE)
 
 
 @triton.jit
@@ -90,10 +101,13 @@ def summarise_nodes_kernel(level, pyramid: Pyramid, jobs: Jobs, SHAPE: tl.conste
             at = pyramid.summaries + place[:, None] * (2 * SHAPE.head_dim) + channel[None, :]
             mask = inside[:, None] & (channel < SHAPE.head_dim)[None, :]
             means = from_bfloat16_bits(tl.load(at, mask=mask, other=0))
-            variances = from_bfloat16_bits(tl.load(at + SHAPE.head_dim, mask=mask, other=0))
+            outliers = from_bfloat16_bits(tl.load(at + SHAPE.head_dim, mask=mask, other=0))
+            spreads = tl.load(pyramid.spreads + place, mask=inside, other=0.0)
             blocks = span - tl.minimum(tl.maximum(SHAPE.sink_blocks - node * span, 0), span)
             share = blocks.to(tl.float32) / tl.maximum(tl.sum(blocks, 0), 1).to(tl.float32)
             mean = tl.sum(share[:, None] * means, 0)
             away = means - mean[None, :]
-            variance = tl.sum(share[:, None] * (variances + away * away), 0)
-            _store(pyramid, layer, tl.load(job + 1), kv_head, mean, variance, SHAPE)
+            spread = tl.sum(share * (spreads + tl.sum(away * away, 1)), 0)
+            away = outliers - mean[None, :]
+            distance = tl.where(blocks > 0, tl.sum(away * away, 1), -1.0)
+            _store(pyramid, layer, tl.load(job + 1), kv_head, mean, _farthest(outliers, distance), spread, SHAPE)

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from stream_kernels.gpu_keys import logaddexp, logsumexp, read_blocks
+from stream_kernels.gpu_keys import logaddexp, logsumexp, read_blocks, read_keys
 from stream_kernels.gpu_selection import empty_top, fold
 from stream_kernels.gpu_structures import Batch, Plan, Results, Top, Unit
 
@@ -76,6 +76,24 @@ def read_forced(unit: Unit, plan: Plan, out: Results, SHAPE: tl.constexpr):
     # All of them are full but the last one of the context, which is always forced.
     keys = (sinks + tl.maximum(used - recent, 0)) * SHAPE.block_size - (used * SHAPE.block_size - unit.context)
     return logaddexp(outside, learned), keys
+
+
+@triton.jit
+def spread_profile(unit: Unit, first, end, SHAPE: tl.constexpr):
+    """`statistics.spread_profile` of blocks `first` to `end`, the last of the context: float32 [dim_tile], of which the
+    channels beyond `head_dim` mean nothing."""
+    key = tl.arange(0, SHAPE.read_tile * SHAPE.block_size)
+    variance = tl.full([SHAPE.dim_tile], 0.0, tl.float32)
+    for start in range(first, end, SHAPE.read_tile):
+        tokens = start * SHAPE.block_size + key
+        keys, there = read_keys(unit, tokens, tokens < unit.context, SHAPE)
+        keys = tl.reshape(keys, [SHAPE.read_tile, SHAPE.block_size, SHAPE.dim_tile])
+        weight = tl.reshape(there.to(tl.float32), [SHAPE.read_tile, SHAPE.block_size])
+        mean = tl.sum(keys, 1) / tl.maximum(tl.sum(weight, 1), 1.0)[:, None]
+        away = (keys - mean[:, None, :]) * weight[:, :, None]
+        variance += tl.sum(tl.sum(away * away, 1), 0)
+    total = tl.sum(variance, 0)
+    return tl.where(total > 0.0, variance / tl.where(total > 0.0, total, 1.0), 1.0 / SHAPE.head_dim)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from stream_kernels.layout import DeviceKeys
 from stream_kernels.search import NO_BLOCK, SearchConfig
 from stream_kernels.statistics import pyramid
 
-from .gpu_cases import DEVICE, GpuCase, build, number_nodes, run_gpu, run_reference, same_inputs
+from .gpu_cases import DEVICE, GpuCase, build, level_offsets, number_nodes, run_gpu, run_reference, same_inputs
 from .test_parity import assert_same
 
 HND = "pages, keys and values, heads, tokens"
@@ -48,6 +48,18 @@ CASES = {
     "beam, early stop": GpuCase(replace(BEAM, min_gain=0.02), (2500,), **ONE_HEAD),
     "beam, never stops": GpuCase(replace(BEAM, min_gain=0.0), (2500,), **ONE_HEAD),
     "beam, not re-ranked": GpuCase(replace(BEAM, rerank=False), (1200,), **ONE_HEAD),
+    "beam, no outliers": GpuCase(replace(BEAM, outlier_share=0.0), (2500,), **ONE_HEAD),
+    "beam, a few outliers": GpuCase(replace(BEAM, outlier_share=0.1, block_size=8, box_width=6), (1700,), **ONE_HEAD),
+    "beam, every outlier": GpuCase(replace(BEAM, outlier_share=1.0, block_size=8), (1700,), **ONE_HEAD),
+    "beam, every outlier, soft cap": GpuCase(
+        replace(BEAM, outlier_share=1.0, block_size=8), (1700,), **ONE_HEAD, softcap=2.0
+    ),
+    "beam, every outlier, one query head": GpuCase(replace(BEAM, outlier_share=1.0), (2500,), **ONE_HEAD, group=1),
+    "beam, a single recent key": GpuCase(replace(BEAM, recent_blocks=1), (1281,), **ONE_HEAD),
+    "beam, wider than the context": GpuCase(replace(BEAM, width=256, min_gain=0.0), (1300, 400), **ONE_HEAD),
+    "descent, wider than the context": GpuCase(
+        SearchConfig(width=256, top_k=4, rerank=False), (1300, 400, 60), **ONE_HEAD
+    ),
     "beam, narrow": GpuCase(replace(BEAM, width=1, box_width=1), (2100,), **ONE_HEAD),
     "beam, each head for itself": GpuCase(replace(BEAM, share_kv_group=False), (1200,), **ONE_HEAD),
     "beam, many sinks, small blocks": GpuCase(
@@ -180,22 +192,46 @@ def test_rows_beyond_the_count_are_left_alone() -> None:
 
 def test_summaries_are_those_of_the_reference() -> None:
     """Slot by slot, on numbers where rounding to bfloat16 matters."""
-    case = GpuCase(BEAM, (1300,), kv_heads=2, grid=False, dtype=torch.float32, page_size=16, form=HND)
+    config = replace(BEAM, block_size=8, box_width=1, sink_blocks=3)
+    case = GpuCase(config, (1300,), kv_heads=2, grid=False, dtype=torch.float32, page_size=16, form=HND)
     inputs = same_inputs(case)
     searcher, _ = build(case, inputs)
+    assert searcher.levels == 3
     _, jobs = number_nodes(case)
     for layer, keys in enumerate(inputs.keys):
         pages = inputs.block_tables[keys.table, 0, : -(-1300 // 16)]
-        logical = keys.gather(pages)[: 1300 // 32 * 32].transpose(0, 1).unflatten(1, (-1, 32))
-        levels = pyramid(logical, searcher.levels, case.config.sink_blocks)
+        logical = keys.gather(pages)[: 1300 // 8 * 8].transpose(0, 1).unflatten(1, (-1, 8))
+        levels = pyramid(logical, searcher.levels, config.sink_blocks)
         for level, slot, _, node in jobs.tolist():
             if level >= searcher.levels:
                 continue
-            got = searcher.summaries[layer, slot].double()
-            want = torch.stack([levels[level].mean[:, node], levels[level].variance[:, node]], 1)
+            mean, outlier = searcher.summaries[layer, slot].double().unbind(1)
+            want = levels[level].mean[:, node]
             # Sums are taken in float32: a number in the middle between two of bfloat16 may go to either.
-            torch.testing.assert_close(got, want, atol=1e-6, rtol=2.0**-7)
-            assert (got == want).double().mean() > 0.97
+            torch.testing.assert_close(mean, want, atol=1e-6, rtol=2.0**-7)
+            assert (mean == want).double().mean() > 0.97
+            assert torch.equal(outlier, levels[level].outlier[:, node])
+            spread = searcher.spreads[layer, slot].double()
+            torch.testing.assert_close(spread, levels[level].spread[:, node], atol=0.0, rtol=1e-4)
+
+
+def test_of_keys_equally_far_the_first_is_the_outlier() -> None:
+    """Keys of opposite signs in turn, and so are blocks: all are as far from 0, where every node has its mean."""
+    case = GpuCase(replace(BEAM, block_size=8, box_width=1, sink_blocks=0), (1300,), **ONE_HEAD)
+    inputs = same_inputs(case)
+    place = torch.arange(case.page_size)
+    sign = (-1.0) ** (place + place // 8)
+    inputs.keys[0].tensor[inputs.block_tables[0, 0].long()] = sign[:, None, None].bfloat16().to(DEVICE)
+    searcher, slots = build(case, inputs)
+    assert slots is not None
+    offsets = level_offsets(case)
+    end = -(-1300 // 8) - case.config.recent_blocks
+    for level in range(searcher.levels):
+        count = end // 8**level
+        mean, outlier = searcher.summaries[0, slots[0, offsets[level] : offsets[level] + count].long(), 0].unbind(1)
+        assert (mean == 0).all()
+        first = (-1.0) ** torch.arange(count) if level == 0 else torch.ones(count)
+        assert torch.equal(outlier.float().cpu(), first[:, None].expand(-1, case.head_dim))
 
 
 def test_result_copies_at_once() -> None:
@@ -212,7 +248,10 @@ def test_result_copies_at_once() -> None:
     ("changes", "message"),
     [
         ({"config": SearchConfig(strategy="exact", top_k=65)}, "top_k is 65; on a GPU at most 64"),
-        ({"config": SearchConfig(width=64, top_k=9)}, "width \\* top_k is 576; on a GPU at most 512"),
+        (
+            {"config": SearchConfig(width=256, top_k=9), "max_context": 50000},
+            "width \\* top_k is 2304; on a GPU at most 512, where max_context has more inner blocks",
+        ),
         (
             {"config": BEAM},
             "summary_slots is 0.*level_offsets are \\[\\]; the levels need room for",
