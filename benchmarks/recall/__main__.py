@@ -131,7 +131,7 @@ def _account(cases: Sequence[Case], report: Report) -> None:
             print(f"\n{name}: no setting of beam reads at most {bound:.0%} on every text")
             continue
         report.figures[figure] = choice.worst
-        report.ci[figure] = bootstrap({text: [value] for text, value in choice.recalls.items()}, report.seed)
+        report.ci[figure] = bootstrap({text: [value] for text, value in choice.recalls.items()}, report.seed, min)
         print(
             f"\n{name}, K = {TARGET_TOP_K}, one setting for all texts, reads <= {bound:.0%}: "
             f"{choice.setting} reads at most {choice.reads:.2%} and keeps at least {choice.worst:.2%} "
@@ -165,7 +165,7 @@ def _margins(cases: Sequence[Case], top_k: int, name: str, report: Report) -> No
                     key = f"lead/{name}/k{top_k}/{budget:.0%}"
                     report.figures[key] = known[worst].value
                     report.must[key] = (">=", 0.0)
-                    report.ci[key] = bootstrap({text: [value.value] for text, value in known.items()}, report.seed)
+                    report.ci[key] = bootstrap({text: [value.value] for text, value in known.items()}, report.seed, min)
     for label in ("lead, worst text", "at exactly equal reads", "by the mean over rows"):
         print(f"{label:24}" + "".join(f"{value:>9}" for value in lines[label]))
     print("nearest rivals: " + "; ".join(f"{b:.0%} {a}" for b, a in zip(BUDGETS, lines["against"], strict=True) if a))

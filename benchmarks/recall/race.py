@@ -51,9 +51,8 @@ def _product_settings(config: SearchConfig) -> Iterator[tuple[str, str, SearchCo
     yield BEAM, DEFAULT, config
     wide = replace(config, width=max(WIDTHS))
     swept = [replace(wide, min_gain=gain, outlier_share=share) for share in OUTLIER_SHARES for gain in GAINS]
-    swept += [replace(config, width=width, min_gain=0.0) for width in WIDTHS]
-    for share in (0.0, 0.25):
-        swept += [replace(config, width=width, min_gain=0.0, outlier_share=share) for width in (1, 2, 3)]
+    fixed = [(width, share) for width in WIDTHS for share in ((0.5, 1.0) if width > 3 else OUTLIER_SHARES)]
+    swept += [replace(config, width=width, min_gain=0.0, outlier_share=share) for width, share in fixed]
     for box in NARROW_BOXES:
         narrow = replace(config, box_width=box, outlier_share=0.0)
         swept += [replace(narrow, width=width, min_gain=0.0) for width in (1, 2, 3)]

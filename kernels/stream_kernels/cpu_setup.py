@@ -122,7 +122,7 @@ def make_beam(g: Geometry, kv_heads: int, heads: int, config: SearchConfig) -> B
     levels = levels_for(config, context)
     index = allocate_index(config, levels, g.page_size, g.num_pages if config.strategy == "beam" else 1, context)
     scored, nodes = levels.most_scored, max(1, int(index.row_offset[-1]))
-    statistics = np.zeros((g.layers, kv_heads, len(index.built), 2, g.head_dim), np.uint16)
+    statistics = np.zeros((g.layers, kv_heads, 2, len(index.built), g.head_dim), np.uint16)
     return Beam(
         statistics=statistics,
         min_gain=float(config.min_gain),  # the compiled code takes no whole number
@@ -132,7 +132,7 @@ def make_beam(g: Geometry, kv_heads: int, heads: int, config: SearchConfig) -> B
         nodes=index,
         summaries=Summaries(
             address=statistics.ctypes.data + np.arange(g.layers, dtype=np.int64) * statistics.strides[0],
-            spreads=np.zeros(statistics.shape[:3], np.float32),
+            spreads=np.zeros((g.layers, kv_heads, len(index.built)), np.float32),
             kv_heads=kv_heads,
             slots=len(index.built),
             node=np.zeros((2, g.head_dim), np.float32),

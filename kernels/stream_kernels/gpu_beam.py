@@ -113,32 +113,34 @@ def _node_masses(unit: Unit, scratch: BeamScratch, level, at, count, SHAPE: tl.c
 
 
 @triton.jit
-def _unit_scores(unit: Unit, scratch: BeamScratch, level, count, outside, norm, at_top, SHAPE: tl.constexpr):
-    """Scores the `count` nodes of a level by the estimates in `scratch`.
-
-    Returns:
-        What shares are relative to, [group_tile]: `norm`, or `at_top` `outside` and these nodes. And the unit's score
-        of each node, the sum of its heads' shares, float32 [nodes_tile]; -inf for none.
-    """
+def _top_norm(unit: Unit, scratch: BeamScratch, level, count, outside, SHAPE: tl.constexpr):
+    """What shares are relative to, [group_tile]: `outside` and the estimated masses of the top level's nodes."""
     tile = tl.arange(0, SHAPE.nodes_read)
     tl.debug_barrier()
     # Masses are summed element by element and over elements only once, after the loop.
     peak = tl.full([SHAPE.group_tile, SHAPE.nodes_read], float("-inf"), tl.float32)
     total = tl.full([SHAPE.group_tile, SHAPE.nodes_read], 0.0, tl.float32)
-    for first in range(0, tl.where(at_top, count, 0), SHAPE.nodes_read):
+    for first in range(0, count, SHAPE.nodes_read):
         mass = _node_masses(unit, scratch, level, first + tile, count, SHAPE)
         higher = tl.maximum(peak, mass)
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(peak - safe) + tl.exp(mass - safe)
         peak = higher
-    norm = tl.where(at_top, logaddexp(outside, logsumexp(peak + tl.log(total), 1)), norm)
+    return logaddexp(outside, logsumexp(peak + tl.log(total), 1))
 
+
+@triton.jit
+def _unit_scores(unit: Unit, scratch: BeamScratch, level, count, norm, SHAPE: tl.constexpr):
+    """The unit's score of each of the `count` nodes of a level, by the estimates in `scratch`: the sum of its heads'
+    shares, float32 [nodes_tile]; -inf for none."""
+    tile = tl.arange(0, SHAPE.nodes_read)
+    tl.debug_barrier()
     for first in range(0, count, SHAPE.nodes_read):
         mass = _node_masses(unit, scratch, level, first + tile, count, SHAPE)
         tl.store(scratch.score + first + tile, logsumexp(mass - norm[:, None], 0), mask=first + tile < count)
     tl.debug_barrier()
     place = tl.arange(0, SHAPE.nodes_tile)
-    return norm, tl.load(scratch.score + place, mask=place < count, other=float("-inf"))
+    return tl.load(scratch.score + place, mask=place < count, other=float("-inf"))
 
 
 @triton.jit
@@ -174,7 +176,9 @@ def _score_levels(
             tl.store(log_mass + head * SHAPE.nodes_tile + at[None, :], estimate, mask=mask)
             weight = tl.where(blocks > 0, tl.log(tl.maximum(blocks, 1).to(tl.float32)), float("-inf"))
             tl.store(scratch.weight + level * SHAPE.nodes_tile + at, weight, mask=at < count)
-        _, score = _unit_scores(unit, scratch, level, count, outside, norm, step == 0, SHAPE)
+        if step == 0:
+            norm = _top_norm(unit, scratch, level, count, outside, SHAPE)
+        score = _unit_scores(unit, scratch, level, count, norm, SHAPE)
 
         node = _node_at(place, parents, parent_count, orphans, SHAPE)
         blocks = _block_count(node, level, SHAPE)
@@ -188,7 +192,7 @@ def _score_levels(
         tl.store(scratch.again + SHAPE.nodes_tile + to, node, mask=again)
         tl.debug_barrier()
         _look_again(unit, pyramid, scratch, level, twice, SHAPE)
-        norm, score = _unit_scores(unit, scratch, level, count, outside, norm, step == 0, SHAPE)
+        score = _unit_scores(unit, scratch, level, count, norm, SHAPE)
 
         key = sortable(score, front)
         selected = largest(key, tl.where(level > 0, width, most))

@@ -53,7 +53,7 @@ class SearchConfig:
     rerank: bool = True
     box_width: int = 96
     outlier_share: float = 0.5
-    min_gain: float = 0.0002
+    min_gain: float = 0.0005
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:

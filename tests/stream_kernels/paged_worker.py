@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from stream_kernels.cpu import ROW_OK, ROW_RACED, CpuSearch
 from stream_kernels.cpu_kernel.compiling import cached_jit
 from stream_kernels.cpu_kernel.nodes import NodeIndex, resolve
-from stream_kernels.cpu_kernel.summaries import slot_address
+from stream_kernels.cpu_kernel.summaries import mean_address, outlier_offset
 from stream_kernels.index import allocate_index, levels_for
 from stream_kernels.layout import KeyLayout, PagedKeys
 from stream_kernels.search import BlockSummary, SearchConfig
@@ -359,15 +359,12 @@ class Worker:
         """Mean, outlier and spread in `slots` [n], float64 [LAYERS_PER_GROUP, kv_heads, n, 2 * HEAD_DIM + 1]."""
         beam = self._search._beam
         layers, kv_heads = np.ogrid[first_layer : first_layer + LAYERS_PER_GROUP, : self.shape.kv_heads]
-        address = slot_address.py_func(
-            self._search._geometry,
-            beam.summaries,
-            layers[..., None],
-            slots.astype(np.int64),
-            kv_heads[..., None],
+        places = self._search._geometry, beam.summaries, layers[..., None], slots.astype(np.int64), kv_heads[..., None]
+        means = mean_address.py_func(*places)
+        numbers = beam.statistics.reshape(-1, HEAD_DIM)
+        at = (np.stack([means, means + outlier_offset.py_func(*places[:2])], -1) - numbers.ctypes.data) // (
+            2 * HEAD_DIM
         )
-        numbers = beam.statistics.reshape(-1, 2, HEAD_DIM)
-        at = (address - numbers.ctypes.data) // numbers.strides[0]
         vectors = torch.from_numpy(numbers.view(np.int16)[at]).view(torch.bfloat16).double().flatten(-2)
         spreads = torch.from_numpy(beam.summaries.spreads[layers[..., None], kv_heads[..., None], slots]).double()
         return torch.cat([vectors, spreads[..., None]], dim=-1)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_kernels.cpu_kernel.candidates import read_candidate
+from stream_kernels.cpu_kernel.candidates import note_strongest, read_candidate
 from stream_kernels.cpu_kernel.compiling import jit
 from stream_kernels.cpu_kernel.keys import prefetch_block
 from stream_kernels.cpu_kernel.logits import (
@@ -15,6 +15,7 @@ from stream_kernels.cpu_kernel.logits import (
     cap_logits,
     exp_below_zero,
     largest,
+    largest_weighted,
     raise_to,
     weight_above,
     weighted_sum,
@@ -25,15 +26,17 @@ from stream_kernels.cpu_kernel.structures import MINUS_INFINITY, ZERO, Floats, G
 from stream_kernels.cpu_kernel.summaries import (
     Summaries,
     log_mean_exp,
+    mean_address,
     node_blocks,
+    outlier_offset,
     project_nodes,
-    slot_address,
     spread_limit,
     spread_scale,
 )
 
 _MAX_RESIDUAL = 2.0
 _LEAST_RESIDUAL = 1e-4
+_READ = -1
 
 
 class BeamScratch(NamedTuple):
@@ -85,7 +88,7 @@ class Beam(NamedTuple):
     """All that the beam needs beyond what every strategy has."""
 
     statistics: NDArray[np.uint16]
-    """[L, KV heads, S, 2, D], bfloat16: the vectors that the slots hold. Read through `summaries`."""
+    """[L, KV heads, 2, S, D], bfloat16: the vectors that the slots hold. Read through `summaries`."""
     min_gain: float
     outlier_256ths: int
     widths: NDArray[np.int32]
@@ -122,6 +125,8 @@ def search_nodes(
         for i in range(end - g.sink_blocks):
             s.start[i] = i
             read_candidate(g, plan, s, heads, layer, address, pages, i)
+            for h in range(heads):
+                note_strongest(s.logits[h], s.peak[h], s.strongest[h], i, g.block_size)
         return end - g.sink_blocks, 0
 
     for h in range(heads):
@@ -148,16 +153,19 @@ def search_nodes(
         level -= 1
 
     candidates = _read_on(g, plan, s, beam.min_gain, b, heads, layer, address, pages, count)
+    unread = b.node_spread  # no longer needed for spreads
     for i in range(count):
-        if s.work[i] >= 0:  # not read
-            left = _leave(b, heads, i, 1, left)
+        unread[i] = ZERO if s.work[i] == _READ else np.float32(1)
     for h in range(heads):
-        if left == 0:
-            continue
-        line, estimates = b.line[h], b.left_estimate[h]
-        origin = largest(estimates, 0, left)
-        weight = weighted_sum(estimates, b.left_blocks, left, np.float32(line[2]), origin)
-        add_mass(s.left, h, np.float32(line[1] + line[2] * (origin - line[0]) + 0.5 * line[3]), weight)
+        centre_x, centre_y = b.line[h, 0], b.line[h, 1]
+        slope, residual = b.line[h, 2], b.line[h, 3]
+        origin = max(
+            largest_weighted(b.centre[h], unread, count), largest_weighted(b.left_estimate[h], b.left_blocks, left)
+        )
+        if origin > MINUS_INFINITY:
+            weight = weighted_sum(b.centre[h], unread, count, np.float32(slope), origin)
+            weight += weighted_sum(b.left_estimate[h], b.left_blocks, left, np.float32(slope), origin)
+            add_mass(s.left, h, np.float32(centre_y + slope * (origin - centre_x) + 0.5 * residual), weight)
     return candidates, reads
 
 
@@ -177,7 +185,7 @@ def _estimate(
 ) -> None:
     """b.centre = estimated log mass of one block of each node in `b.front`, on average, per head, outliers aside."""
     slots = b.slots[index.row_offset[level] :]
-    project_nodes(slot_address(g, m, layer, 0, kv_head), slots, b.front, count, g.head_dim, s.query, heads, b.centre)
+    project_nodes(mean_address(g, m, layer, 0, kv_head), slots, b.front, count, g.head_dim, s.query, heads, b.centre)
     spreads = m.spreads[layer, kv_head]
     for i in range(count):
         b.node_spread[i] = spreads[slots[b.front[i]]]
@@ -201,7 +209,7 @@ def _estimate(
 
 @jit()
 def _unit_scores(g: Geometry, s: Scratch, b: BeamScratch, heads: int, level: int, count: int, at_top: bool) -> None:
-    """s.score = log of the heads' summed shares, of each node; s.rank its sort key, ties to the lower node.
+    """s.rank = sort key of each node by the log of the heads' summed shares, ties to the lower node.
 
     At the top level, `b.norm` first takes in the nodes themselves.
     """
@@ -224,8 +232,7 @@ def _unit_scores(g: Geometry, s: Scratch, b: BeamScratch, heads: int, level: int
     for h in range(heads):
         add_exponentials(weight, b.centre[h], s.score, count, b.norm[h])
     for i in range(count):
-        s.score[i] += b.log_blocks[i] + np.float32(math.log(weight[i]))
-        s.rank[i] = sort_key(s.score[i], i)
+        s.rank[i] = sort_key(s.score[i] + b.log_blocks[i] + np.float32(math.log(weight[i])), i)
 
 
 @jit()
@@ -243,7 +250,7 @@ def _look_at_outliers(
     twice: int,
     softcap: np.float32,
 ) -> None:
-    """Raises the estimates of the `twice` best nodes of the front to what their outliers say, and their scores."""
+    """Raises the estimates of the `twice` best nodes of the front to what their outliers say, and their sort keys."""
     for i in range(count):
         s.work[i] = s.rank[i]
     worst = kth_largest(s.work, count, twice)
@@ -253,21 +260,25 @@ def _look_at_outliers(
             b.again[found], b.again_node[found] = i, b.front[i]
             found += 1
     slots = b.slots[index.row_offset[level] :]
-    outlier = slot_address(g, m, layer, 0, kv_head) + 2 * g.head_dim
+    outlier = mean_address(g, m, layer, 0, kv_head) + outlier_offset(g, m)
     project_nodes(outlier, slots, b.again_node, found, g.head_dim, s.query, heads, b.spread)
     if softcap > ZERO:
         cap_logits(b.spread, heads, found, softcap)
+    peak, weight = s.score, b.node_spread  # neither is needed any more
+    for i in range(found):
+        peak[i], weight[i] = MINUS_INFINITY, ZERO
+    for h in range(heads):
+        estimate, centre = b.spread[h], b.centre[h]
+        for i in range(found):
+            at = b.again[i]
+            estimate[i] = max(centre[at], estimate[i] - b.log_blocks[at])
+            centre[at] = estimate[i]
+        raise_to(peak, estimate, found, b.norm[h])
+    for h in range(heads):
+        add_exponentials(weight, b.spread[h], peak, found, b.norm[h])
     for i in range(found):
         at = b.again[i]
-        peak = MINUS_INFINITY
-        for h in range(heads):
-            b.centre[h, at] = max(b.centre[h, at], b.spread[h, i] - b.log_blocks[at])
-            peak = max(peak, b.centre[h, at] - b.norm[h])
-        weight = ZERO
-        for h in range(heads):
-            weight += exp_below_zero(b.centre[h, at] - b.norm[h] - peak)
-        s.score[at] = peak + b.log_blocks[at] + np.float32(math.log(weight))
-        s.rank[at] = sort_key(s.score[at], at)
+        s.rank[at] = sort_key(peak[i] + b.log_blocks[at] + np.float32(math.log(weight[i])), at)
 
 
 @jit()
@@ -291,15 +302,22 @@ def _look_into(
     for i in range(count):
         s.work[i] = s.rank[i]
     worst = kth_largest(s.work, count, min(width, count))
-    found = 0
+    found, first_left = 0, left
     for i in range(count):
+        node = b.front[i]
         if s.rank[i] < worst:
-            left = _leave(b, heads, i, node_blocks(level, b.front[i], g.sink_blocks), left)
+            s.start[left - first_left] = i
+            b.left_blocks[left] = np.float32(node_blocks(level, node, g.sink_blocks))
+            left += 1
             continue
-        for child in range(b.front[i] << FANOUT_BITS, (b.front[i] + 1) << FANOUT_BITS):
+        for child in range(node << FANOUT_BITS, (node + 1) << FANOUT_BITS):
             if node_blocks(level - 1, child, g.sink_blocks) > 0:
                 b.below[found] = child
                 found += 1
+    for h in range(heads):
+        estimates, centre = b.left_estimate[h], b.centre[h]
+        for i in range(left - first_left):
+            estimates[first_left + i] = centre[s.start[i]]
     whole = end >> (FANOUT_BITS * level)
     for child in range(whole << FANOUT_BITS, end >> (FANOUT_BITS * (level - 1))):
         if node_blocks(level - 1, child, g.sink_blocks) > 0:
@@ -307,15 +325,6 @@ def _look_into(
             found += 1
     b.front[:found] = b.below[:found]
     return found, left
-
-
-@jit()
-def _leave(b: BeamScratch, heads: int, i: int, blocks: int, left: int) -> int:
-    """Notes that node `i` of the front was scored and not looked into."""
-    for h in range(heads):
-        b.left_estimate[h, left] = b.centre[h, i]
-    b.left_blocks[left] = np.float32(blocks)
-    return left + 1
 
 
 @jit()
@@ -333,7 +342,7 @@ def _read_on(
 ) -> int:
     """Reads blocks of the front in order of their score, while that is expected to pay; returns how many.
 
-    Leaves the regression in `b.line`, and in `s.work` -1 for every node of the front that was read.
+    Leaves the regression in `b.line`, and in `s.work` `_READ` for every node of the front that was read.
     """
     most = min(count, g.width if g.rerank else g.top_k)
     for i in range(count):
@@ -355,7 +364,7 @@ def _read_on(
     while True:
         while taken < wanted:
             i = tie_of(b.order[most - 1 - taken])
-            s.work[i] = -1
+            s.work[i] = _READ
             s.start[taken] = b.front[i] - g.sink_blocks
             if taken + 1 < most:
                 following = b.front[tie_of(b.order[most - 2 - taken])] * g.block_size
@@ -363,6 +372,8 @@ def _read_on(
             read_candidate(g, plan, s, heads, layer, address, pages, taken)
             for h in range(heads):
                 mass = s.peak[h, taken] + np.float32(math.log(s.weight[h, taken]))
+                if mass >= b.best[h, g.top_k - 1]:  # else the head has K heavier ones
+                    note_strongest(s.logits[h], s.peak[h], s.strongest[h], taken, g.block_size)
                 _learn(b.sums[h], b.best[h], b.centre[h, i], mass)
                 add_mass(b.observed, h, s.peak[h, taken], s.weight[h, taken])
             taken += 1

@@ -115,6 +115,15 @@ def largest(values: Floats, first: int, count: int) -> np.float32:
     return peak
 
 
+@jit(fastmath=_REORDER_NO_NAN)
+def largest_weighted(values: Floats, weights: Floats, count: int) -> np.float32:
+    """The largest of the first `count` values whose weight is not 0; -inf if there is none."""
+    peak = MINUS_INFINITY
+    for i in range(count):
+        peak = max(peak, values[i] if weights[i] > ZERO else MINUS_INFINITY)
+    return peak
+
+
 @jit(fastmath=_REORDER)
 def weight_above(values: Floats, first: int, count: int, peak: np.float32) -> np.float32:
     """Sum of exp(value - peak) over the `count` values from `first` on."""
@@ -147,10 +156,10 @@ def first_equal(values: Floats, first: int, count: int, wanted: np.float32) -> i
 
 @jit(fastmath=_REORDER)
 def weighted_sum(values: Floats, weights: Floats, count: int, slope: np.float32, origin: np.float32) -> np.float32:
-    """Sum of weight * exp(slope * (value - origin)) over `count` values, none of them above `origin`."""
+    """Sum of weight * exp(slope * (value - origin)) over `count` values, none with a weight above `origin`."""
     total = ZERO
     for i in range(count):
-        total += weights[i] * exp_below_zero(slope * (values[i] - origin))
+        total += weights[i] * exp_below_zero(min(ZERO, slope * (values[i] - origin)))
     return total
 
 

@@ -1,7 +1,7 @@
 """The statistics in the nodes: made from keys or from the nodes below, and turned into scores.
 
-A layer has bfloat16 vectors [KV heads, slots, 2, head_dim], the mean and the outlier of each node's keys, and their
-spread, float32 [KV heads, slots]. `statistics.NodeStatistics` defines them.
+A layer has bfloat16 vectors [KV heads, 2, slots, head_dim], first all nodes' means, which are read in a row, then their
+outliers, of which some are; and spreads, float32 [KV heads, slots]. `statistics.NodeStatistics` defines them.
 """
 
 import math
@@ -13,13 +13,15 @@ from numba import types
 from numpy.typing import NDArray
 
 from stream_kernels.cpu_kernel.compiling import jit
-from stream_kernels.cpu_kernel.intrinsics import LANES, bfloat16_to_float, dot_bfloat16, float_as_int, pointer
+from stream_kernels.cpu_kernel.intrinsics import LANES, bfloat16_to_float, dot_bfloat16, float_as_int, pointer, prefetch
 from stream_kernels.cpu_kernel.keys import load_keys
 from stream_kernels.cpu_kernel.nodes import FANOUT_BITS, NodeIndex
 from stream_kernels.cpu_kernel.structures import FLOAT32, ZERO, Floats, Geometry, Ints, Pages, Plan, Scratch
 
 _REORDER = {"reassoc", "contract", "nsz"}
 _HALF = np.float32(0.5)
+_AHEAD = 8
+"""Vectors asked for before they are needed: about as many as a memory access takes to arrive."""
 
 # The usual numbers of query heads per KV head; sums of eight and a vector fit the registers of a machine with AVX2.
 _dot_eight = dot_bfloat16(8)
@@ -53,25 +55,31 @@ def _to_bfloat16(value: np.float32) -> np.uint16:
 
 
 @jit()
-def slot_address(g: Geometry, m: Summaries, layer: int, slot: int, kv_head: int) -> int:
+def mean_address(g: Geometry, m: Summaries, layer: int, slot: int, kv_head: int) -> int:
+    """Of the mean in a slot; the outlier is `outlier_offset` bytes on."""
     address: int = m.address[layer]
-    return address + 4 * g.head_dim * (kv_head * m.slots + slot)
+    return address + 2 * g.head_dim * (kv_head * 2 * m.slots + slot)
+
+
+@jit()
+def outlier_offset(g: Geometry, m: Summaries) -> int:
+    return 2 * g.head_dim * m.slots
 
 
 @jit()
 def _load_node(g: Geometry, m: Summaries, address: int) -> None:
-    stored = numba.carray(pointer(address, types.uint16), (2 * g.head_dim,))
-    node = m.node.reshape(2 * g.head_dim)
-    for c in range(2 * g.head_dim):
-        node[c] = bfloat16_to_float(stored[c])
+    for part in range(2):
+        stored = numba.carray(pointer(address + part * outlier_offset(g, m), types.uint16), (g.head_dim,))
+        for c in range(g.head_dim):
+            m.node[part, c] = bfloat16_to_float(stored[c])
 
 
 @jit()
-def _store_node(g: Geometry, address: int, values: Floats) -> None:
-    stored = numba.carray(pointer(address, types.uint16), (2 * g.head_dim,))
-    flat = values.reshape(2 * g.head_dim)
-    for c in range(2 * g.head_dim):
-        stored[c] = _to_bfloat16(flat[c])
+def _store_node(g: Geometry, m: Summaries, address: int) -> None:
+    for part in range(2):
+        stored = numba.carray(pointer(address + part * outlier_offset(g, m), types.uint16), (g.head_dim,))
+        for c in range(g.head_dim):
+            stored[c] = _to_bfloat16(m.made[part, c])
 
 
 @jit(fastmath=_REORDER)
@@ -161,7 +169,7 @@ def build_nodes(
                 else:
                     children = slots[index.row_offset[level - 1] + (node << FANOUT_BITS) :]
                     spread = _join(g, m, layer, kv_head, level, node, children)
-                _store_node(g, slot_address(g, m, layer, slot, kv_head), m.made)
+                _store_node(g, m, mean_address(g, m, layer, slot, kv_head))
                 m.spreads[layer, kv_head, slot] = spread
 
 
@@ -175,7 +183,7 @@ def _join(
     for i in range(1 << FANOUT_BITS):
         blocks = node_blocks(level - 1, (node << FANOUT_BITS) + i, g.sink_blocks)
         if blocks > 0:
-            _load_node(g, m, slot_address(g, m, layer, children[i], kv_head))
+            _load_node(g, m, mean_address(g, m, layer, children[i], kv_head))
             share = np.float32(blocks) / total
             for c in range(g.head_dim):
                 m.made[0, c] += share * m.node[0, c]
@@ -184,7 +192,7 @@ def _join(
         blocks = node_blocks(level - 1, (node << FANOUT_BITS) + i, g.sink_blocks)
         if blocks <= 0:
             continue
-        _load_node(g, m, slot_address(g, m, layer, children[i], kv_head))
+        _load_node(g, m, mean_address(g, m, layer, children[i], kv_head))
         between, distance = ZERO, ZERO
         for c in range(g.head_dim):
             between += (m.node[0, c] - m.made[0, c]) * (m.node[0, c] - m.made[0, c])
@@ -219,7 +227,11 @@ def project_nodes(
     out: Any
     query, out = np.int64(queries.ctypes.data), np.int64(products.ctypes.data)
     for i in range(count):
-        vector: Any = first + 4 * head_dim * np.int64(slots[nodes[i]])
+        if i + _AHEAD < count:
+            coming: Any = first + 2 * head_dim * np.int64(slots[nodes[i + _AHEAD]])
+            for line in range(0, 2 * head_dim, 64):
+                prefetch(coming + line)
+        vector: Any = first + 2 * head_dim * np.int64(slots[nodes[i]])
         if head_dim % LANES == 0:
             _project(vector, query, query_bytes, heads, head_dim, out + 4 * i, row_bytes)
             continue

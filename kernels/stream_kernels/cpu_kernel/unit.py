@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from stream_kernels.cpu_kernel.beam import Beam, search_nodes
-from stream_kernels.cpu_kernel.candidates import read_candidate
+from stream_kernels.cpu_kernel.candidates import note_strongest, read_candidate
 from stream_kernels.cpu_kernel.compiling import jit
 from stream_kernels.cpu_kernel.descent import descend
 from stream_kernels.cpu_kernel.keys import load_keys
@@ -82,6 +82,8 @@ def search_unit(
         candidates, search_reads = descend(g, plan, s, heads, layer, address, pages, inner)
         for candidate in range(candidates):
             read_candidate(g, plan, s, heads, layer, address, pages, candidate)
+            for h in range(heads):
+                note_strongest(s.logits[h], s.peak[h], s.strongest[h], candidate, g.block_size)
     reads += search_reads + candidates * g.block_size
 
     keep = min(g.top_k, candidates)
