@@ -3,7 +3,9 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -98,6 +100,8 @@ def _cases(
     seed: int,
     full: bool,
 ) -> Iterator[Case]:
+    """All cases, as many at a time as there are cores: a search runs on one thread."""
+    jobs = []
     for model in models:
         tokenizer = load_tokenizer(model)
         for wanted in tokens or _lengths(model, full):
@@ -106,11 +110,20 @@ def _cases(
                     ids = token_ids(tokenizer, kind, wanted, seed, traces)
                 except ValueError as error:
                     raise typer.BadParameter(str(error)) from error
-                attention = of_text(model, ids)
-                with torch.inference_mode():
-                    points = list(race(attention, TOP_KS))
-                print(f"measured {model.name}, {kind}, {attention.tokens} tokens", flush=True)
-                yield Case(model.name, wanted, kind, attention.tokens, attention.group, points)
+                of_text(model, ids)  # a forward pass, where the cache folder has none, takes every core
+                jobs.append((model, kind, wanted, ids))
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        for case in pool.map(_measure, *zip(*jobs, strict=True)):
+            print(f"measured {case.model}, {case.text}, {case.length} tokens", flush=True)
+            yield case
+
+
+def _measure(model: Path, kind: str, wanted: int, ids: list[int]) -> Case:
+    torch.set_num_threads(1)
+    attention = of_text(model, ids)
+    with torch.inference_mode():
+        points = list(race(attention, TOP_KS))
+    return Case(model.name, wanted, kind, attention.tokens, attention.group, points)
 
 
 def _account(cases: Sequence[Case], report: Report) -> None:

@@ -127,7 +127,7 @@ def make_beam(g: Geometry, kv_heads: int, heads: int, config: SearchConfig) -> B
         statistics=statistics,
         min_gain=float(config.min_gain),  # the compiled code takes no whole number
         outlier_256ths=config.outlier_256ths,
-        widths=levels.widths,
+        width=config.box_width,
         tops=levels.tops,
         nodes=index,
         summaries=Summaries(

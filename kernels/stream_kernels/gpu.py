@@ -120,7 +120,6 @@ class GpuSearch:
             self.layers, slots, keys[0].kv_heads, 2, self._shape.head_dim, dtype=torch.bfloat16, device=self.device
         )
         self.spreads = torch.zeros(self.layers, slots, keys[0].kv_heads, device=self.device)
-        self._widths = torch.from_numpy(levels.widths).to(self.device)
         self._tops = torch.from_numpy(levels.tops).to(self.device)
         self._level_offsets = torch.tensor(level_offsets, dtype=torch.int32, device=self.device)
         self._nodes = level_offsets[-1] if level_offsets else 0
@@ -272,7 +271,6 @@ class GpuSearch:
             node_slots,
             node_slots.stride(0),
             self._level_offsets,
-            self._widths,
             self._tops,
         )
 
@@ -428,7 +426,8 @@ def _shape(
         outlier_256ths=config.outlier_256ths,
         levels=levels.count,
         nodes_tile=triton.next_power_of_2(levels.most_scored),
-        kept_tile=triton.next_power_of_2(int(levels.widths.max())),
+        box_width=config.box_width,
+        kept_tile=triton.next_power_of_2(config.box_width),
         nodes_read=keys_read,
     )
 

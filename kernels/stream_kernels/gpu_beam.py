@@ -145,10 +145,10 @@ def _unit_scores(unit: Unit, scratch: BeamScratch, level, count, norm, SHAPE: tl
 
 @triton.jit
 def _score_levels(
-    unit: Unit, pyramid: Pyramid, scratch: BeamScratch, outside, stretch, end, width, top, most, SHAPE: tl.constexpr
+    unit: Unit, pyramid: Pyramid, scratch: BeamScratch, outside, stretch, end, top, most, SHAPE: tl.constexpr
 ):
-    """Goes down the pyramid from level `top`, keeping `width` nodes of each level, and orders the best `most` nodes of
-    level 0 for reading, in `scratch.order`.
+    """Goes down the pyramid from level `top`, keeping `box_width` nodes of each level, and orders the best `most` nodes
+    of level 0 for reading, in `scratch.order`.
 
     Returns:
         How many blocks may be read, and the key-equivalents read.
@@ -195,7 +195,7 @@ def _score_levels(
         score = _unit_scores(unit, scratch, level, count, norm, SHAPE)
 
         key = sortable(score, front)
-        selected = largest(key, tl.where(level > 0, width, most))
+        selected = largest(key, tl.where(level > 0, SHAPE.box_width, most))
         taken = tl.sum(selected.to(tl.int32), 0)
         to = tl.cumsum(selected.to(tl.int32), 0) - 1
         weight = tl.log(tl.maximum(blocks, 1).to(tl.float32))
@@ -336,7 +336,6 @@ def beam_kernel(
         inner = tl.maximum(end - SHAPE.sink_blocks, 0)
         few = inner <= 2 * SHAPE.top_k
         top_level = tl.where(few, -1, tl.load(pyramid.tops + end))
-        width = tl.load(pyramid.widths + end)
         most = SHAPE.candidates if SHAPE.rerank else SHAPE.top_k
         # Few blocks are all read, in any order, without a look at their summaries.
         unsorted = column < tl.where(few, inner, 0)
@@ -346,7 +345,7 @@ def beam_kernel(
         profile = spread_profile(unit, tl.where(few, used, tl.maximum(end, SHAPE.sink_blocks)), used, SHAPE)
         query = unit.query * unit.scale
         stretch = tl.sum(query * query * profile[None, :], 1)
-        scored, reads = _score_levels(unit, pyramid, own, outside, stretch, end, width, top_level, most, SHAPE)
+        scored, reads = _score_levels(unit, pyramid, own, outside, stretch, end, top_level, most, SHAPE)
         tl.debug_barrier()
         found, fit, taken = _read_by_gain(unit, own, outside, tl.where(few, inner, scored), SHAPE)
         unread = _unread(unit, own, fit, top_level, taken, SHAPE)

@@ -58,8 +58,9 @@ class Shape:
     """Of the pyramid of summaries."""
     nodes_tile: int
     """Most nodes of one level that a search scores."""
+    box_width: int
+    """Nodes of one level that a search keeps."""
     kept_tile: int
-    """Most nodes of one level that a search keeps."""
     nodes_read: int
     """Summaries read at a time."""
 
@@ -127,10 +128,8 @@ class Pyramid(NamedTuple):
     node_row_stride: Any
     level_offsets: Any
     """int32 [levels], where a level's nodes start in a row of `node_slots`."""
-    widths: Any
-    """int32, nodes kept per level, by the first block that is not searched."""
     tops: Any
-    """int32, the level where a search starts, likewise."""
+    """int32, the level where a search starts, by the first block that is not searched."""
 
 
 class Results(NamedTuple):

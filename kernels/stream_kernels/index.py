@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from stream_kernels.cpu_kernel.nodes import NO_SLOT, NodeIndex
 from stream_kernels.search import SearchConfig
-from stream_kernels.statistics import FANOUT, box_width, top_level
+from stream_kernels.statistics import FANOUT, top_level
 
 __all__ = ["NO_SLOT", "Levels", "allocate_index", "levels_for", "summary_bytes"]
 
@@ -21,26 +21,22 @@ class Levels:
     """Levels; the search never starts above the last."""
     most_scored: int
     """Most nodes of one level that one search scores."""
-    widths: NDArray[np.int32]
-    """[end + 1], nodes kept per level where the blocks to search end before `end`."""
     tops: NDArray[np.int32]
-    """[end + 1], the level where the search starts."""
+    """[end + 1], the level where the search starts, where the blocks to search end before `end`."""
 
 
 def levels_for(config: SearchConfig, max_context: int) -> Levels:
-    """Widths and starting levels of every context up to `max_context` tokens."""
+    """Starting levels of every context up to `max_context` tokens."""
     most = max(0, -(-max_context // config.block_size) - config.recent_blocks)
     end = torch.arange(most + 1)
-    widths = box_width((end - config.sink_blocks).clamp(min=0), config.box_width)
     possible = 1
     while FANOUT**possible <= most:
         possible += 1
-    tops = top_level(end, widths, possible)
-    scored = torch.maximum(end // FANOUT**tops, FANOUT * widths + FANOUT - 1)
+    tops = top_level(end, config.box_width, possible)
+    scored = (end // FANOUT**tops).clamp(min=FANOUT * config.box_width + FANOUT - 1)
     return Levels(
         count=int(tops.max()) + 1,
         most_scored=max(1, min(most, int(scored.max()))),
-        widths=widths.int().numpy(),
         tops=tops.int().numpy(),
     )
 

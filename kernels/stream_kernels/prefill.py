@@ -29,7 +29,6 @@ from stream_kernels.search import NO_BLOCK, SearchConfig
 from stream_kernels.statistics import (
     FANOUT,
     NodeStatistics,
-    box_width,
     bulk_scores,
     capped,
     outlier_scores,
@@ -390,15 +389,14 @@ def _beam(prompt: _Prompt, queries: torch.Tensor, rows: int, outside: torch.Tens
     """`reference_beam.beam`, which says what is done and why; here only what is looked into takes time."""
     config, device = prompt.config, queries.device
     blocks = torch.tensor(end)
-    width = box_width(blocks - config.sink_blocks, config.box_width)
-    level = int(top_level(blocks, width, len(prompt.nodes)))
+    level = int(top_level(blocks, config.box_width, len(prompt.nodes)))
     profile = prompt.profile(end, position)
     ids = torch.arange(end // FANOUT**level, device=device).expand(len(queries), -1)
     every = torch.ones_like(ids, dtype=torch.bool)
     scored, norm, reads = _score(prompt, queries, rows, profile, level, ids, every, outside, None)
     dropped = []
     while level:
-        kept = _largest(_unit_score(scored.mass() - norm, rows), int(width))
+        kept = _largest(_unit_score(scored.mass() - norm, rows), config.box_width)
         dropped.append((scored, scored.present & ~kept))
         order = (~kept).sort(dim=-1, stable=True).indices[:, : int(kept.sum(1).max())]
         level -= 1

@@ -13,7 +13,6 @@ from stream_kernels.search import SearchConfig
 from stream_kernels.statistics import (
     FANOUT,
     MAX_RESIDUAL,
-    box_width,
     bulk_scores,
     normal_cdf,
     outlier_scores,
@@ -146,9 +145,8 @@ def beam(
     """
     blocks = block_keys.shape[1]
     inner = (end - config.sink_blocks).clamp(min=0)
-    width = box_width(inner, config.box_width)
     levels = max(1, math.floor(math.log(max(blocks, 1), FANOUT) + 1e-9) + 1)
-    top = top_level(end, width, levels)
+    top = top_level(end, config.box_width, levels)
     summaries = pyramid(block_keys, levels, config.sink_blocks)
     all_read = inner <= 2 * config.top_k
 
@@ -182,7 +180,7 @@ def beam(
         log_mass = torch.where(again[:, None], torch.maximum(bulk, outlier), bulk)
         place = rank(unit_scores(log_mass + size - norm[..., None], heads), front)
         if level:
-            kept = front & (place < width[:, None])
+            kept = front & (place < config.box_width)
             dropped.append(_Nodes(log_mass, counts, front & ~kept))
 
     read, fit = _read(log_mass, block_lse, heads, front, place, outside, config)

@@ -34,8 +34,7 @@ class SearchConfig:
         rerank: at the leaves every query head takes exact dot products with every key of the candidates and keeps the
             K blocks of largest exact mass. Without it the last round's scores decide (the paper's descent), and only
             the K blocks kept are then read in full, to give their mass.
-        box_width: beam's nodes kept per level of the summary pyramid in a context of 256 inner blocks; grows with the
-            eighth root of the context (`statistics.box_width`).
+        box_width: nodes that beam keeps per level of the summary pyramid.
         outlier_share: of the nodes that beam scores on a level, how many it looks at twice, in 256ths rounded up: all
             by the mean of their keys, then the best of them by their outlier key too.
         min_gain: beam reads on while the heads of a unit may expect to gain this share of their attention, summed, per
@@ -51,7 +50,7 @@ class SearchConfig:
     width: int = 16
     share_kv_group: bool = True
     rerank: bool = True
-    box_width: int = 96
+    box_width: int = 160
     outlier_share: float = 0.5
     min_gain: float = 0.0005
 

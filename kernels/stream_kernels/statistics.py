@@ -150,21 +150,11 @@ def _stored(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.bfloat16).to(values.dtype)
 
 
-def box_width(inner: torch.Tensor, base: int) -> torch.Tensor:
-    """Nodes kept per level for `inner` blocks, int64: `base` at 256 blocks, growing with the eighth root from there.
-
-    The most that lets a search's cost grow by less than 1.3 with each doubling of the context, the scoring of one more
-    level included (a test has the sums). Square roots alone, which round alike everywhere.
-    """
-    eighth_root = (inner.double() / 256.0).sqrt().sqrt().sqrt()
-    return (base * eighth_root).ceil().long().clamp(min=1)
-
-
-def top_level(blocks: torch.Tensor, width: torch.Tensor, levels: int) -> torch.Tensor:
+def top_level(blocks: torch.Tensor, width: int, levels: int) -> torch.Tensor:
     """Where the search starts, int64: the lowest of `levels` levels that is cheap, or cheapest, to score whole.
 
-    Level l has blocks // FANOUT**l whole nodes. It is scored whole if there are at most two per node kept, or if the
-    level above would drop less than a quarter of its own nodes.
+    Level l has blocks // FANOUT**l whole nodes. It is scored whole if there are at most two per node kept (`width`), or
+    if the level above would drop less than a quarter of its own nodes.
     """
     top = torch.full_like(blocks, levels - 1)
     for level in range(levels - 2, -1, -1):

@@ -8,7 +8,7 @@ import torch
 
 from stream_kernels.reference import search_dense
 from stream_kernels.search import SearchConfig
-from stream_kernels.statistics import FANOUT, box_width, log_mean_exp, pyramid, spread_limit, spread_profile, top_level
+from stream_kernels.statistics import FANOUT, log_mean_exp, pyramid, spread_limit, spread_profile, top_level
 
 CONFIGS = {
     "descent": SearchConfig(strategy="descent", width=3),
@@ -121,22 +121,16 @@ def test_the_profile_is_of_the_keys_that_are_there() -> None:
     assert spread_profile(keys, alone).tolist() == [[0.25] * 4]
 
 
-def test_widths_grow_with_the_eighth_root() -> None:
-    inner = torch.tensor([0, 1, 256, 257, 256 * 2**8, 256 * 2**8 + 1])
-    assert box_width(inner, 96).tolist() == [1, 48, 96, 97, 192, 193]
-
-
 def test_scoring_grows_by_less_than_1_3_with_each_doubling() -> None:
     """The sums behind `box_width` and `top_level`: nodes scored, two vectors at most, plus 40 candidates of 32 keys."""
-    costs = []
+    costs, width = [], SearchConfig().box_width
     for tokens in (2**e for e in range(16, 23)):
         blocks = torch.tensor(tokens // 32)
-        width = box_width(blocks, 96)
         top = int(top_level(blocks, width, 8))
         nodes = int(blocks) // FANOUT**top
         scored, kept = nodes, nodes
         for _ in range(top):
-            kept = FANOUT * min(kept, int(width))
+            kept = FANOUT * min(kept, width)
             scored += kept
         costs.append(2 * scored + 40 * 32)
     ratios = [after / before for before, after in itertools.pairwise(costs)]

@@ -91,10 +91,10 @@ class Beam(NamedTuple):
     """[L, KV heads, 2, S, D], bfloat16: the vectors that the slots hold. Read through `summaries`."""
     min_gain: float
     outlier_256ths: int
-    widths: NDArray[np.int32]
-    """[N + 1], nodes kept per level, by the block before which the search ends."""
+    width: int
+    """Nodes kept per level."""
     tops: NDArray[np.int32]
-    """[N + 1], the level where the search starts."""
+    """[N + 1], the level where the search starts, by the block before which it ends."""
     nodes: NodeIndex
     summaries: Summaries
     scratch: BeamScratch
@@ -131,7 +131,6 @@ def search_nodes(
 
     for h in range(heads):
         b.scale[h] = spread_scale(s.query[h], b.profile)
-    width: int = beam.widths[end]
     level: int = beam.tops[end]
     count, reads, left = 0, 0, 0
     for node in range(end >> (FANOUT_BITS * level)):
@@ -149,7 +148,7 @@ def search_nodes(
         if level == 0:
             break
         at_top = False
-        count, left = _look_into(g, s, b, heads, level, count, width, left, end)
+        count, left = _look_into(g, s, b, heads, level, count, beam.width, left, end)
         level -= 1
 
     candidates = _read_on(g, plan, s, beam.min_gain, b, heads, layer, address, pages, count)
