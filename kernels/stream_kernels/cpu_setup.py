@@ -126,6 +126,7 @@ def make_beam(g: Geometry, kv_heads: int, heads: int, config: SearchConfig) -> B
     return Beam(
         statistics=statistics,
         min_gain=float(config.min_gain),  # the compiled code takes no whole number
+        first_lot=config.first_lot,
         outlier_256ths=config.outlier_256ths,
         width=config.box_width,
         tops=levels.tops,

@@ -422,6 +422,7 @@ def _shape(
         branches_read=max(1, keys_read // probe_tile),
         fanout=FANOUT,
         max_residual=MAX_RESIDUAL,
+        first_lot=config.first_lot,
         min_gain=config.min_gain,
         outlier_256ths=config.outlier_256ths,
         levels=levels.count,

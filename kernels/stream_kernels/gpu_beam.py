@@ -242,7 +242,7 @@ def _estimates(unit: Unit, scratch: BeamScratch, first, count, SHAPE: tl.constex
 
 @triton.jit
 def _read_by_gain(unit: Unit, scratch: BeamScratch, outside, most, SHAPE: tl.constexpr):
-    """Reads blocks in their order: 2 * top_k, then top_k at a time while that is expected to be worth it.
+    """Reads blocks in their order: `first_lot`, then top_k at a time while that is expected to be worth it.
 
     Returns:
         The `Top`, the regression of truth on estimate over all blocks read, and how many those are.
@@ -266,7 +266,7 @@ def _read_by_gain(unit: Unit, scratch: BeamScratch, outside, most, SHAPE: tl.con
         estimate = _estimates(unit, scratch, taken, more, SHAPE)
         excess = expected_excess(fit_line(moments, SHAPE), estimate, threshold, observed)
         gain = tl.sum(tl.sum(tl.where(unit.present[:, None] & (column < more), excess, 0.0), 1), 0)
-        going = (more > 0) & ((taken < 2 * SHAPE.top_k) | (gain >= SHAPE.min_gain * more))
+        going = (more > 0) & ((taken < SHAPE.first_lot) | (gain >= SHAPE.min_gain * more))
     return top, fit_line(moments, SHAPE), taken
 
 

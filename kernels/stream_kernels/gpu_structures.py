@@ -53,6 +53,7 @@ class Shape:
     fanout: int
     max_residual: float
     min_gain: float
+    first_lot: int
     outlier_256ths: int
     levels: int
     """Of the pyramid of summaries."""

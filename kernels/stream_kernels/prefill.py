@@ -473,7 +473,7 @@ def _read_on(
     order = order[:, : config.top_k * (config.width if config.rerank else 1)]
     ids, available = scored.ids.gather(1, order), scored.present.gather(1, order)
     estimate = scored.log_mass.gather(-1, order[:, None].expand(-1, queries.shape[1], -1))
-    read = available[:, : 2 * config.top_k]
+    read = available[:, : config.first_lot]
     lse = prompt.block_lse(queries, ids[:, : read.shape[1]]).masked_fill(~read[:, None], -math.inf)
     active = torch.ones_like(read[:, 0])
     while True:

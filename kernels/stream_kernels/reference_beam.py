@@ -128,7 +128,7 @@ def beam(
        (`outlier_scores`) if that is more. Outliers are looked at only in the `outlier_share` best nodes by the former.
     3. A node's score is, per head, its estimated share of the row's attention; a unit's score is the heads' sum. Shares
        are relative to `outside` and the top level's nodes, these by their means and spreads.
-    4. Blocks are read in order of their score: the first `2 * top_k`, then `top_k` at a time while the mass that the
+    4. Blocks are read in order of their score: the first `first_lot`, then `top_k` at a time while the mass that the
        heads may expect to gain by reading them, per block read, is at least `min_gain` of the row's observed attention;
        never more than `width * top_k`. Without `rerank` it is the first `top_k` and no more.
     5. What to expect of a block not read comes from a regression per head, over the blocks read, of their exact
@@ -208,9 +208,9 @@ def _read(
     `log_mass` and `block_lse` [B, n, N] are estimate and truth, `place` [B, N] is the order of reading.
     """
     most = front.sum(1).clamp(max=config.top_k * (config.width if config.rerank else 1))
-    taken = most.clamp(max=2 * config.top_k)
+    taken = most.clamp(max=config.first_lot)
     active = torch.ones_like(taken).bool()
-    for _ in range(max(0, config.width - 2)):
+    for _ in range(config.width - 1):
         read = front & (place < taken[:, None])
         fit = Regression.fit(log_mass, block_lse, read)
         exact = block_lse.masked_fill(~read[:, None], -math.inf)

@@ -77,6 +77,11 @@ class SearchConfig:
             raise ValueError(f"min_gain is {self.min_gain}; valid: 0 to 1")
 
     @property
+    def first_lot(self) -> int:
+        """Blocks that beam reads before it asks whether to read on: a multiple of `top_k`, enough for a regression."""
+        return self.top_k * -(-8 // self.top_k)
+
+    @property
     def outlier_256ths(self) -> int:
         """`outlier_share` as every implementation counts it, so that none rounds another way."""
         return round(256 * self.outlier_share)

@@ -16,6 +16,7 @@ from stream_kernels.cpu_kernel.logits import (
     exp_below_zero,
     largest,
     largest_weighted,
+    log_of,
     raise_to,
     weight_above,
     weighted_sum,
@@ -90,6 +91,7 @@ class Beam(NamedTuple):
     statistics: NDArray[np.uint16]
     """[L, KV heads, 2, S, D], bfloat16: the vectors that the slots hold. Read through `summaries`."""
     min_gain: float
+    first_lot: int
     outlier_256ths: int
     width: int
     """Nodes kept per level."""
@@ -151,7 +153,7 @@ def search_nodes(
         count, left = _look_into(g, s, b, heads, level, count, beam.width, left, end)
         level -= 1
 
-    candidates = _read_on(g, plan, s, beam.min_gain, b, heads, layer, address, pages, count)
+    candidates = _read_on(g, plan, s, beam.min_gain, beam.first_lot, b, heads, layer, address, pages, count)
     unread = b.node_spread  # no longer needed for spreads
     for i in range(count):
         unread[i] = ZERO if s.work[i] == _READ else np.float32(1)
@@ -231,7 +233,7 @@ def _unit_scores(g: Geometry, s: Scratch, b: BeamScratch, heads: int, level: int
     for h in range(heads):
         add_exponentials(weight, b.centre[h], s.score, count, b.norm[h])
     for i in range(count):
-        s.rank[i] = sort_key(s.score[i] + b.log_blocks[i] + np.float32(math.log(weight[i])), i)
+        s.rank[i] = sort_key(s.score[i] + b.log_blocks[i] + log_of(weight[i]), i)
 
 
 @jit()
@@ -277,7 +279,7 @@ def _look_at_outliers(
         add_exponentials(weight, b.spread[h], peak, found, b.norm[h])
     for i in range(found):
         at = b.again[i]
-        s.rank[at] = sort_key(peak[i] + b.log_blocks[at] + np.float32(math.log(weight[i])), at)
+        s.rank[at] = sort_key(peak[i] + b.log_blocks[at] + log_of(weight[i]), at)
 
 
 @jit()
@@ -332,6 +334,7 @@ def _read_on(
     plan: Plan,
     s: Scratch,
     min_gain: float,
+    first_lot: int,
     b: BeamScratch,
     heads: int,
     layer: int,
@@ -359,7 +362,7 @@ def _read_on(
     b.best[:heads] = MINUS_INFINITY
     for h in range(heads):
         b.observed[h, 0], b.observed[h, 1] = s.outside[h, 0], s.outside[h, 1]
-    taken, wanted = 0, min(most, 2 * g.top_k)
+    taken, wanted = 0, min(most, first_lot)
     while True:
         while taken < wanted:
             i = tie_of(b.order[most - 1 - taken])

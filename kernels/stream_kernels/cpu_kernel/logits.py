@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from stream_kernels.cpu_kernel.compiling import jit
-from stream_kernels.cpu_kernel.intrinsics import LANES, dot_columns, int_as_float
+from stream_kernels.cpu_kernel.intrinsics import LANES, dot_columns, float_as_int, int_as_float
 from stream_kernels.cpu_kernel.structures import MINUS_INFINITY, ZERO, Floats, Scratch
 
 # Sums may be reordered, so that they vectorise; infinities keep their meaning.
@@ -30,6 +30,10 @@ _EXP_FLOOR = np.float32(-87.0)
 """exp of less is not a normal float32; it is taken to be 1.6e-38."""
 _C2, _C3, _C4, _C5, _C6 = (np.float32(1 / math.factorial(n)) for n in range(2, 7))
 _ONE = np.float32(1)
+_THREE_QUARTERS = np.int32(0x3F400000)
+_L1, _L2, _L3 = np.float32(3.3333331174e-1), np.float32(-2.4999993993e-1), np.float32(2.0000714765e-1)
+_L4, _L5, _L6 = np.float32(-1.6668057665e-1), np.float32(1.4249322787e-1), np.float32(-1.2420140846e-1)
+_L7, _L8, _L9 = np.float32(1.1676998740e-1), np.float32(-1.1514610310e-1), np.float32(7.0376836292e-2)
 
 
 @jit()
@@ -89,6 +93,21 @@ def exp_below_zero(x: np.float32) -> np.float32:
     """exp(x) for float32 x <= 0."""
     power, excess = _split_exp(x)
     return (_ONE + excess) * power
+
+
+@jit(fastmath={"contract"})
+def log_of(x: np.float32) -> np.float32:
+    """Logarithm of a normal float32 x > 0, to 1e-7 or two units in the last place. In a loop it vectorises.
+
+    x = 2**e * (1 + f) with 1 + f from 0.75 to 1.5; the polynomial in f is that of the Cephes library's logf.
+    """
+    bits = np.int32(float_as_int(x))
+    e = np.int32((bits - _THREE_QUARTERS) >> np.int32(23))
+    f = int_as_float(np.int32(bits - (e << np.int32(23)))) - _ONE
+    square = f * f
+    tail = _L1 + f * (_L2 + f * (_L3 + f * (_L4 + f * (_L5 + f * (_L6 + f * (_L7 + f * (_L8 + f * _L9)))))))
+    whole = np.float32(e)
+    return f + (tail * f * square - _HALF * square + whole * _LN_2_LOW) + whole * _LN_2_HIGH
 
 
 @jit(fastmath={"contract"})
