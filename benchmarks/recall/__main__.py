@@ -9,7 +9,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from benchmarks.attention import QUERY_ROWS, load_tokenizer, of_text
@@ -17,7 +16,7 @@ from benchmarks.recall.account import BUDGETS, margin, mean, one_setting, target
 from benchmarks.recall.frontier import at_budget
 from benchmarks.recall.plot import plot
 from benchmarks.recall.points import BEAM, DEFAULT, ORACLE, Case
-from benchmarks.recall.race import race
+from benchmarks.recall.race import measure
 from benchmarks.report import Report, bootstrap, run
 from benchmarks.texts import KINDS, token_ids
 
@@ -111,19 +110,11 @@ def _cases(
                 except ValueError as error:
                     raise typer.BadParameter(str(error)) from error
                 of_text(model, ids)  # a forward pass, where the cache folder has none, takes every core
-                jobs.append((model, kind, wanted, ids))
+                jobs.append((model, kind, wanted, ids, TOP_KS))
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-        for case in pool.map(_measure, *zip(*jobs, strict=True)):
+        for case in pool.map(measure, *zip(*jobs, strict=True)):
             print(f"measured {case.model}, {case.text}, {case.length} tokens", flush=True)
             yield case
-
-
-def _measure(model: Path, kind: str, wanted: int, ids: list[int]) -> Case:
-    torch.set_num_threads(1)
-    attention = of_text(model, ids)
-    with torch.inference_mode():
-        points = list(race(attention, TOP_KS))
-    return Case(model.name, wanted, kind, attention.tokens, attention.group, points)
 
 
 def _account(cases: Sequence[Case], report: Report) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from benchmarks.attention import Attention
+from benchmarks.attention import Attention, of_text
 from benchmarks.recall.peers import SHARINGS, flat_scores, published, shared
-from benchmarks.recall.points import BEAM, DEFAULT, ORACLE, Measured
+from benchmarks.recall.points import BEAM, DEFAULT, ORACLE, Case, Measured
 from benchmarks.recall.product import Product, unobserved_share
 from benchmarks.recall.truth import Judge, Truth
 from stream_kernels.search import SearchConfig
@@ -18,9 +19,18 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
 NARROW_BOXES = (2, 4, 8, 16, 32)
 """Values of `box_width` for the smallest budgets, where summaries cost as much as blocks."""
 
-OUTLIER_SHARES = (0.0, 0.25, 0.5, 1.0)
+OUTLIER_SHARES = (0.0, 0.5, 1.0)
 
 GAINS = (1e-2, 3e-3, 1e-3, 5e-4, 2e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
+
+
+def measure(model: Path, kind: str, wanted: int, ids: list[int], top_ks: Sequence[int]) -> Case:
+    """The case of one text `ids` of a kind, `wanted` tokens long, through a model, on one thread."""
+    torch.set_num_threads(1)
+    attention = of_text(model, ids)
+    with torch.inference_mode():
+        points = list(race(attention, top_ks))
+    return Case(model.name, wanted, kind, attention.tokens, attention.group, points)
 
 
 def race(attention: Attention, top_ks: Sequence[int]) -> Iterator[Measured]:
