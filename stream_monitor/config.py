@@ -94,6 +94,13 @@ class CaptureSettings(_Layered):
     )
     block_size: Literal[8, 16, 32, 64, 128] = Field(32, description="Tokens per key block.")
     top_k: int = Field(8, ge=1, le=4096, description="Key blocks kept per query head.")
+    min_gain: float = Field(
+        0.0005,
+        ge=0,
+        le=1,
+        description="Under beam, a search reads on while the heads that share its reads expect to gain this part of "
+        "their attention, summed, per block read. Less reads more and finds more; 0 reads 16 blocks per block kept.",
+    )
     sink_blocks: int = Field(1, ge=0, le=16, description="First blocks, always kept.")
     recent_blocks: int = Field(2, ge=1, le=64, description="Last blocks, always kept.")
     max_requests: int = Field(

@@ -52,6 +52,7 @@ class Installation:
             top_k=settings.top_k,
             sink_blocks=settings.sink_blocks,
             recent_blocks=settings.recent_blocks,
+            min_gain=settings.min_gain,
         )
         self._kv_tokens_lost = 0
         self.left_for_cache = 0

@@ -107,7 +107,8 @@ def log_of(x: np.float32) -> np.float32:
     square = f * f
     tail = _L1 + f * (_L2 + f * (_L3 + f * (_L4 + f * (_L5 + f * (_L6 + f * (_L7 + f * (_L8 + f * _L9)))))))
     whole = np.float32(e)
-    return f + (tail * f * square - _HALF * square + whole * _LN_2_LOW) + whole * _LN_2_HIGH
+    found: np.float32 = f + (tail * f * square - _HALF * square + whole * _LN_2_LOW) + whole * _LN_2_HIGH
+    return found
 
 
 @jit(fastmath={"contract"})
