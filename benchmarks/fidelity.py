@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[SearchConfig, Reduction]] = {
 REDUCTIONS: dict[str, tuple[SearchConfig, Reduction]] = {"beam, mean": (BEAM, "mean"), "beam, union": (BEAM, "union")}
 """Other ways to take the rows of a query block together; union keeps up to 4 k blocks."""
 
-CANDIDATES = (16, 8, 4, 2, 1)
+CANDIDATES = (24, 16, 8, 4, 2)
 FULL_CANDIDATES = (96, 64, 48, 32, 24, 16, 12, 8, 6, 5, 4, 3, 2, 1)
 LENGTHS, FULL_LENGTHS = (1_000,), (1_000, 4_000, 10_000, 20_000)
 DEPTHS, FULL_DEPTHS = (0.5,), (0.1, 0.5, 0.9)

@@ -52,24 +52,12 @@ def _search_block(
     total = lse.logsumexp(-1, keepdim=True)
     shares, level = lse - total, total.mean((1, 2))
 
-    recent = torch.arange(config.recent_blocks + -(-(query_block - 1) // size), device=device)
-    recent = position // size + 1 - config.recent_blocks + recent
-    recent = recent.masked_fill(recent < config.sink_blocks, NO_BLOCK)
-    forced = torch.cat([torch.arange(config.sink_blocks, device=device), recent])
-    forced = forced.masked_fill((forced < start) | (forced > int(blocks[-1])), NO_BLOCK)
+    forced = _forced_ids(position, start, int(blocks[-1]), query_block, config).to(device)
     forced_mass = _reduce(shares, reduction)[:, (forced - start).clamp(min=0)] + level[:, None]
-
     inner = shares.masked_fill(torch.isin(blocks, forced), -math.inf)
-    best, width = _reduce(inner, reduction), config.top_k
-    if reduction == "union":
-        width = 4 * config.top_k
-        least = inner.topk(min(config.top_k, len(blocks)), -1).values[..., -1:]
-        best = best.masked_fill(~((inner >= least) & (inner > -math.inf)).any(1), -math.inf)
-    best = torch.nn.functional.pad(best, (0, max(0, width - len(blocks))), value=-math.inf)
-    ordered = best.sort(dim=-1, descending=True, stable=True)
-    kept, order = ordered.values[:, :width], ordered.indices[:, :width]
-    was_kept = torch.zeros_like(best, dtype=torch.bool).scatter(1, order, kept > -math.inf)[:, : len(blocks)]
-    lost = inner.masked_fill(was_kept[:, None], -math.inf)
+    kept, order = _heaviest(inner, config.top_k, reduction)
+    lost = torch.cat([inner, torch.full_like(inner[..., :1], -math.inf)], -1)
+    lost = lost.scatter(-1, order[:, None].expand(-1, len(row), -1), -math.inf)
     return {
         "block_ids": (order + start).masked_fill(kept == -math.inf, NO_BLOCK).int(),
         "block_lse": kept + level[:, None],
@@ -79,6 +67,32 @@ def _search_block(
         "total_lse": level,
         "keys_read": torch.tensor(float(end - start * size), device=device),
     }
+
+
+def _forced_ids(position: int, start: int, last: int, query_block: int, config: SearchConfig) -> torch.Tensor:
+    """`PrefillSummary.forced_ids` of a query block at `position` that sees blocks `start` to `last`, int64 [F]."""
+    across = -(-(query_block - 1) // config.block_size)
+    recent = position // config.block_size + 1 - config.recent_blocks + torch.arange(config.recent_blocks + across)
+    recent = recent.masked_fill(recent < config.sink_blocks, NO_BLOCK)
+    forced = torch.cat([torch.arange(config.sink_blocks), recent])
+    return forced.masked_fill((forced < start) | (forced > last), NO_BLOCK)
+
+
+def _heaviest(inner: torch.Tensor, top_k: int, reduction: Reduction) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each head keeps of log shares [H, n, C], -inf where there is none to keep: masses and places, [H, K].
+
+    Heaviest first; C is the place and -inf the mass where there are fewer than K. Equal masses go to the lower place.
+    """
+    best, width = _reduce(inner, reduction), top_k
+    blocks = best.shape[-1]
+    if reduction == "union":
+        width = 4 * top_k
+        least = inner.topk(min(top_k, blocks), -1).values[..., -1:]
+        best = best.masked_fill(~((inner >= least) & (inner > -math.inf)).any(1), -math.inf)
+    padded = torch.nn.functional.pad(best, (0, max(0, width - blocks)), value=-math.inf)
+    ordered = padded.sort(dim=-1, descending=True, stable=True)
+    kept, order = ordered.values[:, :width], ordered.indices[:, :width]
+    return kept, order.masked_fill(kept == -math.inf, blocks)
 
 
 def _reduce(shares: torch.Tensor, reduction: Reduction) -> torch.Tensor:
