@@ -104,7 +104,7 @@ def test_the_k_search_goes_down_until_it_fails(tiny_model: TracedModel, dense: D
     assert found.tried[2].pairs.pruned_of_causal > found.tried[40].pairs.pruned_of_causal == 0
 
 
-@pytest.mark.parametrize("window", [0, 45])
+@pytest.mark.parametrize("window", [0, 41, 45])
 def test_pairs_are_counted_block_by_block(window: int) -> None:
     given = tiny.inputs(203, window=window)
     found = search_layer(given, TraceOptions(EXACT))

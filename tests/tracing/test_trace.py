@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,7 @@ from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.layer import TraceOptions
 from stream_monitor.tracing.masks import LayerMasks, MaskFile
 from stream_monitor.tracing.model import TracedModel, load
+from stream_monitor.tracing.pruning import PairCount
 from stream_monitor.tracing.trace import MASKS, SUMMARY, Progress, trace
 from tests.tracing import tiny
 
@@ -42,9 +44,9 @@ def recorded(model: TracedModel, ids: list[int]) -> list[LayerInputs]:
 
 def test_masks_are_what_the_search_finds_in_the_real_model(model_dir: Path, tmp_path: Path) -> None:
     model = load(str(model_dir))
-    text = " ".join(f"The {number}. sheep jumps over the fence." for number in range(45))
+    text = " ".join(f"The {number}. sheep jumps over the fence." for number in range(20))
     ids = model.prompt_tokens(text)
-    search = SearchConfig(strategy="beam", top_k=3)
+    search = SearchConfig(strategy="beam", top_k=2)
     steps: list[Progress] = []
     done = trace(model, ids, TraceOptions(search, "dense", "mean"), tmp_path / "out", steps.append)
 
@@ -52,7 +54,7 @@ def test_masks_are_what_the_search_finds_in_the_real_model(model_dir: Path, tmp_
     assert masks.layers == model.layers == 30
     assert masks.metadata["tokens"] == ids
     assert masks.metadata["search"] == asdict(search)
-    for inputs, layer in list(zip(recorded(model, ids), masks, strict=True))[::7]:
+    for inputs, layer in list(zip(recorded(model, ids), masks, strict=True))[::10]:
         found = search_prefill(inputs.queries, inputs.keys, search, scale=inputs.scale, reduction="mean")
         assert layer.first_position.tolist() == list(range(0, len(ids), 32))
         assert layer.rows.sum() == len(ids)
@@ -77,7 +79,9 @@ def test_a_mask_that_keeps_everything_changes_nothing(tiny_model: TracedModel, t
         kind: trace(tiny_model, ids, TraceOptions(everything, kind), tmp_path / kind) for kind in ("pruned", "dense")
     }
     assert done["pruned"].pairs == done["dense"].pairs
-    assert done["pruned"].pairs.pruned_of_causal == 0
+    blocks = -(-333 // 8)
+    causal = tiny_model.layers * tiny_model.query_heads * blocks * (blocks + 1) // 2
+    assert done["pruned"].pairs == PairCount(causal, causal, tiny_model.layers * tiny_model.query_heads * blocks**2)
     layers = [list(MaskFile(result.out / MASKS)) for result in done.values()]
     for pruned, dense in zip(*layers, strict=True):
         assert np.array_equal(np.sort(pruned.block_ids), np.sort(dense.block_ids))
@@ -193,3 +197,9 @@ def test_masks_come_back_as_they_were_written(tiny_model: TracedModel, tmp_path:
     for name, value in vars(expected).items():
         assert vars(found)[name].dtype == value.dtype, name
         np.testing.assert_allclose(vars(found)[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    # And as anyone reads Parquet.
+    where = [("layer", "=", 0), ("query_block", "=", 20), ("head", "=", 3)]
+    (row,) = pq.read_table(done.out / MASKS, filters=where).to_pylist()
+    assert row["block_ids"] == expected.block_ids[20, 3].tolist()
+    assert row["forced_ids"] == expected.forced_ids[20].tolist()
+    assert row["first_position"] == 160
