@@ -182,7 +182,7 @@ def test_no_tensor_is_a_square_of_the_context(
 ) -> None:
     """Of this thread; the search, on threads of its own, has such a test where it lives."""
     monkeypatch.setattr(sparse_attention, "_TILE_NUMBERS", 2**16)
-    tokens = 4000
+    tokens = 1500
     with _Largest() as seen:
         trace(request.getfixturevalue(model), tiny.tokens(tokens), TraceOptions(SEARCH), tmp_path / "out")
     assert seen.elements <= tokens * 2 * tiny.SHAPE["hidden_size"]
