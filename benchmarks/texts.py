@@ -13,6 +13,7 @@ from typing import Any
 
 KINDS = ("needle", "prose", "code", "reasoning")
 
+_NAME = "wandering-otter"
 _QUESTION = "What is the special magic number for {name} mentioned in the provided text?"
 _ANSWER = " The special magic number for {name} mentioned in the provided text is: {number}"
 
@@ -74,27 +75,46 @@ def _reasoning(traces: Path, seed: int) -> Iterator[str]:
         yield row["prompt"] + row["reasoning"] + "\n\n"
 
 
+def needle_prompt(tokenizer: Any, tokens: int, seed: int, depth: float) -> tuple[list[int], str]:
+    """A needle prompt of at most `tokens` tokens whose answer is begun, up to the number; and that number.
+
+    Args:
+        tokenizer: of Hugging Face transformers, with a chat template.
+        seed: of the prose around the needle, and of the number.
+        depth: where the needle lies, from 0 to 1.
+
+    Raises:
+        ValueError: the prompt would be longer.
+    """
+    number = random.Random(seed).randrange(1_000_000, 10_000_000)
+    before, _, _ = _ANSWER.partition(" {number}")
+    return _needle_chat(tokenizer, tokens, seed, depth, number, before.format(name=_NAME)), str(number)
+
+
 def _needle(tokenizer: Any, tokens: int, seed: int) -> list[int]:
-    """A number hidden in prose (mid-way for seed 0), asked for, and the answer begun."""
+    """A number hidden in prose (mid-way for seed 0), asked for, and the answer given."""
     draw = random.Random(seed)
-    name = "wandering-otter"
     number = draw.randrange(1_000_000, 10_000_000)
     depth = draw.uniform(0.1, 0.9) if seed else 0.5
-    answer = tokenizer(_ANSWER.format(name=name, number=number), add_special_tokens=False)["input_ids"]
-    hay = _fill(tokenizer, _prose(seed), tokens - len(answer) - 90)
+    return _needle_chat(tokenizer, tokens, seed, depth, number, _ANSWER.format(name=_NAME, number=number))
+
+
+def _needle_chat(tokenizer: Any, tokens: int, seed: int, depth: float, number: int, answer: str) -> list[int]:
+    answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    hay = _fill(tokenizer, _prose(seed), tokens - len(answer_ids) - 90)
     at = int(len(hay) * depth)
     text = (
         "A special magic number is hidden within the following text.\n"
         + tokenizer.decode(hay[:at])
-        + f" One of the special magic numbers for {name} is: {number}. "
+        + f" One of the special magic numbers for {_NAME} is: {number}. "
         + tokenizer.decode(hay[at:])
         + "\n"
-        + _QUESTION.format(name=name)
+        + _QUESTION.format(name=_NAME)
     )
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    ids = [*chat["input_ids"], *answer]
+    ids = [*chat["input_ids"], *answer_ids]
     if len(ids) > tokens:
         raise ValueError(f"the needle prompt has {len(ids)} tokens, more than {tokens}")
     return ids

@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -163,3 +164,49 @@ def doctor(model: Annotated[str, typer.Argument(help="Model name or folder.")]) 
     from stream_monitor.engine.doctor import main as diagnose
 
     raise typer.Exit(diagnose(model))
+
+
+@app.command(help="Trace one long context offline: which key blocks each layer and head of MODEL reads.")
+def trace(
+    model: Annotated[str, typer.Option(help="Folder of a Hugging Face model, or its name.")],
+    out: Annotated[Path, typer.Option(help="Folder for the result; new, or empty.")],
+    prompt: Annotated[Path | None, typer.Option(help="Text file with the context.")] = None,
+    messages: Annotated[
+        Path | None, typer.Option(help="JSON file with chat messages, each with role and content.")
+    ] = None,
+    strategy: Annotated[str, typer.Option(help="descent, beam or exact.")] = "beam",
+    top_k: Annotated[int, typer.Option(help="Blocks kept per head, forced ones aside.")] = 8,
+    block_size: Annotated[int, typer.Option(help="Tokens per block, of queries and of keys.")] = 32,
+    sink_blocks: Annotated[int, typer.Option(help="First blocks, always kept.")] = 1,
+    recent_blocks: Annotated[int, typer.Option(help="Last blocks, always kept.")] = 2,
+    attention: Annotated[
+        str, typer.Option(help="What the next layer sees: attention to the kept blocks (pruned), or to all (dense).")
+    ] = "pruned",
+) -> None:
+    if (prompt is None) == (messages is None):
+        _fail("give either --prompt or --messages")
+    if attention not in ("pruned", "dense"):
+        _fail(f"--attention is {attention!r}; valid: pruned, dense")
+    try:
+        from stream_kernels.search import SearchConfig
+        from stream_monitor.tracing.command import run
+        from stream_monitor.tracing.errors import TracingError
+        from stream_monitor.tracing.layer import TraceOptions
+    except ImportError as error:
+        _fail(f"tracing needs more than is installed, {error.name}: pip install 'stream-monitor[trace]'")
+    try:
+        search = SearchConfig(
+            strategy=strategy,  # type: ignore[arg-type]  # checked by SearchConfig
+            top_k=top_k,
+            block_size=block_size,
+            sink_blocks=sink_blocks,
+            recent_blocks=recent_blocks,
+        )
+    except ValueError as error:
+        _fail(error)
+    try:
+        run(model, prompt, messages, out, TraceOptions(search, "pruned" if attention == "pruned" else "dense"))
+    except TracingError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written")

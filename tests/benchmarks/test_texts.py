@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.texts import KINDS, token_ids
+from benchmarks.texts import KINDS, needle_prompt, token_ids
 
 
 class Words:
@@ -64,6 +64,17 @@ def test_the_needle_is_hidden_asked_for_and_answered() -> None:
     assert len(number) == 7
     assert text.count(number) == 2
     assert 0.4 < text.index(number) / len(text) < 0.6
+
+
+@pytest.mark.parametrize("depth", [0.1, 0.9])
+def test_a_needle_prompt_ends_before_the_number(depth: float) -> None:
+    tokenizer = Words()
+    ids, number = needle_prompt(tokenizer, TOKENS, 3, depth)
+    text = tokenizer.decode(ids)
+    assert 0.98 * TOKENS <= len(ids) <= TOKENS
+    assert text.count(number) == 1
+    assert depth - 0.1 < text.index(number) / len(text) < depth + 0.1
+    assert text.endswith("mentioned in the provided text is:")
 
 
 def test_reasoning_needs_its_traces() -> None:

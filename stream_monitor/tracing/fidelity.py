@@ -1,0 +1,170 @@
+"""Does a model that reads only the kept blocks still behave like itself?
+
+The dense model runs once over the context and goes on greedily. The **restricted** model, whose every layer attends to
+the kept and the forced blocks alone, runs over the same context, then decodes as well, each new token with a search of
+its own. What is compared: the likeliest next token and the distribution at every position, and how many tokens of the
+dense continuation are repeated before one differs. The paper asks for 2 tokens; that can pass by chance.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from stream_kernels.prefill import Reduction
+from stream_kernels.search import SearchConfig
+from stream_monitor.tracing.attention import Attend, LayerInputs, dense_attention
+from stream_monitor.tracing.layer import TraceOptions, attend, search_layer
+from stream_monitor.tracing.model import TracedModel
+from stream_monitor.tracing.pruning import PairCount, count_pairs
+
+CONTINUATION = 16
+"""Greedy tokens that are compared."""
+
+
+@dataclass(frozen=True)
+class DenseRun:
+    """The model as it is.
+
+    Attributes:
+        ids: the context, T tokens.
+        hidden: float32 [T, C], see `TracedModel.run`.
+        continuation: the greedy tokens that follow.
+    """
+
+    ids: list[int]
+    hidden: torch.Tensor
+    continuation: list[int]
+
+
+@dataclass(frozen=True)
+class RestrictedRun:
+    """The model restricted to kept blocks.
+
+    Attributes:
+        hidden: float32 [T, C].
+        matched: tokens of the dense continuation that it repeats before one differs.
+        pairs: of blocks in the context.
+        keys_read: key-equivalents that the search read, per query head, layer and query block of the context.
+    """
+
+    hidden: torch.Tensor
+    matched: int
+    pairs: PairCount
+    keys_read: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Between the next-token distributions of two runs, over all positions.
+
+    Attributes:
+        agreement: share of positions where both find the same token likeliest.
+        mean_kl: mean of KL(dense || restricted), nats.
+    """
+
+    agreement: float
+    mean_kl: float
+
+
+def dense_run(model: TracedModel, ids: list[int], tokens: int = CONTINUATION) -> DenseRun:
+    """Runs the model over `ids` and `tokens` greedy tokens on; those at the end of a chat do not stop it."""
+    hidden, cache = _read(model, ids, dense_attention)
+    continuation = [_likeliest(model, hidden)]
+    last = hidden[-1:]
+    while len(continuation) < tokens:
+        last = model.run(continuation[-1:], dense_attention, cache)
+        continuation.append(_likeliest(model, last))
+    return DenseRun(ids, hidden, continuation)
+
+
+def restricted_run(
+    model: TracedModel, dense: DenseRun, search: SearchConfig, reduction: Reduction = "max"
+) -> RestrictedRun:
+    """Runs the restricted model over the context of `dense`, and on while it repeats its continuation."""
+    options = TraceOptions(search, "pruned", reduction)
+    pairs, keys_read = PairCount(), []
+
+    def read_context(inputs: LayerInputs) -> torch.Tensor:
+        nonlocal pairs
+        found = search_layer(inputs, options)
+        pairs += count_pairs(found, search.block_size, inputs.window)
+        keys_read.append(float(found.keys_read.mean()))
+        return attend(inputs, found, options)
+
+    def decode(inputs: LayerInputs) -> torch.Tensor:
+        return attend(inputs, search_layer(inputs, options), options)
+
+    hidden, cache = _read(model, dense.ids, read_context)
+    last, matched = hidden, 0
+    while _likeliest(model, last) == dense.continuation[matched]:
+        matched += 1
+        if matched == len(dense.continuation):
+            break
+        last = model.run(dense.continuation[matched - 1 : matched], decode, cache)
+    return RestrictedRun(hidden, matched, pairs, sum(keys_read) / len(keys_read))
+
+
+def _read(model: TracedModel, ids: list[int], attend: Attend) -> tuple[torch.Tensor, Any]:
+    """What the context leaves, and its keys and values for what follows."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    return model.run(ids, attend, cache), cache
+
+
+def _likeliest(model: TracedModel, hidden: torch.Tensor) -> int:
+    """Token after the last position of `hidden`."""
+    return int(model.logits(hidden[-1:]).argmax())
+
+
+def divergence(model: TracedModel, dense: DenseRun, restricted: RestrictedRun) -> Divergence:
+    """Compares the two at every position, some at a time: all logits at once would fill the memory."""
+    agreeing, kl = 0, 0.0
+    for some in model.logit_tiles(len(dense.ids)):
+        expected = model.logits(dense.hidden[some]).log_softmax(-1)
+        found = model.logits(restricted.hidden[some]).log_softmax(-1)
+        agreeing += int((expected.argmax(-1) == found.argmax(-1)).sum())
+        kl += float((expected.exp() * (expected - found)).sum())
+    return Divergence(agreeing / len(dense.ids), kl / len(dense.ids))
+
+
+@dataclass(frozen=True)
+class KSearch:
+    """Restricted runs by `top_k`."""
+
+    tried: dict[int, RestrictedRun]
+
+    def smallest(self, tokens: int) -> int | None:
+        """The smallest k tried that repeats `tokens` tokens and from which every larger k tried does too.
+
+        Success need not be monotone in k, so a lone success below a failure does not count. None without any.
+        """
+        found = None
+        for k in sorted(self.tried, reverse=True):
+            if self.tried[k].matched < tokens:
+                break
+            found = k
+        return found
+
+
+def search_k(
+    model: TracedModel,
+    dense: DenseRun,
+    search: SearchConfig,
+    candidates: Iterable[int],
+    reduction: Reduction = "max",
+    shortest: int = 2,
+) -> KSearch:
+    """Tries `candidates` for `search.top_k`, largest first, until one repeats fewer than `shortest` tokens.
+
+    What lies below that one could not be the answer for any number of tokens from `shortest` on.
+    """
+    tried = {}
+    for k in sorted(set(candidates), reverse=True):
+        run = restricted_run(model, dense, replace(search, top_k=k), reduction)
+        tried[k] = run
+        if run.matched < shortest:
+            break
+    return KSearch(tried)

@@ -1,0 +1,36 @@
+"""A result that is there whole or not at all."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from stream_monitor.tracing.errors import TracingError
+
+
+def check_free(out: Path) -> None:
+    """Raises TracingError unless a new result can be put at `out`: it is absent, or an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise TracingError(f"{out} exists already; name a new folder, or an empty one")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` to write into, renamed to `out` at the end; removed if anything goes wrong.
+
+    Raises:
+        TracingError: it cannot be written, such as for want of space.
+    """
+    check_free(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+        try:
+            yield part
+            part.chmod(0o755)  # mkdtemp's is private
+            part.replace(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise TracingError(f"cannot write {out}: {error.strerror or error}") from error

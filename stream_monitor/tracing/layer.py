@@ -1,0 +1,84 @@
+"""What is done with one layer: the search, on as many threads as torch has, and the output it leads to."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from stream_kernels.prefill import PrefillSummary, Reduction, search_prefill
+from stream_kernels.search import SearchConfig
+from stream_monitor.tracing.attention import LayerInputs, dense_attention
+from stream_monitor.tracing.sparse_attention import sparse_attention
+from stream_monitor.tracing.window_search import search_window
+
+AttentionKind = Literal["pruned", "dense"]
+
+_MOST_BLOCKS = 128
+"""Query blocks that a thread searches at a time. Each chunk summarises the keys anew, so they must not be many."""
+
+
+@dataclass(frozen=True)
+class TraceOptions:
+    """How a context is traced.
+
+    Attributes:
+        search: the strategy and its parameters; queries are taken in blocks of `block_size` too, as the paper does.
+        attention: what the next layer sees: the layer's output restricted to the kept blocks (`pruned`, the paper's),
+            or all of it (`dense`).
+        reduction: over the rows of a query block, see `search_prefill`.
+    """
+
+    search: SearchConfig
+    attention: AttentionKind = "pruned"
+    reduction: Reduction = "max"
+
+
+def search_layer(inputs: LayerInputs, options: TraceOptions) -> PrefillSummary:
+    """The key blocks that each block of queries reads in one layer."""
+    size, rows = options.search.block_size, len(inputs.queries)
+    threads = torch.get_num_threads()
+    if inputs.keys.device.type != "cpu":
+        return _search_chunk(inputs, options)
+    step = size * min(_MOST_BLOCKS, max(1, -(-rows // (size * 2 * threads))))
+    chunks = (_chunk(inputs, first, min(rows, first + step)) for first in range(0, rows, step))
+    # A search is many small operations. Torch's own threads cost them more than they save: ten times the time and
+    # more on a machine that has other things to do.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return _joined(pool.map(lambda chunk: _search_chunk(chunk, options), chunks))
+
+
+def _chunk(inputs: LayerInputs, first: int, last: int) -> LayerInputs:
+    """Rows `first` to `last`, and the keys up to the last of them."""
+    end = inputs.first_query + last
+    return replace(inputs, queries=inputs.queries[first:last], keys=inputs.keys[:end], values=inputs.values[:end])
+
+
+def _search_chunk(inputs: LayerInputs, options: TraceOptions) -> PrefillSummary:
+    size = options.search.block_size
+    with torch.inference_mode():  # which holds for one thread alone
+        if inputs.window:
+            return search_window(inputs, options.search, size, options.reduction)
+        return search_prefill(
+            inputs.queries,
+            inputs.keys,
+            options.search,
+            scale=inputs.scale,
+            softcap=inputs.softcap,
+            first_query=inputs.first_query,
+            query_block=size,
+            reduction=options.reduction,
+        )
+
+
+def _joined(parts: Iterable[PrefillSummary]) -> PrefillSummary:
+    found = [vars(part) for part in parts]
+    return PrefillSummary(**{name: torch.cat([part[name] for part in found]) for name in found[0]})
+
+
+def attend(inputs: LayerInputs, found: PrefillSummary, options: TraceOptions) -> torch.Tensor:
+    """The layer's output [Q, H, Dv] as `options.attention` wants it."""
+    if options.attention == "dense":
+        return dense_attention(inputs)
+    return sparse_attention(inputs, found, options.search.block_size)

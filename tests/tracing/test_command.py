@@ -1,0 +1,103 @@
+"""`stream-monitor trace`, as a user types it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from stream_monitor.cli import app
+from stream_monitor.tracing.masks import MaskFile
+from tests.tracing import tiny
+
+
+@pytest.fixture
+def prompt(tmp_path: Path) -> Path:
+    path = tmp_path / "prompt.txt"
+    path.write_text("one two three " * 30)
+    return path
+
+
+def trace(*arguments: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error."""
+    done = CliRunner().invoke(app, ["trace", *map(str, arguments)])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_a_prompt_is_traced(tiny_folder: Path, prompt: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ("--strategy", "exact", "--top-k", 3, "--block-size", 16, "--sink-blocks", 2, "--recent-blocks", 1)
+    code, text, progress = trace(
+        "--model", tiny_folder, "--prompt", prompt, "--out", out, "--attention", "dense", *options
+    )
+    assert code == 0, progress
+    assert "420 tokens in " in text
+    assert "% of the causal blocks" in text
+    assert f"masks and figures are in {out}" in text
+    assert "tokens/s" in progress
+    metadata = MaskFile(out / "masks.parquet").metadata
+    search = metadata["search"]
+    names = ("strategy", "top_k", "block_size", "sink_blocks", "recent_blocks")
+    assert [search[name] for name in names] == ["exact", 3, 16, 2, 1]
+    assert metadata["attention"] == "dense"
+
+
+def test_messages_are_traced(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "messages.json"
+    path.write_text(json.dumps([{"role": "user", "content": "Hello there!"}]))
+    code, text, _ = trace("--model", tiny_folder, "--messages", path, "--out", tmp_path / "out")
+    assert code == 0
+    assert "29 tokens" in text
+
+
+def test_windows_are_said(windowed_folder: Path, prompt: Path, tmp_path: Path) -> None:
+    _, text, _ = trace("--model", windowed_folder, "--prompt", prompt, "--out", tmp_path / "out")
+    assert "2 layers see a sliding window of 70 tokens: masks lie inside it" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--top-k", 0), "top_k is 0; valid: 1 to 4096"),
+        (("--strategy", "bream"), "strategy is 'bream'; valid: descent, beam, exact"),
+        (("--block-size", 33), "block_size is 33; valid: 8, 16, 32, 64, 128"),
+        (("--attention", "half"), "--attention is 'half'; valid: pruned, dense"),
+        (("--messages", "x.json"), "give either --prompt or --messages"),
+        (("--model", "/nowhere"), "/nowhere is not the folder of a Hugging Face model"),
+        (("--prompt", "/nowhere"), "cannot read /nowhere: No such file or directory"),
+        (("--prompt", "/dev/null"), "the prompt is empty"),
+        (("--out", "/dev/null"), "/dev/null exists already"),
+        (("--out", "/proc/out"), "cannot write /proc/out: "),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: tuple[object, ...], named: str, tiny_folder: Path, prompt: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, text, errors = trace("--model", tiny_folder, "--prompt", prompt, "--out", out, *arguments)
+    assert code == 2
+    assert text == ""
+    lines = [line for line in errors.splitlines() if line.startswith("stream-monitor: ")]
+    assert len(lines) == 1
+    assert named in lines[0]
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == [prompt]
+
+
+def test_a_prompt_beyond_the_models_limit_is_one_line(tiny_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "long.txt"
+    path.write_text("a" * (tiny.SHAPE["max_position_embeddings"] + 1))
+    code, _, errors = trace("--model", tiny_folder, "--prompt", path, "--out", tmp_path / "out")
+    assert code == 2
+    assert "the prompt has 2,049 tokens" in errors
+
+
+def test_the_sidecar_loads_nothing_of_it() -> None:
+    code = (
+        "import sys, stream_monitor.cli, stream_monitor.monitor.server\n"
+        "print([n for n in ('torch', 'transformers', 'pyarrow', 'stream_monitor.tracing') if n in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).splitlines()[-1] == "[]"
