@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -22,8 +23,9 @@ import typer
 from numpy.typing import NDArray
 
 from benchmarks.report import Must, Report, bootstrap, run
+from stream_kernels.prefill import PrefillSummary
 from stream_kernels.search import SearchConfig
-from stream_monitor.tracing.attention import LayerInputs
+from stream_monitor.tracing.attention import LayerInputs, dense_attention
 from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.layer import TraceOptions, attend, search_layer
 from stream_monitor.tracing.model import TracedModel, load
@@ -69,13 +71,13 @@ class _Reading:
     vertical: list[Scores] = field(default_factory=list)
     pairs: PairCount = field(default_factory=PairCount)
 
-    def read(self, inputs: LayerInputs, sentences: NDArray[np.int64], tokens: NDArray[np.int64]) -> torch.Tensor:
-        """Takes in a layer; its output as the method's options want it, [Q, H, Dv]."""
+    def read(self, inputs: LayerInputs, sentences: NDArray[np.int64], tokens: NDArray[np.int64]) -> PrefillSummary:
+        """Takes in a layer; what the search found in it."""
         size = self.options.search.block_size
         found = search_layer(inputs, self.options)
         self.pairs += count_pairs(found, size, inputs.window)
         self.vertical.append(vertical_scores(read_sentence_mass(inputs, found, size, sentences), tokens))
-        return attend(inputs, found, self.options)
+        return found
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,17 @@ def _one_trace(model: TracedModel, name: str, text: str, longest: int) -> dict[s
 
     def read_all(inputs: LayerInputs) -> torch.Tensor:
         exact.append(exact_vertical_scores(inputs, sentences))
-        return [reading.read(inputs, sentences, counts) for reading in beside][0]
+        for reading in beside:
+            reading.read(inputs, sentences, counts)
+        return dense_attention(inputs)
+
+    def read_alone(reading: _Reading, inputs: LayerInputs) -> torch.Tensor:
+        return attend(inputs, reading.read(inputs, sentences, counts), reading.options)
 
     model.run(ids, read_all)
     for reading in readings.values():
-        if reading not in beside:
-            model.run(ids, lambda inputs, reading=reading: reading.read(inputs, sentences, counts))
+        if reading.options.attention == "pruned":
+            model.run(ids, partial(read_alone, reading))
     reference = find_anchors(exact)
     print(
         f"\n{name}: {len(ids):,} tokens, {len(parts)} sentences, {time.monotonic() - began:.0f} s\n"

@@ -103,12 +103,10 @@ def read_sentence_mass(
         codes.append(code[by_key > 0].cpu().numpy())
         masses.append(by_key[by_key > 0].double().cpu().numpy())
 
-    code, inverse = np.unique(np.concatenate(codes), return_inverse=True)
-    mass = np.bincount(inverse, np.concatenate(masses), len(code))
-    query, head_and_key = np.divmod(code, heads * count)
-    tokens = np.bincount(sentences, minlength=count)
-    mass /= tokens[query]
+    found_codes, inverse = np.unique(np.concatenate(codes), return_inverse=True)
+    query, head_and_key = np.divmod(found_codes, heads * count)
     head_of, key_of = np.divmod(head_and_key, count)
+    mass = np.bincount(inverse, np.concatenate(masses), len(found_codes)) / np.bincount(sentences)[query]
     total = np.bincount(query * heads + head_of, mass, count * heads).reshape(count, heads)
     return SentenceMass(
         query=query.astype(np.int32),

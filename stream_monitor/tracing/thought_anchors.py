@@ -111,9 +111,9 @@ def _mean_of_later(total: Scores) -> Scores:
 
 
 def find_anchors(vertical: Sequence[Scores]) -> Anchors:
-    """The anchor curve of each layer's vertical scores, [H, S] each. Layer 0 has no receiver heads (thought-anchors)."""
+    """The anchor curve of the layers' vertical scores, [H, S] each; layer 0 has no receiver heads (thought-anchors)."""
     scores = np.stack(vertical)
-    kurtosis = np.array([[excess_kurtosis(head[np.isfinite(head)]) for head in layer] for layer in scores])
+    kurtosis = np.array([[excess_kurtosis(head[np.isfinite(head)]) for head in heads] for heads in scores])
     peaked = np.where(np.isfinite(kurtosis), kurtosis, -np.inf)
     peaked[0] = -np.inf
     order = np.argsort(-peaked, axis=None, kind="stable")[:RECEIVER_HEADS]
