@@ -2,7 +2,8 @@
 
 A recorded reasoning trace goes through the model once. In every layer the sentence scores of exact attention and those
 read from the kept blocks of each method are taken, each side with receiver heads of its own (see
-`stream_monitor/tracing/thought_anchors.py`), and the two anchor curves are compared over the sentences. Beside it
+`stream_monitor/tracing/thought_anchors.py`), and the two anchor curves are compared over the sentences of the
+reasoning. Beside it
 stands the paper's descent as far as it is public, with the same forced blocks, and beam with a pass whose every layer
 sees only what the layer before it kept, so that the model itself has changed a little. Pruned shares count forced
 blocks as kept.
@@ -31,7 +32,13 @@ from stream_monitor.tracing.layer import TraceOptions, attend, search_layer
 from stream_monitor.tracing.model import TracedModel, load
 from stream_monitor.tracing.pruning import PairCount, count_pairs
 from stream_monitor.tracing.sentence_mass import read_sentence_mass
-from stream_monitor.tracing.sentences import sentence_of_tokens, split_sentences, token_counts, token_texts
+from stream_monitor.tracing.sentences import (
+    anchor_candidates,
+    sentence_of_tokens,
+    split_sentences,
+    token_counts,
+    token_texts,
+)
 from stream_monitor.tracing.thought_anchors import (
     Agreement,
     Scores,
@@ -139,7 +146,7 @@ def _one_trace(model: TracedModel, name: str, text: str, longest: int) -> dict[s
     began = time.monotonic()
     ids = model.tokenizer(text)["input_ids"][:longest]
     parts = split_sentences(token_texts(model.tokenizer, ids))
-    sentences, counts = sentence_of_tokens(parts), token_counts(parts)
+    sentences, counts, candidates = sentence_of_tokens(parts), token_counts(parts), anchor_candidates(parts)
     readings = {
         f"{method}/{k}": _Reading(replace(options, search=replace(options.search, top_k=k)))
         for method, options in METHODS.items()
@@ -161,7 +168,7 @@ def _one_trace(model: TracedModel, name: str, text: str, longest: int) -> dict[s
     for reading in readings.values():
         if reading.options.attention == "pruned":
             model.run(ids, partial(read_alone, reading))
-    reference = find_anchors(exact)
+    reference = find_anchors(exact, candidates)
     print(
         f"\n{name}: {len(ids):,} tokens, {len(parts)} sentences, {time.monotonic() - began:.0f} s\n"
         f"{'method/k':<22}{'Spearman':>10}{'partial':>10}{'top 5':>8}{'receivers':>11}{'pruned of causal':>18}"
@@ -169,7 +176,7 @@ def _one_trace(model: TracedModel, name: str, text: str, longest: int) -> dict[s
     )
     found = {}
     for key, reading in readings.items():
-        found[key] = Found(agreement(find_anchors(reading.vertical), reference, counts), reading.pairs)
+        found[key] = Found(agreement(find_anchors(reading.vertical, candidates), reference, counts), reading.pairs)
         print(_line(key, [found[key]]), flush=True)
     return found
 

@@ -64,7 +64,7 @@ def _grid(cells: Cells) -> Any:
 
 def _reduction(findings: Findings) -> str:
     rows = findings.block_size
-    return f"mean over its {rows} rows" if findings.masks.metadata["reduction"] == "mean" else f"of {rows} rows the max"
+    return f"{'mean' if findings.masks.metadata['reduction'] == 'mean' else 'largest'} over its {rows} rows"
 
 
 def _sentences(findings: Findings) -> Any:
@@ -76,7 +76,7 @@ def _sentences(findings: Findings) -> Any:
     end = len(matrix) * pool
     image = axis.imshow(
         np.where(matrix > 0, np.maximum(matrix, _FAINTEST), np.nan),
-        cmap="magma_r",
+        cmap="viridis",
         norm=LogNorm(_FAINTEST, 1),
         extent=(0, end, end, 0),
         interpolation="none",
@@ -97,7 +97,8 @@ def _anchors(findings: Findings) -> Any:
     for role, colour in colours.items():
         some = np.flatnonzero(roles == role)
         if len(some):
-            axis.bar(some, np.nan_to_num(scores[some]), width=1.0, color=colour, label=role)
+            axis.plot(some, np.where(scores[some] > 0, scores[some], np.nan), ".-", lw=0.6, color=colour, label=role)
+    axis.set_yscale("log")
     for rank, sentence in enumerate(findings.anchors.ranking()[:_LABELLED], 1):
         text = " ".join(findings.sentences[sentence].text.split())
         axis.plot([], [], " ", label=f"{rank}. sentence {sentence}: {_plain(text[:90])}")

@@ -76,7 +76,7 @@ const span = (group) => {
 function drawSentences() {
   const numbers = trace.matrix.map((_, group) => group * trace.group);
   const figure = {
-    type: "heatmap", x: numbers, y: numbers, zmin: -3, zmax: 0, colorscale: "Magma", reversescale: true,
+    type: "heatmap", x: numbers, y: numbers, zmin: -3, zmax: 0, colorscale: "Viridis",
     colorbar: shareTicks, hoverongaps: false,
     z: trace.matrix.map((row) => row.map((share) => (share ? Math.log10(Math.max(share, 1e-3)) : null))),
     hovertemplate: "%{y} reads %{x}<extra></extra>",
@@ -96,18 +96,20 @@ function drawSentences() {
 
 function drawAnchors() {
   const colours = { prompt: "#888", reasoning: "#1f77b4", answer: "#2ca02c" };
-  const bars = Object.entries(colours).map(([role, color]) => {
+  const curves = Object.entries(colours).map(([role, color]) => {
     const some = trace.sentences.map((_, number) => number).filter((number) => trace.sentences[number].role === role);
     return {
-      type: "bar", name: role, x: some, y: some.map((number) => trace.scores[number]), marker: { color },
+      type: "scatter", mode: "markers+lines", name: role, connectgaps: false, line: { color, width: 0.7 },
+      x: some, y: some.map((number) => trace.scores[number] || null),
+      marker: { color, size: some.map((number) => (trace.top.includes(number) ? 11 : 5)) },
       hovertemplate: "sentence %{x}: %{y:.3g}<extra></extra>",
     };
-  }).filter((bar) => bar.x.length);
+  }).filter((curve) => curve.x.length);
   const layout = {
-    height: 380, margin: { t: 20 }, bargap: 0, showlegend: true,
-    xaxis: { title: { text: "sentence" } }, yaxis: { title: { text: "anchor score" } },
+    height: 380, margin: { t: 20 }, showlegend: true, hovermode: "closest",
+    xaxis: { title: { text: "sentence" } }, yaxis: { title: { text: "anchor score" }, type: "log", exponentformat: "power" },
   };
-  Plotly.newPlot("anchors", bars, layout, config);
+  Plotly.newPlot("anchors", curves, layout, config);
   document.getElementById("anchors").on("plotly_hover", ({ points: [point] }) => {
     document.getElementById("anchors-said").textContent = said(point.x);
   });

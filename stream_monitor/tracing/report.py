@@ -37,6 +37,7 @@ def report_html(findings: Findings) -> str:
         "group": group,
         "sentences": [{"role": one.role, "text": one.text[:_LONGEST_TEXT]} for one in findings.sentences],
         "scores": [None if np.isnan(score) else float(score) for score in findings.anchors.scores],
+        "top": findings.anchors.ranking()[:_TOP].tolist(),
         "routes": _routes(findings),
     }
     pool = masks["step"] // findings.block_size

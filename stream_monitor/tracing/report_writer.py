@@ -15,6 +15,7 @@ from stream_monitor.tracing.routes import find_routes
 from stream_monitor.tracing.sentence_file import SentenceFile, SentenceWriter
 from stream_monitor.tracing.sentence_mass import read_sentence_mass
 from stream_monitor.tracing.sentences import (
+    anchor_candidates,
     find_tokens,
     sentence_of_tokens,
     split_sentences,
@@ -38,15 +39,18 @@ class ReportWriter:
         block_size: tokens per block of the trace.
         needle: a text in the context whose routes to the answer are sought; None for no routes.
 
+    Attributes:
+        sentences: of the context.
+
     Raises:
         TracingError: the context does not contain the needle.
     """
 
     def __init__(self, model: TracedModel, ids: list[int], block_size: int, needle: str | None = None) -> None:
         texts = token_texts(model.tokenizer, ids)
-        self._sentences = split_sentences(texts)
-        self._sentence_of = sentence_of_tokens(self._sentences)
-        self._counts = token_counts(self._sentences)
+        self.sentences = split_sentences(texts)
+        self._sentence_of = sentence_of_tokens(self.sentences)
+        self._counts = token_counts(self.sentences)
         self._block_size = block_size
         self._needle = needle
         self._needle_tokens = None if needle is None else find_tokens(texts, needle)
@@ -74,8 +78,8 @@ class ReportWriter:
             summary=summary,
             masks=stored,
             mass=SentenceFile(folder / SENTENCES),
-            sentences=self._sentences,
-            anchors=find_anchors(self._vertical),
+            sentences=self.sentences,
+            anchors=find_anchors(self._vertical, anchor_candidates(self.sentences)),
             routes=routes,
             needle=self._needle,
         )

@@ -2,11 +2,11 @@
 
 Source of the rule: thought-anchors cuts after `.`, `?`, `!` followed by white space and at blank lines, and merges
 pieces under 10 characters into the next. It reads only what stands between reasoning tags; here every token belongs to
-a sentence, and no sentence crosses a tag.
+a sentence, and reasoning with its tags is cut from what stands around it.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
@@ -22,7 +22,8 @@ MIN_CHARACTERS = 10
 """A shorter piece merges into the next (thought-anchors)."""
 
 _BOUNDARY = re.compile(r"[.?!](?=\s)|\n[^\S\n]*\n\s*")
-_TAG = re.compile(r"<think>|</think>")
+OPENING, CLOSING = "<think>", "</think>"
+_TAG = re.compile(f"{OPENING}|{CLOSING}")
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What decoding leaves of a character whose other bytes are in later tokens."""
 _LONGEST_CHARACTER = 4
@@ -75,11 +76,13 @@ def split_sentences(texts: Iterable[str]) -> list[Sentence]:
     """
     pieces = list(texts)
     text = "".join(pieces)
-    tags = [(tag.start(), tag.end(), tag.group()) for tag in _TAG.finditer(text)]
-    fixed = {0, *(place for start, end, _ in tags for place in (start, end))}
+    tags = {tag.start() if tag.group() == OPENING else tag.end(): tag.group() for tag in _TAG.finditer(text)}
     cuts = [0]
-    for cut in sorted(fixed | {found.end() for found in _BOUNDARY.finditer(text)}):
-        if cut in fixed or cut - cuts[-1] >= MIN_CHARACTERS:
+    for cut in sorted({*tags, *(found.end() for found in _BOUNDARY.finditer(text))}):
+        short = cut - cuts[-1] < MIN_CHARACTERS
+        if short and cut in tags and cuts[-1] and cuts[-1] not in tags:
+            cuts[-1] = cut  # what is short before a tag joins its predecessor
+        elif not short or cut in tags:
             cuts.append(cut)
     begins = np.array(list(accumulate(map(len, pieces), initial=0))[:-1])
     # Cuts inside one token leave a sentence without tokens, which is none.
@@ -91,15 +94,22 @@ def split_sentences(texts: Iterable[str]) -> list[Sentence]:
     ]
 
 
-def _role(place: int, tags: list[tuple[int, int, str]]) -> SentenceRole:
-    """Of what begins at character `place`; an opening tag is reasoning already, a closing one still."""
-    role: SentenceRole = "prompt"
-    for start, end, tag in tags:
-        if tag == "<think>" and start <= place:
-            role = "reasoning"
-        elif tag == "</think>" and end <= place:
-            role = "answer"
-    return role
+def _role(place: int, tags: Mapping[int, str]) -> SentenceRole:
+    """Of what begins at character `place`, given where tags cut."""
+    before = [tag for cut, tag in tags.items() if cut <= place]
+    if not before:
+        return "prompt"
+    return "reasoning" if before[-1] == OPENING else "answer"
+
+
+def anchor_candidates(sentences: Sequence[Sentence]) -> NDArray[np.bool_]:
+    """Which sentences may be anchors, bool [S]: those of the reasoning, as in thought-anchors.
+
+    Without reasoning tags all but the first: the first tokens of a text are where heads rest that have nothing to look
+    for, whatever they say, and a head that rests is peaked too.
+    """
+    reasoning = np.array([sentence.role == "reasoning" for sentence in sentences])
+    return reasoning if reasoning.any() else np.arange(len(sentences)) > 0
 
 
 def sentence_of_tokens(sentences: Sequence[Sentence]) -> NDArray[np.int64]:

@@ -2,7 +2,8 @@
 
 Formulas of thought-anchors (Bogdan et al., interp-reasoning/thought-anchors). A head's **vertical score** of a sentence
 is the mean attention per pair of tokens that it gets from sentences at least `ANCHOR_GAP` later. Heads whose scores are
-peaked (large excess kurtosis) are **receiver heads**; the mean of their scores ranks the **anchors**.
+peaked over the candidates (large excess kurtosis) are **receiver heads**; the mean of their scores ranks the
+**anchors** among these. Candidates are the sentences of the reasoning: see `sentences.anchor_candidates`.
 """
 
 from collections.abc import Sequence
@@ -33,16 +34,23 @@ class Anchors:
         kurtosis: float64 [L, H], excess kurtosis of each head's vertical scores; NaN for a head whose scores are equal.
         receivers: (layer, head) of the receiver heads, most peaked first.
         scores: float64 [S], mean vertical score over the receiver heads; NaN for the last `ANCHOR_GAP` sentences.
+        candidates: bool [S], which sentences may be anchors.
     """
 
     kurtosis: Scores
     receivers: tuple[tuple[int, int], ...]
     scores: Scores
+    candidates: NDArray[np.bool_]
+
+    @property
+    def ranked(self) -> NDArray[np.bool_]:
+        """Candidates that have a score, bool [S]."""
+        return self.candidates & np.isfinite(self.scores)
 
     def ranking(self) -> NDArray[np.int64]:
-        """Sentences that have a score, highest first."""
-        order = np.argsort(-self.scores, kind="stable")
-        return np.asarray(order[: np.isfinite(self.scores).sum()])
+        """Candidates that have a score, highest first."""
+        numbers = np.flatnonzero(self.ranked)
+        return np.asarray(numbers[np.argsort(-self.scores[numbers], kind="stable")])
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Agreement:
     """Of two anchor curves over the same sentences.
 
     Attributes:
-        spearman: rank correlation over the sentences that have a score.
+        spearman: rank correlation over the candidates that have a score.
         partial: the same given a sentence's index and its tokens, both as ranks.
         top: share of the `top_count` highest sentences of one that are among those of the other.
         shared_receivers: share of receiver heads in common.
@@ -110,17 +118,18 @@ def _mean_of_later(total: Scores) -> Scores:
     return np.where(later > 0, total / np.maximum(later, 1), np.nan)
 
 
-def find_anchors(vertical: Sequence[Scores]) -> Anchors:
+def find_anchors(vertical: Sequence[Scores], candidates: NDArray[np.bool_]) -> Anchors:
     """The anchor curve of the layers' vertical scores, [H, S] each; layer 0 has no receiver heads (thought-anchors)."""
     scores = np.stack(vertical)
-    kurtosis = np.array([[excess_kurtosis(head[np.isfinite(head)]) for head in heads] for heads in scores])
+    ranked = candidates & np.isfinite(scores[0, 0])
+    kurtosis = np.array([[excess_kurtosis(head[ranked]) for head in heads] for heads in scores])
     peaked = np.where(np.isfinite(kurtosis), kurtosis, -np.inf)
     peaked[0] = -np.inf
     order = np.argsort(-peaked, axis=None, kind="stable")[:RECEIVER_HEADS]
     order = order[np.isfinite(peaked.flat[order])]
     receivers = tuple((int(place) // kurtosis.shape[1], int(place) % kurtosis.shape[1]) for place in order)
     curve = np.mean([scores[head] for head in receivers], axis=0) if receivers else np.full(scores.shape[2], np.nan)
-    return Anchors(kurtosis, receivers, curve)
+    return Anchors(kurtosis, receivers, curve, candidates)
 
 
 def excess_kurtosis(values: Scores) -> float:
@@ -137,7 +146,7 @@ def excess_kurtosis(values: Scores) -> float:
 
 def agreement(one: Anchors, other: Anchors, tokens: NDArray[np.int64], top_count: int = 5) -> Agreement:
     """Compares two curves over the same sentences of `tokens` tokens each, int64 [S]."""
-    scored = np.isfinite(one.scores) & np.isfinite(other.scores)
+    scored = one.ranked & other.ranked
     first, second = (_ranks(anchors.scores[scored]) for anchors in (one, other))
     given = np.stack([np.ones(scored.sum()), np.flatnonzero(scored), _ranks(tokens[scored])], axis=1)
     left, right = (ranks - given @ np.linalg.lstsq(given, ranks, rcond=None)[0] for ranks in (first, second))
