@@ -6,9 +6,9 @@ sentences that matter. So the kept and the forced blocks are read once more, tok
 layer: each row's mass goes to the sentence that the row belongs to, each key's to the sentence of the key. This costs
 what attention to the kept blocks costs.
 
-A row's shares of the keys read sum to 1 - u, where u is the search's `unobserved` share of the row's query block: under
-the reduction `mean` an estimate for the mean row, under `max` and `union` for the row that is observed least, so that
-the other rows' mass is then understated. u is kept beside and never spread over sentences.
+A key's share is taken of the row's whole attention: the search's estimate of what it did not read is in the
+denominator. That part is kept beside as `unobserved` and not spread over sentences, which would only move the ranking
+of anchors away from that of exact attention.
 """
 
 import math
@@ -81,7 +81,6 @@ def read_sentence_mass(
     ids = torch.cat([found.block_ids, found.forced_ids[:, None].expand(-1, heads, -1)], -1).long()
     kv_head = torch.arange(heads, device=device)[:, None] // (heads // kv_heads)
     head = torch.arange(heads, device=device)[None, :, None, None, None]
-    observed = 1 - (found.unobserved_lse - found.total_lse).exp()
 
     codes, masses = [], []
     tile = max(1, _TILE_NUMBERS // (heads * ids.shape[2] * block_size * dim))
@@ -92,8 +91,7 @@ def read_sentence_mass(
         row = found.first_position[some, None, None] + torch.arange(block_size, device=device)
         key = (place[..., None] * block_size + torch.arange(block_size, device=device)).flatten(2)
         read = visible_keys(row, key, inputs.window) & (part != NO_BLOCK).repeat_interleave(block_size, 2)[:, :, None]
-        shares = logits.masked_fill(~read, -math.inf).softmax(-1) * observed[some, :, None, None]
-        # Rows behind the last token belong to no piece, and so drop out.
+        shares = (logits - found.row_lse[some, ..., None]).masked_fill(~read, -math.inf).exp()
         by_row = (pieces.belongs[some, None].mT @ shares).unflatten(-1, (-1, block_size)).transpose(2, 3)
         by_key = (by_row @ pieces.belongs[place]).transpose(2, 3)  # [b, H, P, C, P]
         piece = torch.arange(pieces.belongs.shape[2], device=device)

@@ -45,7 +45,7 @@ class Anchors:
     @property
     def ranked(self) -> NDArray[np.bool_]:
         """Candidates that have a score, bool [S]."""
-        return self.candidates & np.isfinite(self.scores)
+        return np.asarray(self.candidates & np.isfinite(self.scores))
 
     def ranking(self) -> NDArray[np.int64]:
         """Candidates that have a score, highest first."""

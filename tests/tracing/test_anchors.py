@@ -8,6 +8,7 @@ import scipy.stats
 import torch
 from numpy.typing import NDArray
 
+from stream_kernels.prefill import Reduction
 from stream_kernels.search import SearchConfig
 from stream_monitor.tracing import sentence_mass, thought_anchors
 from stream_monitor.tracing.attention import LayerInputs
@@ -48,22 +49,22 @@ def square(mass: SentenceMass) -> NDArray[np.float64]:
     return dense
 
 
-def read(given: LayerInputs, top_k: int, sentences: NDArray[np.int64]) -> tuple[SentenceMass, torch.Tensor]:
+def read(
+    given: LayerInputs, top_k: int, sentences: NDArray[np.int64], reduction: Reduction = "mean"
+) -> tuple[SentenceMass, torch.Tensor]:
     """Sentence masses, and the shares [H, T, T] that they should be made of."""
     search = SearchConfig(strategy="exact", block_size=SIZE, top_k=top_k)
-    found = search_layer(given, TraceOptions(search, reduction="mean"))
-    keys = read_keys(found, given, SIZE)
-    shares = tiny.logits(given).masked_fill(~keys, -torch.inf).softmax(-1)
-    observed = 1 - (found.unobserved_lse - found.total_lse).exp().double()
-    by_row = observed.repeat_interleave(SIZE, 0)[:LENGTH].T[..., None]
-    return read_sentence_mass(given, found, SIZE, sentences), shares * by_row
+    found = search_layer(given, TraceOptions(search, reduction=reduction))
+    shares = tiny.logits(given).softmax(-1) * read_keys(found, given, SIZE)
+    return read_sentence_mass(given, found, SIZE, sentences), shares
 
 
+@pytest.mark.parametrize("reduction", ["max", "mean"])
 @pytest.mark.parametrize("top_k", [2, 64])
 @pytest.mark.parametrize(("softcap", "window"), [(0.0, 0), (2.0, 0), (0.0, 45)])
-def test_mass_is_that_of_the_keys_read(top_k: int, softcap: float, window: int) -> None:
+def test_mass_is_that_of_the_keys_read(reduction: Reduction, top_k: int, softcap: float, window: int) -> None:
     sentences = sentences_of()
-    mass, shares = read(tiny.inputs(LENGTH, softcap=softcap, window=window), top_k, sentences)
+    mass, shares = read(tiny.inputs(LENGTH, softcap=softcap, window=window), top_k, sentences, reduction)
     expected = matrix(shares, sentences)
     np.testing.assert_allclose(square(mass), expected, atol=1e-6)
     np.testing.assert_allclose(square(mass).sum(2).T + mass.unobserved, 1, atol=1e-5)
