@@ -182,6 +182,9 @@ def trace(
     attention: Annotated[
         str, typer.Option(help="What the next layer sees: attention to the kept blocks (pruned), or to all (dense).")
     ] = "pruned",
+    needle: Annotated[
+        str | None, typer.Option(help="Text in the context: the report shows its routes to the answer.")
+    ] = None,
 ) -> None:
     if (prompt is None) == (messages is None):
         _fail("give either --prompt or --messages")
@@ -205,7 +208,7 @@ def trace(
     except ValueError as error:
         _fail(error)
     try:
-        run(model, prompt, messages, out, TraceOptions(search, "pruned" if attention == "pruned" else "dense"))
+        run(model, prompt, messages, out, TraceOptions(search, "pruned" if attention == "pruned" else "dense"), needle)
     except TracingError as error:
         _fail(error)
     except KeyboardInterrupt:

@@ -63,6 +63,8 @@ class PrefillSummary:
         forced_lse: float32 [B, H, F], their masses.
         unobserved_lse: float32 [B, H], mass of everything else, estimated where it was not read; -inf if none.
         total_lse: float32 [B, H], mean over the rows of the logarithm of the softmax denominator.
+        row_lse: float32 [B, H, n], logarithm of each row's softmax denominator, n rows a query block; infinite behind
+            the last row.
         keys_read: float32 [B], key-equivalents read for the whole query block, per query head.
     """
 
@@ -74,6 +76,7 @@ class PrefillSummary:
     forced_lse: torch.Tensor
     unobserved_lse: torch.Tensor
     total_lse: torch.Tensor
+    row_lse: torch.Tensor
     keys_read: torch.Tensor
 
 
@@ -182,6 +185,7 @@ def search_prefill(
         forced_lse=torch.stack([part.forced_lse for part in found]).float(),
         unobserved_lse=torch.stack([part.unobserved_lse for part in found]).float(),
         total_lse=torch.stack([part.total_lse for part in found]).float(),
+        row_lse=torch.stack([part.row_lse for part in found]).float(),
         keys_read=torch.stack([part.keys_read for part in found]).float(),
     )
 
@@ -241,6 +245,7 @@ class _QueryBlock:
     forced_lse: torch.Tensor
     unobserved_lse: torch.Tensor
     total_lse: torch.Tensor
+    row_lse: torch.Tensor
     keys_read: torch.Tensor
 
 
@@ -263,7 +268,8 @@ def _search_block(
     lost = leaves.lse.unflatten(1, (heads, rows)).masked_fill(keep[:, :, None], -math.inf).logsumexp(-1)
     unobserved = torch.logaddexp(leaves.unread, lost.flatten(1, 2)) - total
 
-    level = total.unflatten(1, (heads, rows)).mean(2)
+    by_row = total.unflatten(1, (heads, rows))
+    level = by_row.mean(2)
     mass = (_reduce(shares, reduction) + level[..., None]).masked_fill(~keep, -math.inf)
     width = max(0, kept - mass.shape[-1])
     ordered = torch.nn.functional.pad(mass, (0, width), value=-math.inf).sort(dim=-1, descending=True, stable=True)
@@ -278,6 +284,7 @@ def _search_block(
         forced_lse=(forced_mass + level[..., None]).flatten(0, 1),
         unobserved_lse=(_reduce(unobserved.unflatten(1, (heads, rows)), reduction) + level).flatten(0, 1),
         total_lse=level.flatten(0, 1),
+        row_lse=torch.nn.functional.pad(by_row.flatten(0, 1), (0, query_block - rows), value=math.inf),
         keys_read=(leaves.reads + leaves.read.sum(1) * size + forced_keys).sum() / (units * heads),
     )
 

@@ -8,12 +8,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from stream_monitor.tracing.folder import check_free
 from stream_monitor.tracing.layer import TraceOptions
 from stream_monitor.tracing.model import TracedModel, load, read_messages, read_prompt
+from stream_monitor.tracing.report_writer import REPORT, ReportWriter
 from stream_monitor.tracing.trace import Progress as Step
 from stream_monitor.tracing.trace import Trace, trace
 
 
-def run(model_name: str, prompt: Path | None, messages: Path | None, out: Path, options: TraceOptions) -> None:
+def run(
+    model_name: str,
+    prompt: Path | None,
+    messages: Path | None,
+    out: Path,
+    options: TraceOptions,
+    needle: str | None = None,
+) -> None:
     """Traces one context into the folder `out`; exactly one of `prompt` and `messages` is given.
+
+    `needle` is a text in the context whose routes to the answer the report shows.
 
     Raises:
         TracingError: something that was given cannot be used.
@@ -25,10 +35,13 @@ def run(model_name: str, prompt: Path | None, messages: Path | None, out: Path, 
     with console.status(f"loading {model_name}"):
         model = load(model_name)
     ids = model.prompt_tokens(text) if text is not None else model.chat_tokens(chat or [])
-    print(_summary(_with_progress(model, ids, options, out, console)))
+    report = ReportWriter(model, ids, options.search.block_size, needle)
+    print(_summary(_with_progress(model, ids, options, out, console, report)))
 
 
-def _with_progress(model: TracedModel, ids: list[int], options: TraceOptions, out: Path, console: Console) -> Trace:
+def _with_progress(
+    model: TracedModel, ids: list[int], options: TraceOptions, out: Path, console: Console, report: ReportWriter
+) -> Trace:
     """`trace` with a progress bar of layers, tokens per second and memory."""
     columns = (
         TextColumn("layer {task.completed:.0f} of {task.total:.0f}"),
@@ -44,7 +57,7 @@ def _with_progress(model: TracedModel, ids: list[int], options: TraceOptions, ou
             pace = f"{step.tokens_per_second:,.0f} tokens/s, {_gib(step.peak_bytes)}"
             bar.update(task, completed=step.layer, pace=pace)
 
-        return trace(model, ids, options, out, show)
+        return trace(model, ids, options, out, show, report)
 
 
 def _summary(done: Trace) -> str:
@@ -57,7 +70,7 @@ def _summary(done: Trace) -> str:
         shortest, longest = min(done.windows.values()), max(done.windows.values())
         size = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
         lines.append(f"{len(done.windows)} layers see a sliding window of {size} tokens: masks lie inside it")
-    lines += [f"next token: {done.next_token!r}", f"masks and figures are in {done.out}"]
+    lines += [f"next token: {done.next_token!r}", f"masks and figures are in {done.out}; open {done.out / REPORT}"]
     return "\n".join(lines)
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from stream_kernels.prefill import PrefillSummary
 from stream_monitor.tracing.attention import LayerInputs
 from stream_monitor.tracing.folder import whole_folder
 from stream_monitor.tracing.layer import TraceOptions, attend, search_layer
@@ -80,12 +81,26 @@ class Trace:
         }
 
 
+class Companion(Protocol):
+    """What writes more than masks, in the same pass and into the same folder, whole or not at all."""
+
+    def begin(self, folder: Path) -> None:
+        """Before the pass."""
+
+    def read(self, inputs: LayerInputs, found: PrefillSummary) -> None:
+        """After each layer's search."""
+
+    def finish(self, folder: Path, masks: Path, summary: dict[str, Any]) -> None:
+        """Once the file of masks is complete; `summary` is what `trace.json` says."""
+
+
 def trace(
     model: TracedModel,
     ids: list[int],
     options: TraceOptions,
     out: Path,
     progress: Callable[[Progress], None] = lambda _: None,
+    companion: Companion | None = None,
 ) -> Trace:
     """Traces tokens `ids` and writes the folder `out`, whole or, on any error or interrupt, not at all.
 
@@ -95,6 +110,7 @@ def trace(
         options: how.
         out: a new folder, or an empty one.
         progress: called after every layer.
+        companion: writes more into `out`.
 
     Raises:
         TracingError: `out` is taken or cannot be written.
@@ -103,11 +119,15 @@ def trace(
     pairs = PairCount()
     with whole_folder(out) as part:
         writer = MaskWriter(part / MASKS)
+        if companion is not None:
+            companion.begin(part)
 
         def attend_and_keep(inputs: LayerInputs) -> torch.Tensor:
             nonlocal pairs
             found = search_layer(inputs, options)
             writer.write(LayerMasks.of(found))
+            if companion is not None:
+                companion.read(inputs, found)
             pairs += count_pairs(found, options.search.block_size, inputs.window)
             output = attend(inputs, found, options)
             seconds = time.monotonic() - began
@@ -126,6 +146,8 @@ def trace(
             peak_bytes=peak_bytes(),
         )
         (part / SUMMARY).write_text(json.dumps(result.summary(), indent=2) + "\n", encoding="utf-8")
+        if companion is not None:
+            companion.finish(part, part / MASKS, result.summary())
     return result
 
 

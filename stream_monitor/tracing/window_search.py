@@ -65,6 +65,7 @@ def _search_block(
         "forced_lse": forced_mass.masked_fill(forced == NO_BLOCK, -math.inf),
         "unobserved_lse": _reduce(lost.logsumexp(-1), reduction) + level,
         "total_lse": level,
+        "row_lse": torch.nn.functional.pad(total[..., 0], (0, query_block - len(row)), value=math.inf),
         "keys_read": torch.tensor(float(end - start * size), device=device),
     }
 

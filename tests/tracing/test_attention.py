@@ -102,7 +102,7 @@ def test_a_window_as_long_as_the_prompt_is_searched_like_no_window(
     )
     for name in ("first_position", "rows", "block_ids", "forced_ids"):
         assert torch.equal(vars(found)[name], vars(expected)[name]), name
-    for name in ("block_lse", "forced_lse", "unobserved_lse", "total_lse"):
+    for name in ("block_lse", "forced_lse", "unobserved_lse", "total_lse", "row_lse"):
         torch.testing.assert_close(vars(found)[name], vars(expected)[name], atol=1e-5, rtol=1e-5)
 
 

@@ -31,12 +31,15 @@ def test_a_prompt_is_traced(tiny_folder: Path, prompt: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     options = ("--strategy", "exact", "--top-k", 3, "--block-size", 16, "--sink-blocks", 2, "--recent-blocks", 1)
     code, text, progress = trace(
-        "--model", tiny_folder, "--prompt", prompt, "--out", out, "--attention", "dense", *options
+        *("--model", tiny_folder, "--prompt", prompt, "--out", out, "--attention", "dense", "--needle", "two three o"),
+        *options,
     )
     assert code == 0, progress
     assert "420 tokens in " in text
     assert "% of the causal blocks" in text
     assert f"masks and figures are in {out}" in text
+    assert f"open {out / 'report.html'}" in text.replace("\n", " ")
+    assert json.loads((out / "routes.json").read_text())["needle_blocks"] == [0]
     assert "tokens/s" in progress
     metadata = MaskFile(out / "masks.parquet").metadata
     search = metadata["search"]
@@ -69,6 +72,7 @@ def test_windows_are_said(windowed_folder: Path, prompt: Path, tmp_path: Path) -
         (("--model", "/nowhere"), "/nowhere is not the folder of a Hugging Face model"),
         (("--prompt", "/nowhere"), "cannot read /nowhere: No such file or directory"),
         (("--prompt", "/dev/null"), "the prompt is empty"),
+        (("--needle", "four"), "the context does not contain 'four'"),
         (("--out", "/dev/null"), "/dev/null exists already"),
         (("--out", "/proc/out"), "cannot write /proc/out: "),
     ],
