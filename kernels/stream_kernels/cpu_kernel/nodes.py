@@ -104,7 +104,8 @@ def _resolve_level(
     wanted: int,
 ) -> int:
     """`resolve` for the `nodes` whole nodes of a level, after `wanted` jobs of the levels below."""
-    # This runs once per block of the context: arrays out of the tuple first, and no division in the loop.
+    # This runs once per block of the context: arrays out of the tuple first, and no division in the loop but where a
+    # page holds several nodes.
     entry_of, used, built, generation = index.entry_of[level], index.used, index.built, index.generation
     calls, page_size = index.calls[0], index.page_size
     first_entry, first_slot = index.first_entry[level], index.first_slot[level]
