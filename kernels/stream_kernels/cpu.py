@@ -97,6 +97,7 @@ class CpuSearch:
             strategy=STRATEGIES[config.strategy],
             rerank=int(config.rerank),
             width=config.width * config.top_k,
+            rows=1,
         )
         units = search_units(watched, total_query_heads // keys[0].kv_heads, config)
         self._plan = make_plan(keys, units, watched, config)

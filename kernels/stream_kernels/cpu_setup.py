@@ -160,6 +160,7 @@ def make_beam(g: Geometry, kv_heads: int, heads: int, config: SearchConfig) -> B
             best=np.zeros((heads, g.top_k), np.float32),
             sums=np.zeros((heads, 6), np.float64),
             line=np.zeros((heads, 4), np.float64),
+            row_best=np.zeros(scored, np.float32),
         ),
     )
 

@@ -17,30 +17,24 @@ How the rows of a query block are taken together:
 """
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
-from stream_kernels.reference import search_units
-from stream_kernels.reference_beam import Regression, unit_scores
+from stream_kernels.cpu_prompt import CompiledBeam
+from stream_kernels.prompt import Leaves, Prompt, largest, read_prompt
+from stream_kernels.prompt_beam import search_beam
 from stream_kernels.reference_descent import descent, probe_offsets
 from stream_kernels.search import NO_BLOCK, SearchConfig
-from stream_kernels.statistics import (
-    FANOUT,
-    NodeStatistics,
-    bulk_scores,
-    capped,
-    outlier_scores,
-    pyramid,
-    spread_profile,
-    top_level,
-)
+from stream_kernels.statistics import capped
 
 Reduction = Literal["max", "mean", "union"]
 
-_TILE_BLOCKS = 128
-"""Key blocks read at a time, which bounds the logits in memory."""
+Strategy = Callable[[torch.Tensor, int, torch.Tensor, int, int], Leaves]
+"""Searches blocks `sink_blocks` to `end` for queries [U, m, D], n rows innermost, whose forced blocks' log-sum-exps are
+`outside` [U, m]: called with (queries, n, outside, position of the first row, end)."""
 
 
 @dataclass(frozen=True)
@@ -80,60 +74,6 @@ class PrefillSummary:
     keys_read: torch.Tensor
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """What every query block of U units searches.
-
-    Attributes:
-        blocks: [G, N, block_size, D], the keys, zero behind the last.
-        nodes: the pyramid over them, [G, J, D] each; empty where the strategy has none.
-        kv_head: int64 [U], which of the G each unit reads.
-    """
-
-    blocks: torch.Tensor
-    nodes: list[NodeStatistics]
-    kv_head: torch.Tensor
-    softcap: float
-    config: SearchConfig
-
-    def profile(self, end: int, position: int) -> torch.Tensor:
-        """`spread_profile` of the keys from block `end` to `position`, which a row there reads anyway, [U, D]."""
-        size = self.config.block_size
-        recent = self.blocks[:, end : position // size + 1]
-        place = end * size + torch.arange(recent.shape[1] * size, device=recent.device)
-        return spread_profile(recent, (place <= position).view(1, -1, size))[self.kv_head]
-
-    def logits(self, queries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Of queries [U, m, D] with the keys of blocks `ids` [U, C]: [U, m, C, block_size]."""
-        keys = self.blocks[self.kv_head[:, None], ids]
-        logits: torch.Tensor = queries @ keys.flatten(1, 2).mT
-        return capped(logits.view(*logits.shape[:2], *keys.shape[1:3]), self.softcap)
-
-    def block_lse(self, queries: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Log-sum-exp of each of those blocks' logits, [U, m, C]."""
-        parts = [self.logits(queries, part).logsumexp(-1) for part in ids.split(_TILE_BLOCKS, 1)]
-        return torch.cat(parts, -1) if parts else queries.new_zeros(*queries.shape[:2], 0)
-
-
-@dataclass(frozen=True)
-class _Leaves:
-    """What a strategy read for U units of m rows and heads.
-
-    Attributes:
-        ids: int64 [U, C], candidates.
-        read: bool [U, C], which of them were read.
-        lse: [U, m, C], their exact log-sum-exps; -inf where not read.
-        unread: [U, m], estimated log-sum-exp of all other inner blocks.
-        reads: [U], key-equivalents read on the way, candidates not counted.
-    """
-
-    ids: torch.Tensor
-    read: torch.Tensor
-    lse: torch.Tensor
-    unread: torch.Tensor
-    reads: torch.Tensor
-
-
 def search_prefill(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -146,15 +86,54 @@ def search_prefill(
     reduction: Reduction = "max",
     union_limit: int | None = None,
 ) -> PrefillSummary:
-    """Finds the key blocks that each block of queries reads in one layer, in float32 (float64 if given that).
+    """Finds the key blocks that each block of queries reads in one layer.
 
     Args:
-        queries: [Q, H, D], Q >= 1, after position encoding, unscaled; any float type, on any device.
+        queries: as `search_prompt` takes them.
         keys: [T, G, D] on the same device, T >= first_query + Q; later ones are ignored. Query head h reads KV head
             h // (H // G).
         config: the strategy and its parameters.
-        scale: factor from dot product to logit.
         softcap: bound of the logits as in `PagedKeys`, 0 for none.
+        scale, first_query, query_block, reduction, union_limit: as in `search_prompt`.
+
+    Raises:
+        ValueError: shapes do not fit each other, or a number is out of its range.
+    """
+    shapes = f"queries are {list(queries.shape)}, keys {list(keys.shape)}"
+    if queries.ndim != 3 or keys.ndim != 3:
+        raise ValueError(f"{shapes}; expected [Q, H, D] and [T, G, D]")
+    if not 0 <= first_query <= len(keys) - len(queries):
+        raise ValueError(f"{shapes}: the keys do not reach from position 0 to the queries that start at {first_query}")
+    prompt = read_prompt(keys[: first_query + len(queries)], queries.shape[1], config, softcap)
+    return search_prompt(
+        queries,
+        prompt,
+        scale=scale,
+        first_query=first_query,
+        query_block=query_block,
+        reduction=reduction,
+        union_limit=union_limit,
+    )
+
+
+def search_prompt(
+    queries: torch.Tensor,
+    prompt: Prompt,
+    *,
+    scale: float,
+    first_query: int = 0,
+    query_block: int = 32,
+    reduction: Reduction = "max",
+    union_limit: int | None = None,
+) -> PrefillSummary:
+    """The same over keys that were read before: threads may search parts of the queries side by side.
+
+    On a CPU in float32 `beam` is compiled code; elsewhere plain torch.
+
+    Args:
+        queries: [Q, H, D], Q >= 1, after position encoding, unscaled; any float type, on the prompt's device.
+        prompt: of `read_prompt`, at least first_query + Q keys; later ones are ignored.
+        scale: factor from dot product to logit.
         first_query: position of the first query. Chunks of a prompt, each a multiple of `query_block` but the last,
             give what the whole prompt gives.
         query_block: rows that search together; the last block may be short.
@@ -164,17 +143,16 @@ def search_prefill(
     Raises:
         ValueError: shapes do not fit each other, or a number is out of its range.
     """
-    _check(queries, keys, scale, softcap, first_query, query_block, reduction, union_limit)
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
-    rows, heads, _ = queries.shape
-    prompt = _read_prompt(keys[: first_query + rows].to(dtype), heads, softcap, config)
+    _check(queries, prompt, scale, first_query, query_block, reduction, union_limit)
+    config, rows, units = prompt.config, len(queries), len(prompt.kv_head)
     kept = config.top_k if reduction != "union" else (union_limit or 4 * config.top_k)
+    strategy = _strategy(prompt, min(rows, query_block) * queries.shape[1] // units)
     found = []
     for first in range(0, rows, query_block):
-        block = queries[first : first + query_block].to(dtype) * scale
+        block = queries[first : first + query_block].to(prompt.channels.dtype) * scale
         # Heads of one KV head are neighbours, so that units are rows of this view.
-        block = block.transpose(0, 1).unflatten(0, (len(prompt.kv_head), -1))
-        found.append(_search_block(prompt, block, first_query + first, query_block, reduction, kept))
+        block = block.transpose(0, 1).unflatten(0, (units, -1))
+        found.append(_search_block(prompt, strategy, block, first_query + first, query_block, reduction, kept))
     starts = torch.arange(0, rows, query_block, device=queries.device)
     return PrefillSummary(
         first_position=first_query + starts,
@@ -192,47 +170,52 @@ def search_prefill(
 
 def _check(
     queries: torch.Tensor,
-    keys: torch.Tensor,
+    prompt: Prompt,
     scale: float,
-    softcap: float,
     first_query: int,
     query_block: int,
     reduction: str,
     union_limit: int | None,
 ) -> None:
-    """Raises ValueError for arguments that `search_prefill` does not take."""
-    shapes = f"queries are {list(queries.shape)}, keys {list(keys.shape)}"
-    if queries.ndim != 3 or keys.ndim != 3 or queries.shape[2] != keys.shape[2] or not queries.shape[0]:
-        raise ValueError(f"{shapes}; expected [Q, H, D] and [T, G, D] with one D and Q >= 1")
-    if queries.shape[1] % keys.shape[1]:
-        raise ValueError(f"{shapes}: the query heads do not divide among the KV heads")
-    if not 0 <= first_query <= keys.shape[0] - queries.shape[0]:
-        raise ValueError(f"{shapes}: the keys do not reach from position 0 to the queries that start at {first_query}")
-    if not scale > 0 or not 0 <= softcap < math.inf:
-        raise ValueError(f"scale is {scale} and softcap {softcap}; valid: positive; positive, or 0 for none")
+    """Raises ValueError for arguments that `search_prompt` does not take."""
+    kv_heads, blocks, dim, size = prompt.channels.shape
+    if queries.ndim != 3 or queries.shape[2] != dim or not queries.shape[0]:
+        raise ValueError(f"queries are {list(queries.shape)}; expected [Q, H, {dim}], as the keys are, and Q >= 1")
+    if queries.shape[1] % len(prompt.kv_head):
+        raise ValueError(f"{queries.shape[1]} query heads do not divide among {kv_heads} KV heads")
+    if not 0 <= first_query <= blocks * size - len(queries):
+        raise ValueError(f"{len(queries)} queries that start at {first_query} do not reach into {blocks * size} keys")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; valid: positive")
     if query_block < 1 or (union_limit is not None and union_limit < 1):
         raise ValueError(f"query_block is {query_block} and union_limit {union_limit}; valid: at least 1")
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction is {reduction!r}; valid: {', '.join(get_args(Reduction))}")
 
 
-def _read_prompt(keys: torch.Tensor, heads: int, softcap: float, config: SearchConfig) -> _Prompt:
-    """Cuts keys [T, G, D] into blocks and, for beam, summarises them."""
-    length, kv_heads, _ = keys.shape
-    count = -(-length // config.block_size)
-    blocks = torch.nn.functional.pad(keys.transpose(0, 1), (0, 0, 0, count * config.block_size - length))
-    blocks = blocks.unflatten(1, (count, config.block_size))
-    levels = 1
-    while FANOUT**levels <= count:
-        levels += 1
-    units = search_units(range(heads), heads // kv_heads, config)
-    return _Prompt(
-        blocks=blocks,
-        nodes=pyramid(blocks, levels, config.sink_blocks) if config.strategy == "beam" else [],
-        kv_head=torch.tensor([kv_head for kv_head, _ in units], device=keys.device),
-        softcap=softcap,
-        config=config,
-    )
+def _strategy(prompt: Prompt, rows: int) -> Strategy:
+    """How the inner blocks of a query block of up to `rows` rows and heads per unit are searched."""
+    config = prompt.config
+    if config.strategy == "beam" and CompiledBeam.takes(prompt):
+        inner: Strategy = CompiledBeam(prompt, rows).search
+    elif config.strategy == "beam":
+
+        def inner(queries: torch.Tensor, rows: int, outside: torch.Tensor, position: int, end: int) -> Leaves:
+            return search_beam(prompt, queries, rows, outside, position, end)
+
+    else:
+
+        def inner(queries: torch.Tensor, rows: int, outside: torch.Tensor, position: int, end: int) -> Leaves:
+            return _descend(prompt, queries, end)
+
+    def search(queries: torch.Tensor, rows: int, outside: torch.Tensor, position: int, end: int) -> Leaves:
+        blocks = end - config.sink_blocks
+        everything = config.strategy == "exact" or (config.strategy == "beam" and blocks <= 2 * config.top_k)
+        if everything or not blocks:
+            return _read_all(prompt, queries, end)
+        return inner(queries, rows, outside, position, end)
+
+    return search
 
 
 @dataclass(frozen=True)
@@ -250,7 +233,13 @@ class _QueryBlock:
 
 
 def _search_block(
-    prompt: _Prompt, queries: torch.Tensor, position: int, query_block: int, reduction: Reduction, kept: int
+    prompt: Prompt,
+    strategy: Strategy,
+    queries: torch.Tensor,
+    position: int,
+    query_block: int,
+    reduction: Reduction,
+    kept: int,
 ) -> _QueryBlock:
     """Searches for queries [U, h, n, D], scaled: n rows from `position` on, h heads in each of U units."""
     config, size = prompt.config, prompt.config.block_size
@@ -260,7 +249,7 @@ def _search_block(
     forced_lse = _forced_lse(prompt, flat, forced, position, rows)
     outside = forced_lse.logsumexp(-1)
     end = max(config.sink_blocks, position // size + 1 - config.recent_blocks)
-    leaves = _leaves(prompt, flat, rows, outside, position, end)
+    leaves = strategy(flat, rows, outside, position, end)
 
     total = torch.stack([outside, leaves.lse.logsumexp(-1), leaves.unread]).logsumexp(0)
     shares = (leaves.lse - total[..., None]).unflatten(1, (heads, rows))
@@ -300,15 +289,9 @@ def _keep(shares: torch.Tensor, reduction: Reduction, kept: int, top_k: int) -> 
     """Which candidates each head keeps, bool [U, h, C]; `shares` [U, h, n, C] are -inf where nothing was read."""
     best = _reduce(shares, reduction)
     if reduction == "union":
-        of_rows = _largest(shares, top_k).any(2)
+        of_rows = largest(shares, top_k).any(2)
         best = best.masked_fill(~of_rows, -math.inf)
-    return _largest(best, kept)
-
-
-def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` largest along the last axis that are not -inf, bool; lower index first where equal."""
-    order = values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, order, True) & (values > -math.inf)
+    return largest(best, kept)
 
 
 def _forced_ids(position: int, rows: int, query_block: int, config: SearchConfig) -> torch.Tensor:
@@ -323,7 +306,7 @@ def _forced_ids(position: int, rows: int, query_block: int, config: SearchConfig
     return torch.where(ids <= last, ids, NO_BLOCK)
 
 
-def _forced_lse(prompt: _Prompt, queries: torch.Tensor, forced: torch.Tensor, position: int, rows: int) -> torch.Tensor:
+def _forced_lse(prompt: Prompt, queries: torch.Tensor, forced: torch.Tensor, position: int, rows: int) -> torch.Tensor:
     """Log-sum-exp of each forced block's keys that a row may see, [U, m, F]; rows are the inner axis of m."""
     logits = prompt.logits(queries, forced.clamp(min=0).expand(len(queries), -1))
     size = prompt.config.block_size
@@ -334,27 +317,19 @@ def _forced_lse(prompt: _Prompt, queries: torch.Tensor, forced: torch.Tensor, po
     return logits.masked_fill(~visible.repeat(heads, 1, 1), -math.inf).logsumexp(-1)
 
 
-def _leaves(
-    prompt: _Prompt, queries: torch.Tensor, rows: int, outside: torch.Tensor, position: int, end: int
-) -> _Leaves:
-    """Searches blocks `sink_blocks` to `end` and reads the candidates, for queries [U, m, D] from `position` on."""
-    config = prompt.config
-    inner = end - config.sink_blocks
-    if config.strategy == "descent" and inner:
-        return _descend(prompt, queries, end)
-    if config.strategy == "exact" or inner <= 2 * config.top_k:
-        ids = torch.arange(config.sink_blocks, end, device=queries.device).expand(len(queries), -1)
-        return _Leaves(
-            ids=ids,
-            read=torch.ones_like(ids, dtype=torch.bool),
-            lse=prompt.block_lse(queries, ids),
-            unread=torch.full_like(outside, -math.inf),
-            reads=torch.zeros_like(outside[:, 0]),
-        )
-    return _beam(prompt, queries, rows, outside, position, end)
+def _read_all(prompt: Prompt, queries: torch.Tensor, end: int) -> Leaves:
+    units, count, _ = queries.shape
+    ids = torch.arange(prompt.config.sink_blocks, end, device=queries.device).expand(units, -1)
+    return Leaves(
+        ids=ids,
+        read=torch.ones_like(ids, dtype=torch.bool),
+        lse=prompt.block_lse(queries, ids),
+        unread=queries.new_full((units, count), -math.inf),
+        reads=queries.new_zeros(units),
+    )
 
 
-def _descend(prompt: _Prompt, queries: torch.Tensor, end: int) -> _Leaves:
+def _descend(prompt: Prompt, queries: torch.Tensor, end: int) -> Leaves:
     """`reference_descent.descent`, which looks at nothing but the logits of probe keys."""
     config, (units, count, _) = prompt.config, queries.shape
     probes = torch.tensor(probe_offsets(config), device=queries.device)
@@ -368,137 +343,4 @@ def _descend(prompt: _Prompt, queries: torch.Tensor, end: int) -> _Leaves:
     ids = (~found.read).sort(dim=-1, stable=True).indices[:, :most]
     read = found.read.gather(1, ids)
     lse = prompt.block_lse(queries, ids).masked_fill(~read[:, None], -math.inf)
-    return _Leaves(ids, read, lse, found.unread, found.reads)
-
-
-@dataclass(frozen=True)
-class _Scored:
-    """J nodes of a level, for each of U units of m rows and heads.
-
-    Attributes:
-        ids: int64 [U, J], ascending where present.
-        present: bool [U, J], the others fill up.
-        log_mass: [U, m, J], estimated log-sum-exp of one of the node's blocks, on average.
-        blocks: [U, 1, J], how many blocks each counts, at least 1.
-    """
-
-    ids: torch.Tensor
-    present: torch.Tensor
-    log_mass: torch.Tensor
-    blocks: torch.Tensor
-
-    def mass(self) -> torch.Tensor:
-        """Estimated log-sum-exp of each node, [U, m, J]."""
-        return (self.log_mass + self.blocks.log()).masked_fill(~self.present[:, None], -math.inf)
-
-
-def _beam(prompt: _Prompt, queries: torch.Tensor, rows: int, outside: torch.Tensor, position: int, end: int) -> _Leaves:
-    """`reference_beam.beam`, which says what is done and why; here only what is looked into takes time."""
-    config, device = prompt.config, queries.device
-    blocks = torch.tensor(end)
-    level = int(top_level(blocks, config.box_width, len(prompt.nodes)))
-    profile = prompt.profile(end, position)
-    ids = torch.arange(end // FANOUT**level, device=device).expand(len(queries), -1)
-    every = torch.ones_like(ids, dtype=torch.bool)
-    scored, norm, reads = _score(prompt, queries, rows, profile, level, ids, every, outside, None)
-    dropped = []
-    while level:
-        kept = _largest(_unit_score(scored.mass() - norm, rows), config.box_width)
-        dropped.append((scored, scored.present & ~kept))
-        order = (~kept).sort(dim=-1, stable=True).indices[:, : int(kept.sum(1).max())]
-        level -= 1
-        children = (scored.ids.gather(1, order)[..., None] * FANOUT + torch.arange(FANOUT, device=device)).flatten(1)
-        orphans = torch.arange(end // FANOUT ** (level + 1) * FANOUT, end // FANOUT**level, device=device)
-        orphans = orphans.expand(len(queries), -1)
-        present = torch.cat(
-            [kept.gather(1, order).repeat_interleave(FANOUT, 1), torch.ones_like(orphans, dtype=torch.bool)], 1
-        )
-        ids = torch.cat([children, orphans], 1)
-        scored, _, more = _score(prompt, queries, rows, profile, level, ids, present, outside, norm)
-        reads = reads + more
-    leaves, was_read, fit = _read_on(prompt, queries, rows, scored, _unit_score(scored.mass() - norm, rows), outside)
-    dropped.append((scored, scored.present & ~was_read))
-    unread = [
-        (fit.mean(nodes.log_mass) + nodes.blocks.log()).masked_fill(~left[:, None], -math.inf)
-        for nodes, left in dropped
-    ]
-    return replace(leaves, unread=torch.cat(unread, -1).logsumexp(-1), reads=reads)
-
-
-def _score(
-    prompt: _Prompt,
-    queries: torch.Tensor,
-    rows: int,
-    profile: torch.Tensor,
-    level: int,
-    ids: torch.Tensor,
-    present: torch.Tensor,
-    outside: torch.Tensor,
-    norm: torch.Tensor | None,
-) -> tuple[_Scored, torch.Tensor, torch.Tensor]:
-    """Scores nodes `ids` [U, J] of a level; those that count no block are not present.
-
-    Returns the nodes, what shares are relative to [U, m, 1] (`norm`, or where the search starts here, None, `outside`
-    and these nodes by their means and spreads), and the key-equivalents read [U].
-    """
-    config, nodes, at = prompt.config, prompt.nodes[level], (prompt.kv_head[:, None], ids)
-    blocks = nodes.blocks[ids]
-    own = NodeStatistics(nodes.mean[at], nodes.outlier[at], nodes.spread[at], blocks[:, None])
-    block = math.log(config.block_size)
-    bulk = bulk_scores(queries, profile, own, config.block_size, prompt.softcap) + block
-    scored = _Scored(ids, present & (blocks > 0), bulk, blocks[:, None].clamp(min=1.0))
-
-    if norm is None:
-        norm = torch.logaddexp(outside, scored.mass().logsumexp(-1))[..., None]
-    count = scored.present.sum(1)
-    twice = (count * config.outlier_256ths + 255) // 256
-    order = _unit_score(scored.mass() - norm, rows).sort(dim=-1, descending=True, stable=True).indices
-    best = torch.arange(ids.shape[1], device=ids.device) < twice[:, None]
-    again = scored.present & torch.zeros_like(best).scatter(1, order, best)
-    outlier = outlier_scores(queries, own, config.block_size, prompt.softcap) + block
-    scored = replace(scored, log_mass=torch.where(again[:, None], torch.maximum(bulk, outlier), bulk))
-    return scored, norm, count + twice
-
-
-def _unit_score(shares: torch.Tensor, rows: int) -> torch.Tensor:
-    """Largest over the rows of the heads' summed shares: log shares [U, m, J] to [U, J]."""
-    of_rows = shares.unflatten(1, (-1, rows)).transpose(1, 2).flatten(0, 1)
-    every = torch.ones(of_rows.shape[:2], dtype=torch.bool, device=shares.device)
-    scores: torch.Tensor = unit_scores(of_rows, every).unflatten(0, (-1, rows)).amax(1)
-    return scores
-
-
-def _read_on(
-    prompt: _Prompt, queries: torch.Tensor, rows: int, scored: _Scored, scores: torch.Tensor, outside: torch.Tensor
-) -> tuple[_Leaves, torch.Tensor, Regression]:
-    """Reads blocks in order of their `scores` [U, J], while that is expected to pay.
-
-    Returns what was read, which of the nodes these are, bool [U, J], and the regression over them.
-    """
-    config = prompt.config
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    order = order[:, : config.top_k * (config.width if config.rerank else 1)]
-    ids, available = scored.ids.gather(1, order), scored.present.gather(1, order)
-    estimate = scored.log_mass.gather(-1, order[:, None].expand(-1, queries.shape[1], -1))
-    read = available[:, : config.first_lot]
-    lse = prompt.block_lse(queries, ids[:, : read.shape[1]]).masked_fill(~read[:, None], -math.inf)
-    active = torch.ones_like(read[:, 0])
-    while True:
-        taken = read.shape[1]
-        fit = Regression.fit(estimate[..., :taken], lse, read)
-        more = slice(taken, min(taken + config.top_k, order.shape[1]))
-        count = available[:, more].sum(1)
-        threshold = lse.topk(min(config.top_k, taken), -1).values[..., -1:]
-        observed = torch.logaddexp(outside, lse.logsumexp(-1))[..., None]
-        excess = fit.expected_excess(estimate[..., more], threshold, observed)
-        gain = excess.masked_fill(~available[:, None, more], 0.0).sum(-1).unflatten(1, (-1, rows)).sum(1).amax(-1)
-        active = active & (count > 0) & (gain >= config.min_gain * count)
-        if not active.any():
-            break
-        new = active[:, None] & available[:, more]
-        read = torch.cat([read, new], 1)
-        found = prompt.block_lse(queries, ids[:, more]).masked_fill(~new[:, None], -math.inf)
-        lse = torch.cat([lse, found], -1)
-    was_read = torch.zeros_like(scored.present).scatter(1, order[:, :taken], read)
-    nothing = torch.full_like(outside, -math.inf)
-    return _Leaves(ids[:, :taken], read, lse, nothing, nothing[:, 0]), was_read, fit
+    return Leaves(ids, read, lse, found.unread, found.reads)

@@ -1,13 +1,14 @@
 """What is done with one layer: the search, on as many threads as torch has, and the output it leads to."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
-from stream_kernels.prefill import PrefillSummary, Reduction, search_prefill
+from stream_kernels.prefill import PrefillSummary, Reduction, search_prompt
+from stream_kernels.prompt import read_prompt
 from stream_kernels.search import SearchConfig
 from stream_monitor.tracing.attention import LayerInputs, dense_attention
 from stream_monitor.tracing.sparse_attention import sparse_attention
@@ -16,7 +17,7 @@ from stream_monitor.tracing.window_search import search_window
 AttentionKind = Literal["pruned", "dense"]
 
 _MOST_BLOCKS = 128
-"""Query blocks that a thread searches at a time. Each chunk summarises the keys anew, so they must not be many."""
+"""Query blocks that a thread searches at a time, so that none waits long for the others at the end."""
 
 
 @dataclass(frozen=True)
@@ -38,38 +39,47 @@ class TraceOptions:
 def search_layer(inputs: LayerInputs, options: TraceOptions) -> PrefillSummary:
     """The key blocks that each block of queries reads in one layer."""
     size, rows = options.search.block_size, len(inputs.queries)
+    search = _search(inputs, options)
     threads = torch.get_num_threads()
     if inputs.keys.device.type != "cpu":
-        return _search_chunk(inputs, options)
+        return search(0, rows)
     step = size * min(_MOST_BLOCKS, max(1, -(-rows // (size * 2 * threads))))
-    chunks = (_chunk(inputs, first, min(rows, first + step)) for first in range(0, rows, step))
+    starts = range(0, rows, step)
     # A search is many small operations. Torch's own threads cost them more than they save: ten times the time and
     # more on a machine that has other things to do.
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return _joined(pool.map(lambda chunk: _search_chunk(chunk, options), chunks))
+        return _joined(pool.map(lambda first: search(first, min(rows, first + step)), starts))
 
 
-def _chunk(inputs: LayerInputs, first: int, last: int) -> LayerInputs:
+def _search(inputs: LayerInputs, options: TraceOptions) -> Callable[[int, int], PrefillSummary]:
+    """Makes the search for the queries from one row to before another, which any thread may call."""
+    size = options.search.block_size
+    whole = (
+        None
+        if inputs.window
+        else read_prompt(inputs.keys, inputs.queries.shape[1], options.search, softcap=inputs.softcap)
+    )
+
+    def search(first: int, last: int) -> PrefillSummary:
+        with torch.inference_mode():  # which holds for one thread alone
+            if whole is None:
+                return search_window(_rows(inputs, first, last), options.search, size, options.reduction)
+            return search_prompt(
+                inputs.queries[first:last],
+                whole,
+                scale=inputs.scale,
+                first_query=inputs.first_query + first,
+                query_block=size,
+                reduction=options.reduction,
+            )
+
+    return search
+
+
+def _rows(inputs: LayerInputs, first: int, last: int) -> LayerInputs:
     """Rows `first` to `last`, and the keys up to the last of them."""
     end = inputs.first_query + last
     return replace(inputs, queries=inputs.queries[first:last], keys=inputs.keys[:end], values=inputs.values[:end])
-
-
-def _search_chunk(inputs: LayerInputs, options: TraceOptions) -> PrefillSummary:
-    size = options.search.block_size
-    with torch.inference_mode():  # which holds for one thread alone
-        if inputs.window:
-            return search_window(inputs, options.search, size, options.reduction)
-        return search_prefill(
-            inputs.queries,
-            inputs.keys,
-            options.search,
-            scale=inputs.scale,
-            softcap=inputs.softcap,
-            first_query=inputs.first_query,
-            query_block=size,
-            reduction=options.reduction,
-        )
 
 
 def _joined(parts: Iterable[PrefillSummary]) -> PrefillSummary:

@@ -232,11 +232,12 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     [
         ({"queries": torch.zeros(4, 6)}, r"expected \[Q, H, D\]"),
         ({"queries": torch.zeros(0, 6, 16)}, "Q >= 1"),
+        ({"queries": torch.zeros(4, 6, 8)}, r"expected \[Q, H, 16\]"),
         ({"queries": torch.zeros(4, 5, 16)}, "do not divide"),
         ({"first_query": 5}, "do not reach"),
         ({"first_query": -1}, "do not reach"),
         ({"scale": 0.0}, "scale is 0.0"),
-        ({"softcap": -1.0}, "softcap -1.0"),
+        ({"softcap": -1.0}, "softcap is -1.0"),
         ({"query_block": 0}, "query_block is 0"),
         ({"union_limit": 0}, "union_limit 0"),
         ({"reduction": "sum"}, "valid: max, mean, union"),

@@ -83,6 +83,8 @@ class BeamScratch(NamedTuple):
     """[n, 6], of the regression: count, x, y, xx, xy, yy."""
     line: NDArray[np.float64]
     """[n, 4], the regression: centre of x, of y, slope, residual variance."""
+    row_best: Floats
+    """[C], the largest score of a node in any row so far."""
 
 
 class Beam(NamedTuple):
@@ -118,7 +120,7 @@ def search_nodes(
     """Reads candidates among blocks `g.sink_blocks` to `end`: fills `s.start`, `s.peak`, `s.weight`, `s.strongest`.
 
     Adds the estimated mass of the blocks not read to `s.left`. Returns the number of candidates and the keys read for
-    scores.
+    scores. In a prompt `g.rows` rows search together and `heads` counts every row's, rows innermost.
     """
     b, softcap = beam.scratch, plan.softcap[layer]
     for h in range(heads):
@@ -210,7 +212,7 @@ def _estimate(
 
 @jit()
 def _unit_scores(g: Geometry, s: Scratch, b: BeamScratch, heads: int, level: int, count: int, at_top: bool) -> None:
-    """s.rank = sort key of each node by the log of the heads' summed shares, ties to the lower node.
+    """s.rank = sort key of each node by the log of the heads' summed shares in its best row, ties to the lower node.
 
     At the top level, `b.norm` first takes in the nodes themselves.
     """
@@ -225,15 +227,30 @@ def _unit_scores(g: Geometry, s: Scratch, b: BeamScratch, heads: int, level: int
         for h in range(heads):
             _take_in(b, h, count)
     weight = b.spread[0]  # no longer needed for variances
+    _best_of_rows(b.row_best, s.score, weight, b.centre, b.norm, heads, g.rows, count)
     for i in range(count):
-        s.score[i] = MINUS_INFINITY
-        weight[i] = ZERO
-    for h in range(heads):
-        raise_to(s.score, b.centre[h], count, b.norm[h])
-    for h in range(heads):
-        add_exponentials(weight, b.centre[h], s.score, count, b.norm[h])
+        s.rank[i] = sort_key(b.row_best[i] + b.log_blocks[i], i)
+
+
+@jit()
+def _best_of_rows(
+    best: Floats, peak: Floats, weight: Floats, estimates: Floats, norm: Floats, heads: int, rows: int, count: int
+) -> None:
+    """best[i] = largest over the rows of the log of the summed shares exp(estimates[h, i] - norm[h]) of a row's heads.
+
+    Rows are the inner axis of the `heads`; `peak` and `weight` are overwritten.
+    """
     for i in range(count):
-        s.rank[i] = sort_key(s.score[i] + b.log_blocks[i] + log_of(weight[i]), i)
+        best[i] = MINUS_INFINITY
+    for row in range(rows):
+        for i in range(count):
+            peak[i], weight[i] = MINUS_INFINITY, ZERO
+        for h in range(row, heads, rows):
+            raise_to(peak, estimates[h], count, norm[h])
+        for h in range(row, heads, rows):
+            add_exponentials(weight, estimates[h], peak, count, norm[h])
+        for i in range(count):
+            best[i] = max(best[i], peak[i] + log_of(weight[i]))
 
 
 @jit()
@@ -265,21 +282,17 @@ def _look_at_outliers(
     project_nodes(outlier, slots, b.again_node, found, g.head_dim, s.query, heads, b.spread)
     if softcap > ZERO:
         cap_logits(b.spread, heads, found, softcap)
-    peak, weight = s.score, b.node_spread  # neither is needed any more
-    for i in range(found):
-        peak[i], weight[i] = MINUS_INFINITY, ZERO
     for h in range(heads):
         estimate, centre = b.spread[h], b.centre[h]
         for i in range(found):
             at = b.again[i]
             estimate[i] = max(centre[at], estimate[i] - b.log_blocks[at])
             centre[at] = estimate[i]
-        raise_to(peak, estimate, found, b.norm[h])
-    for h in range(heads):
-        add_exponentials(weight, b.spread[h], peak, found, b.norm[h])
+    # Neither spreads nor peaks of the level are needed any more.
+    _best_of_rows(b.row_best, s.score, b.node_spread, b.spread, b.norm, heads, g.rows, found)
     for i in range(found):
         at = b.again[i]
-        s.rank[at] = sort_key(peak[i] + b.log_blocks[at] + log_of(weight[i]), at)
+        s.rank[at] = sort_key(b.row_best[i] + b.log_blocks[at], at)
 
 
 @jit()
@@ -384,10 +397,7 @@ def _read_on(
         wanted = min(most, taken + g.top_k)
         if wanted == taken:
             return taken
-        gain = 0.0
-        for h in range(heads):
-            gain += _expected_gain(g, s, b, h, most, taken, wanted)
-        if not gain >= min_gain * (wanted - taken):
+        if not _best_gain(g, s, b, heads, most, taken, wanted) >= min_gain * (wanted - taken):
             return taken
 
 
@@ -419,6 +429,18 @@ def _fit(b: BeamScratch, h: int) -> None:
     slope = min(1.0, max(0.0, xy / max(xx, 1e-6)))
     residual = max(0.0, yy - 2.0 * slope * xy + slope * slope * xx) / count
     b.line[h, 0], b.line[h, 1], b.line[h, 2], b.line[h, 3] = x, y, slope, min(residual, _MAX_RESIDUAL)
+
+
+@jit()
+def _best_gain(g: Geometry, s: Scratch, b: BeamScratch, heads: int, most: int, first: int, end: int) -> float:
+    """Most that the heads of a row may expect to gain, summed, by reading places `first` to `end`."""
+    best = 0.0
+    for row in range(g.rows):
+        gain = 0.0
+        for h in range(row, heads, g.rows):
+            gain += _expected_gain(g, s, b, h, most, first, end)
+        best = max(best, gain)
+    return best
 
 
 @jit()

@@ -45,6 +45,8 @@ class Geometry(NamedTuple):
     rerank: int
     width: int
     """Most candidates: `width * top_k` of the settings."""
+    rows: int
+    """Rows that search together: 1 but in a prompt."""
 
 
 class Plan(NamedTuple):
