@@ -35,7 +35,7 @@ METHODS: dict[str, tuple[SearchConfig, Reduction]] = {
 REDUCTIONS: dict[str, tuple[SearchConfig, Reduction]] = {"beam, mean": (BEAM, "mean"), "beam, union": (BEAM, "union")}
 """Other ways to take the rows of a query block together; union keeps up to 4 k blocks."""
 
-CANDIDATES = (24, 16, 8, 4, 2)
+CANDIDATES = (24, 16, 8, 4, 2, 1)
 FULL_CANDIDATES = (96, 64, 48, 32, 24, 16, 12, 8, 6, 5, 4, 3, 2, 1)
 LENGTHS, FULL_LENGTHS = (1_000,), (1_000, 4_000, 10_000, 20_000)
 DEPTHS, FULL_DEPTHS = (0.5,), (0.1, 0.5, 0.9)
@@ -63,6 +63,10 @@ class Found:
 def main(
     model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model.")],
     length: Annotated[list[int] | None, typer.Option(help="Tokens of a prompt; may be repeated.")] = None,
+    depth: Annotated[
+        list[float] | None, typer.Option(min=0.0, max=1.0, help="Where the needle lies, 0 to 1; may be repeated.")
+    ] = None,
+    top_k: Annotated[list[int] | None, typer.Option(min=1, help="A k to try; may be repeated.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Prompts per length and depth of the needle.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the first prompt, and of the resamples.")] = 0,
     device: Annotated[str, typer.Option(help="Of torch.")] = "cpu",
@@ -72,7 +76,8 @@ def main(
 ) -> None:
     """Smallest k and pruned share that keep the answer."""
     lengths = tuple(length or (FULL_LENGTHS if full else LENGTHS))
-    depths, candidates = (FULL_DEPTHS, FULL_CANDIDATES) if full else (DEPTHS, CANDIDATES)
+    depths = tuple(depth or (FULL_DEPTHS if full else DEPTHS))
+    candidates = tuple(top_k or (FULL_CANDIDATES if full else CANDIDATES))
     methods = METHODS | REDUCTIONS if full else METHODS
     try:
         traced = load(str(model), device)
@@ -101,9 +106,9 @@ def main(
     for tokens in lengths:
         found: dict[str, list[Found]] = {name: [] for name in methods}
         answered = []
-        for depth in depths:
+        for place in depths:
             for number in range(seed, seed + seeds):
-                _prompt(traced, tokens, number, depth, methods, candidates, found, answered)
+                _prompt(traced, tokens, number, place, methods, candidates, found, answered)
         _account(report, tokens, found, answered)
     report.finish()
 
