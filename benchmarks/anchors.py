@@ -3,10 +3,16 @@
 A recorded reasoning trace goes through the model once. In every layer the sentence scores of exact attention and those
 read from the kept blocks of each method are taken, each side with receiver heads of its own (see
 `stream_monitor/tracing/thought_anchors.py`), and the two anchor curves are compared over the sentences of the
-reasoning. Beside it
-stands the paper's descent as far as it is public, with the same forced blocks, and beam with a pass whose every layer
-sees only what the layer before it kept, so that the model itself has changed a little. Pruned shares count forced
-blocks as kept.
+reasoning. k counts the blocks that each row keeps for itself, as when a token is decoded: a query block keeps what its
+rows keep (`union`), at most 4 k blocks. Beside it stand
+
+* masks with k blocks for all rows of a query block together, by their mean or their largest share;
+* beam with a pass whose every layer sees only what the layer before it kept, so that the model itself has changed a
+  little;
+* the paper's descent as far as it is public, with the same forced blocks. It keeps k blocks per query block by
+  definition; so it stands here with 4 k as well, the most that beam may keep.
+
+Pruned shares count forced blocks as kept.
 """
 
 import json
@@ -53,12 +59,31 @@ KS = (4, 8)
 TRACES, TOKENS = 4, 1_000
 """Traces read, and the tokens they are cut to, unless all is asked for."""
 
+BEAM = SearchConfig(strategy="beam", block_size=BLOCK_SIZE)
 DESCENT = SearchConfig.paper(block_size=BLOCK_SIZE)
-METHODS: dict[str, TraceOptions] = {
-    "beam": TraceOptions(SearchConfig(strategy="beam", block_size=BLOCK_SIZE), "dense", "mean"),
-    "beam, pruned pass": TraceOptions(SearchConfig(strategy="beam", block_size=BLOCK_SIZE), "pruned", "mean"),
-    "descent r=1": TraceOptions(DESCENT, "dense", "mean"),
-    "descent r=4": TraceOptions(replace(DESCENT, probe_keys=4), "dense", "mean"),
+UNION = 4
+"""Most blocks of a query block under `union`, in multiples of k (`search_prompt`)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How masks are made for a k: `top_k` is `times` k."""
+
+    options: TraceOptions
+    times: int = 1
+
+    def at(self, k: int) -> TraceOptions:
+        return replace(self.options, search=replace(self.options.search, top_k=self.times * k))
+
+
+METHODS = {
+    "beam": Method(TraceOptions(BEAM, "dense", "union")),
+    "beam, mean": Method(TraceOptions(BEAM, "dense", "mean")),
+    "beam, max": Method(TraceOptions(BEAM, "dense", "max")),
+    "beam, pruned pass": Method(TraceOptions(BEAM, "pruned", "union")),
+    "descent r=1": Method(TraceOptions(DESCENT, "dense", "mean")),
+    "descent r=4": Method(TraceOptions(replace(DESCENT, probe_keys=4), "dense", "mean")),
+    "descent r=4, 4 k": Method(TraceOptions(replace(DESCENT, probe_keys=4), "dense", "mean"), UNION),
 }
 """What the next layer sees, and how the rows of a query block are taken together, is part of a method."""
 
@@ -118,7 +143,7 @@ def main(
             "model": model.name,
             "traces": len(chosen),
             "tokens": longest,
-            "methods": {name: asdict(options) for name, options in METHODS.items()},
+            "methods": {name: asdict(method) for name, method in METHODS.items()},
             "device": device,
             "full": full,
         },
@@ -147,11 +172,7 @@ def _one_trace(model: TracedModel, name: str, text: str, longest: int) -> dict[s
     ids = model.tokenizer(text)["input_ids"][:longest]
     parts = split_sentences(token_texts(model.tokenizer, ids))
     sentences, counts, candidates = sentence_of_tokens(parts), token_counts(parts), anchor_candidates(parts)
-    readings = {
-        f"{method}/{k}": _Reading(replace(options, search=replace(options.search, top_k=k)))
-        for method, options in METHODS.items()
-        for k in KS
-    }
+    readings = {f"{name}/{k}": _Reading(method.at(k)) for name, method in METHODS.items() for k in KS}
     exact: list[Scores] = []
     beside = [reading for reading in readings.values() if reading.options.attention == "dense"]
 

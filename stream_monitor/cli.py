@@ -182,14 +182,28 @@ def trace(
     attention: Annotated[
         str, typer.Option(help="What the next layer sees: attention to the kept blocks (pruned), or to all (dense).")
     ] = "pruned",
+    reduction: Annotated[
+        str,
+        typer.Option(
+            help="Which blocks a block of queries keeps: by its rows' largest share (max), by their mean "
+            "share (mean), or what each row keeps for itself, at most four times as many (union)."
+        ),
+    ] = "max",
     needle: Annotated[
         str | None, typer.Option(help="Text in the context: the report shows its routes to the answer.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="Folder of another trace with a needle, to compare the routes with.")
     ] = None,
 ) -> None:
     if (prompt is None) == (messages is None):
         _fail("give either --prompt or --messages")
     if attention not in ("pruned", "dense"):
         _fail(f"--attention is {attention!r}; valid: pruned, dense")
+    if reduction not in ("max", "mean", "union"):
+        _fail(f"--reduction is {reduction!r}; valid: max, mean, union")
+    if against is not None and needle is None:
+        _fail("--against compares routes from a needle: name it with --needle")
     try:
         from stream_kernels.search import SearchConfig
         from stream_monitor.tracing.command import run
@@ -208,7 +222,8 @@ def trace(
     except ValueError as error:
         _fail(error)
     try:
-        run(model, prompt, messages, out, TraceOptions(search, "pruned" if attention == "pruned" else "dense"), needle)
+        options = TraceOptions(search, attention, reduction)  # type: ignore[arg-type]  # checked above
+        run(model, prompt, messages, out, options, needle, against)
     except TracingError as error:
         _fail(error)
     except KeyboardInterrupt:

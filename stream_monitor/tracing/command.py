@@ -20,10 +20,12 @@ def run(
     out: Path,
     options: TraceOptions,
     needle: str | None = None,
+    against: Path | None = None,
 ) -> None:
     """Traces one context into the folder `out`; exactly one of `prompt` and `messages` is given.
 
-    `needle` is a text in the context whose routes to the answer the report shows.
+    `needle` is a text in the context whose routes to the answer the report shows; `against` the folder of another
+    trace, whose routes these are compared with.
 
     Raises:
         TracingError: something that was given cannot be used.
@@ -35,7 +37,7 @@ def run(
     with console.status(f"loading {model_name}"):
         model = load(model_name)
     ids = model.prompt_tokens(text) if text is not None else model.chat_tokens(chat or [])
-    report = ReportWriter(model, ids, options.search.block_size, needle)
+    report = ReportWriter(model, ids, options.search.block_size, needle, against)
     print(_summary(_with_progress(model, ids, options, out, console, report)))
 
 

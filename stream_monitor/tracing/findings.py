@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_kernels.search import NO_BLOCK
+from stream_monitor.tracing.comparison import Comparison
 from stream_monitor.tracing.masks import LayerMasks, MaskFile
 from stream_monitor.tracing.routes import Routes
 from stream_monitor.tracing.sentence_file import SentenceFile
@@ -31,6 +32,7 @@ class Findings:
         anchors: its anchor curve.
         routes: from the needle, None if none was named.
         needle: its text.
+        comparison: of the routes with those of another trace, if one was named.
     """
 
     summary: dict[str, Any]
@@ -40,6 +42,7 @@ class Findings:
     anchors: Anchors
     routes: Routes | None
     needle: str | None
+    comparison: Comparison | None
 
     @property
     def block_size(self) -> int:

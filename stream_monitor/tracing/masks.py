@@ -30,6 +30,9 @@ from stream_kernels.prefill import PrefillSummary
 from stream_monitor.tracing.errors import TracingError
 
 _KEY = b"stream_monitor"
+MASKS = "masks.parquet"
+"""Name of the file in the folder of a trace."""
+
 _FORMAT = 1
 """Changes when a reader of the columns above could no longer read them."""
 

@@ -158,5 +158,23 @@ def _routes_section(findings: Findings) -> str:
         "and a route is as strong as the product of its weights: an upper bound on what attention can carry, not a "
         f"measure of what it did carry. The strongest route has {len(routes.path)} reads and strength "
         f"{routes.strength:.3g}; other edges are the fainter the weaker the best route through them.</p>"
-        '<div id="routes"></div>'
+        '<div id="routes"></div>' + _compared(findings)
+    )
+
+
+def _compared(findings: Findings) -> str:
+    """The edges that differ most from another trace's; empty if none was named."""
+    comparison = findings.comparison
+    if comparison is None:
+        return ""
+    rows = "".join(
+        f"<tr><td>{hop.layer}</td><td>{hop.query_block}</td><td>{hop.key_block}</td><td>{hop.through:.3g}</td>"
+        f"<td>{hop.through - difference:.3g}</td><td>{difference:+.3g}</td></tr>"
+        for hop, difference in comparison.edges[:_TOP]
+    )
+    return (
+        f"<h3>Beside another trace</h3><p>The strongest route of <q>{escape(comparison.other)}</q> has strength "
+        f"{comparison.strength:.3g}. Edges by how much the best route through them differs:</p>"
+        "<table><tr><th>layer</th><th>block</th><th>reads block</th><th>here</th><th>there</th><th>difference</th></tr>"
+        f"{rows}</table>"
     )

@@ -20,6 +20,9 @@ from stream_kernels.search import NO_BLOCK
 from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.masks import LayerMasks
 
+ROUTES = "routes.json"
+"""Name of the file in the folder of a trace."""
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -49,6 +52,7 @@ class Routes:
     """All routes between a needle and the answer over B blocks and L layers.
 
     Attributes:
+        needle: its tokens [start, end).
         sources: the needle's blocks; target: the answer's.
         blocks: B.
         layers: edges of each layer.
@@ -57,6 +61,7 @@ class Routes:
         strength: of that route; 0 if there is none.
     """
 
+    needle: tuple[int, int]
     sources: tuple[int, ...]
     target: int
     blocks: int
@@ -87,6 +92,7 @@ class Routes:
     def summary(self, count: int = 100) -> dict[str, Any]:
         """JSON values: the strongest route and the `count` strongest edges."""
         return {
+            "needle_tokens": list(self.needle),
             "needle_blocks": list(self.sources),
             "answer_block": self.target,
             "strength": self.strength,
@@ -153,7 +159,7 @@ def find_routes(masks: Iterable[LayerMasks], block_size: int, needle: tuple[int,
     ]
     strength = float(forward[-1][blocks - 1])
     path = _strongest(layers, forward, blocks - 1, strength) if strength else ()
-    return Routes(sources, blocks - 1, blocks, layers, through, path, strength)
+    return Routes(needle, sources, blocks - 1, blocks, layers, through, path, strength)
 
 
 def _at(places: Sequence[int], blocks: int) -> Floats:

@@ -15,11 +15,10 @@ from stream_kernels.prefill import PrefillSummary
 from stream_monitor.tracing.attention import LayerInputs
 from stream_monitor.tracing.folder import whole_folder
 from stream_monitor.tracing.layer import TraceOptions, attend, search_layer
-from stream_monitor.tracing.masks import LayerMasks, MaskWriter
+from stream_monitor.tracing.masks import MASKS, LayerMasks, MaskWriter
 from stream_monitor.tracing.model import TracedModel
 from stream_monitor.tracing.pruning import PairCount, count_pairs
 
-MASKS = "masks.parquet"
 SUMMARY = "trace.json"
 
 

@@ -32,6 +32,7 @@ def test_a_prompt_is_traced(tiny_folder: Path, prompt: Path, tmp_path: Path) -> 
     options = ("--strategy", "exact", "--top-k", 3, "--block-size", 16, "--sink-blocks", 2, "--recent-blocks", 1)
     code, text, progress = trace(
         *("--model", tiny_folder, "--prompt", prompt, "--out", out, "--attention", "dense", "--needle", "two three o"),
+        *("--reduction", "union"),
         *options,
     )
     assert code == 0, progress
@@ -45,7 +46,7 @@ def test_a_prompt_is_traced(tiny_folder: Path, prompt: Path, tmp_path: Path) -> 
     search = metadata["search"]
     names = ("strategy", "top_k", "block_size", "sink_blocks", "recent_blocks")
     assert [search[name] for name in names] == ["exact", 3, 16, 2, 1]
-    assert metadata["attention"] == "dense"
+    assert (metadata["attention"], metadata["reduction"]) == ("dense", "union")
 
 
 def test_messages_are_traced(tiny_folder: Path, tmp_path: Path) -> None:
@@ -68,6 +69,9 @@ def test_windows_are_said(windowed_folder: Path, prompt: Path, tmp_path: Path) -
         (("--strategy", "bream"), "strategy is 'bream'; valid: descent, beam, exact"),
         (("--block-size", 33), "block_size is 33; valid: 8, 16, 32, 64, 128"),
         (("--attention", "half"), "--attention is 'half'; valid: pruned, dense"),
+        (("--reduction", "sum"), "--reduction is 'sum'; valid: max, mean, union"),
+        (("--against", "/nowhere"), "name it with --needle"),
+        (("--against", "/nowhere", "--needle", "two"), "/nowhere is not a trace made with --needle"),
         (("--messages", "x.json"), "give either --prompt or --messages"),
         (("--model", "/nowhere"), "/nowhere is not the folder of a Hugging Face model"),
         (("--prompt", "/nowhere"), "cannot read /nowhere: No such file or directory"),
@@ -75,6 +79,7 @@ def test_windows_are_said(windowed_folder: Path, prompt: Path, tmp_path: Path) -
         (("--needle", "four"), "the context does not contain 'four'"),
         (("--out", "/dev/null"), "/dev/null exists already"),
         (("--out", "/proc/out"), "cannot write /proc/out: "),
+        (("--out", "/dev/null/out"), "cannot write /dev/null/out: /dev/null is not a folder"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(

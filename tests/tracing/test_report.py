@@ -132,6 +132,31 @@ def test_long_contexts_are_pooled(traced: Path, monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_array_equal(pooled.share, expected[pooled.row, pooled.column])
 
 
+def test_routes_are_compared_with_another_traces(traced: Path, tiny_model: TracedModel, tmp_path: Path) -> None:
+    ids = tiny_model.prompt_tokens(TEXT.replace("4711", "4712"))
+    options = TraceOptions(SearchConfig(strategy="exact", block_size=8, top_k=64), "dense", "mean")
+    out = trace(
+        tiny_model, ids, options, tmp_path / "out", companion=ReportWriter(tiny_model, ids, 8, EVIL, traced)
+    ).out
+    mine, theirs = (json.loads((folder / "routes.json").read_text()) for folder in (out, traced))
+    assert mine["against"]["strength"] == pytest.approx(theirs["strength"])
+    assert mine["against"]["trace"] == str(traced)
+    edges = mine["against"]["edges"]
+    assert 0 < len(edges) <= 100
+    assert edges[0]["difference"] != 0
+    known = {(edge["layer"], edge["query_block"], edge["key_block"]): edge["through"] for edge in theirs["edges"]}
+    for edge in edges:
+        place = (edge["layer"], edge["query_block"], edge["key_block"])
+        if place in known:
+            assert edge["through"] - edge["difference"] == pytest.approx(known[place])
+    assert "Beside another trace" in (out / "report.html").read_text()
+    assert "Beside another trace" not in (traced / "report.html").read_text()
+    with pytest.raises(TracingError, match=r"has 3 layers and \d+ blocks of 8 tokens; its routes cannot be compared"):
+        ReportWriter(tiny_model, ids[:40], 8, None, traced)
+    with pytest.raises(TracingError, match="is not a trace made with --needle"):
+        ReportWriter(tiny_model, ids, 8, None, tmp_path)
+
+
 def test_an_absent_needle_is_refused(tiny_model: TracedModel) -> None:
     with pytest.raises(TracingError, match="the context does not contain '4712'"):
         ReportWriter(tiny_model, tiny_model.prompt_tokens(TEXT), 8, "4712")
@@ -167,7 +192,7 @@ def test_the_heat_map_is_the_receivers_mean(
     anchors = findings.Anchors(np.zeros((3, 4)), tuple(heads), scores, np.ones(count, bool))
     writer = ReportWriter(tiny_model, tiny_model.prompt_tokens(TEXT), 8)
     masks = MaskFile(traced / "masks.parquet")
-    shown = findings.Findings({}, masks, mass, writer.sentences, anchors, None, None)
+    shown = findings.Findings({}, masks, mass, writer.sentences, anchors, None, None, None)
     matrix, pool = receiver_matrix(shown)
     assert pool == 1
     np.testing.assert_allclose(np.nan_to_num(matrix), expected, atol=1e-6)

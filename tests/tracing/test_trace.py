@@ -21,10 +21,10 @@ from stream_monitor.tracing import sparse_attention
 from stream_monitor.tracing.attention import LayerInputs, dense_attention
 from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.layer import TraceOptions
-from stream_monitor.tracing.masks import LayerMasks, MaskFile
+from stream_monitor.tracing.masks import MASKS, LayerMasks, MaskFile
 from stream_monitor.tracing.model import TracedModel, load
 from stream_monitor.tracing.pruning import PairCount
-from stream_monitor.tracing.trace import MASKS, SUMMARY, Progress, trace
+from stream_monitor.tracing.trace import SUMMARY, Progress, trace
 from tests.tracing import tiny
 
 SEARCH = SearchConfig(strategy="beam", block_size=8, top_k=2)
