@@ -1,7 +1,8 @@
 """How few key blocks a model can be left with and still give the same answer.
 
-A number is hidden in prose and asked for; the model, restricted to the kept blocks of each query block and head in
-every layer, decodes 16 tokens, and the smallest k is found from which it repeats the dense model's (see
+A number of 16 tokens is hidden in prose and asked for: so that all that is compared is the answer, and not what a model
+makes up behind it. The model, restricted to the kept blocks of each query block and head in every layer, decodes 16
+tokens, and the smallest k is found from which it repeats the dense model's (see
 `stream_monitor/tracing/fidelity.py`). Beside it stands the paper's descent as far as it is public, which scores a
 branch by r keys of its centre block, with the same forced blocks. Pruned shares count forced blocks as kept. A method
 that fails at every k tried has pruned nothing.
@@ -124,7 +125,7 @@ def _prompt(
     answered: list[bool],
 ) -> None:
     """All methods on one prompt, appended to `found`; `answered` tells whether the dense model names the number."""
-    ids, needle = needle_prompt(model.tokenizer, tokens, seed, depth)
+    ids, needle = needle_prompt(model.tokenizer, tokens, seed, depth, CONTINUATION)
     began = time.monotonic()
     dense = dense_run(model, ids)
     answered.append(needle in model.tokenizer.decode(dense.continuation))

@@ -75,20 +75,25 @@ def _reasoning(traces: Path, seed: int) -> Iterator[str]:
         yield row["prompt"] + row["reasoning"] + "\n\n"
 
 
-def needle_prompt(tokenizer: Any, tokens: int, seed: int, depth: float) -> tuple[list[int], str]:
+def needle_prompt(tokenizer: Any, tokens: int, seed: int, depth: float, answer_tokens: int) -> tuple[list[int], str]:
     """A needle prompt of at most `tokens` tokens whose answer is begun, up to the number; and that number.
 
     Args:
         tokenizer: of Hugging Face transformers, with a chat template.
         seed: of the prose around the needle, and of the number.
         depth: where the needle lies, from 0 to 1.
+        answer_tokens: the number has so many digits that it is at least as long, up to 100 digits.
 
     Raises:
         ValueError: the prompt would be longer.
     """
-    number = random.Random(seed).randrange(1_000_000, 10_000_000)
+    draw = random.Random(seed)
+    number = str(draw.randrange(1_000_000, 10_000_000))
+    # A tokenizer that takes any number for one token must not go on for ever.
+    while len(tokenizer(number, add_special_tokens=False)["input_ids"]) < answer_tokens and len(number) < 100:
+        number += str(draw.randrange(10))
     before, _, _ = _ANSWER.partition(" {number}")
-    return _needle_chat(tokenizer, tokens, seed, depth, number, before.format(name=_NAME)), str(number)
+    return _needle_chat(tokenizer, tokens, seed, depth, number, before.format(name=_NAME)), number
 
 
 def _needle(tokenizer: Any, tokens: int, seed: int) -> list[int]:
@@ -96,12 +101,16 @@ def _needle(tokenizer: Any, tokens: int, seed: int) -> list[int]:
     draw = random.Random(seed)
     number = draw.randrange(1_000_000, 10_000_000)
     depth = draw.uniform(0.1, 0.9) if seed else 0.5
-    return _needle_chat(tokenizer, tokens, seed, depth, number, _ANSWER.format(name=_NAME, number=number))
+    return _needle_chat(tokenizer, tokens, seed, depth, str(number), _ANSWER.format(name=_NAME, number=number))
 
 
-def _needle_chat(tokenizer: Any, tokens: int, seed: int, depth: float, number: int, answer: str) -> list[int]:
+def _needle_chat(tokenizer: Any, tokens: int, seed: int, depth: float, number: str, answer: str) -> list[int]:
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    hay = _fill(tokenizer, _prose(seed), tokens - len(answer_ids) - 90)
+    hay = _fill(
+        tokenizer,
+        _prose(seed),
+        tokens - len(answer_ids) - len(tokenizer(number, add_special_tokens=False)["input_ids"]) - 90,
+    )
     at = int(len(hay) * depth)
     text = (
         "A special magic number is hidden within the following text.\n"

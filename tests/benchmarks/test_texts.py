@@ -66,10 +66,19 @@ def test_the_needle_is_hidden_asked_for_and_answered() -> None:
     assert 0.4 < text.index(number) / len(text) < 0.6
 
 
+class Digits(Words):
+    """The same, but a digit is a token."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        pieces = re.findall(r"\d|\s*[^\s\d]+|\s+", text)
+        return {"input_ids": [self._pieces.setdefault(piece, len(self._pieces)) for piece in pieces]}
+
+
+@pytest.mark.parametrize(("tokenizer", "digits"), [(Digits(), 16), (Words(), 100)])
 @pytest.mark.parametrize("depth", [0.1, 0.9])
-def test_a_needle_prompt_ends_before_the_number(depth: float) -> None:
-    tokenizer = Words()
-    ids, number = needle_prompt(tokenizer, TOKENS, 3, depth)
+def test_a_needle_prompt_ends_before_a_number_of_so_many_tokens(depth: float, tokenizer: Words, digits: int) -> None:
+    ids, number = needle_prompt(tokenizer, TOKENS, 3, depth, 16)
+    assert len(number) == digits
     text = tokenizer.decode(ids)
     assert 0.98 * TOKENS <= len(ids) <= TOKENS
     assert text.count(number) == 1
