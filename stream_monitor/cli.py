@@ -104,12 +104,13 @@ def serve(context: typer.Context) -> None:
         typer.echo(_serve_help())
         return
     settings = _settings(context.args)
+    from stream_monitor.anchors.profile import ProfileError
     from stream_monitor.monitor.listen import ListenError
     from stream_monitor.monitor.run import serve as run
 
     try:
         asyncio.run(run(settings, _version()))
-    except ListenError as error:
+    except (ListenError, ProfileError) as error:
         _fail(error)
 
 
@@ -125,13 +126,9 @@ def watch(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Progress events too, not findings alone.")] = False,
 ) -> None:
-    from stream_monitor.config import check_address
     from stream_monitor.monitor import watch as watching
 
-    try:
-        check_address(target)
-    except ValueError as error:
-        _fail(f"--target: {error} (got {target!r})")
+    _check_target(target)
     try:
         kinds = watching.kinds(kind or [], everything)
     except ValueError as error:
@@ -145,6 +142,53 @@ def watch(
         sys.stdout = None
     except watching.WatchError as error:
         _fail(error)
+
+
+@app.command(help="Print one request's anchor curve and findings, and what one of its findings rests on.")
+def explain(
+    request_id: Annotated[str, typer.Argument(help="Internal or external id of the request.")],
+    number: Annotated[int | None, typer.Argument(help="Number of the finding, from 1.")] = None,
+    target: Annotated[str, typer.Option(help="Address of the monitor: host:port or unix:/path.")] = "127.0.0.1:9750",
+) -> None:
+    from rich.console import Console
+
+    from stream_monitor.monitor.client import MonitorError
+    from stream_monitor.monitor.explain import explain as run
+
+    _check_target(target)
+    try:
+        run(target, request_id, number, Console())
+    except MonitorError as error:
+        _fail(error)
+
+
+@app.command(help="Make a profile, from the requests a monitor holds, so that findings have a known false-alarm rate.")
+def calibrate(
+    out: Annotated[Path, typer.Option(help="File to write; name it to the monitor with --profiles.")],
+    target: Annotated[str, typer.Option(help="Address of the monitor: host:port or unix:/path.")] = "127.0.0.1:9750",
+    model_name: Annotated[str, typer.Option(help="Model whose requests to take.")] = "",
+    trim: Annotated[
+        float, typer.Option(help="Share of the requests whose highest scores are left out: 0 for traffic known clean.")
+    ] = 0.01,
+) -> None:
+    from stream_monitor.anchors.profile import ProfileError
+    from stream_monitor.monitor.calibrate import calibrate as run
+    from stream_monitor.monitor.client import MonitorError
+
+    _check_target(target)
+    try:
+        typer.echo(run(target, out, model_name, trim))
+    except (MonitorError, ProfileError) as error:
+        _fail(error)
+
+
+def _check_target(target: str) -> None:
+    from stream_monitor.config import check_address
+
+    try:
+        check_address(target)
+    except ValueError as error:
+        _fail(f"--target: {error} (got {target!r})")
 
 
 @app.command(

@@ -139,6 +139,16 @@ class MonitorSettings(_Layered):
     )
     http: str = Field("127.0.0.1:9751", description="Address for /metrics, /healthz and /readyz: host:port.")
     insecure: bool = Field(False, description="Listen beyond loopback without TLS.")
+    profiles: str = Field(
+        "", description="Files of `stream-monitor calibrate`, separated by commas; one per model and capture."
+    )
+    false_alarm_rate: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        description="Share of requests without cause in which any finding may be raised, where a profile says what "
+        "those look like. Without a profile, thresholds are the detectors' own and the rate is not known.",
+    )
     max_traces: int = Field(10_000, ge=1, description="Request traces held; the oldest finished ones go first.")
     max_trace_bytes: int = Field(
         1 << 30, ge=1 << 20, description="Memory of all traces, estimated; beyond it the oldest go."

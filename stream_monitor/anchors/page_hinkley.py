@@ -17,6 +17,15 @@ class PageHinkley:
     alpha
         Forgetting factor of the sum, in (0, 1].
 
+    Attributes
+    ----------
+    drift_detected
+        Whether the newest value raised an alarm.
+    statistic
+        The summed excess.
+    since_lowest
+        Values since the sum was lowest: at an alarm, the values that made it rise.
+
     Examples
     --------
     >>> test = PageHinkley(min_instances=5, delta=0.1, threshold=1.0)
@@ -43,6 +52,7 @@ class PageHinkley:
         self._mean = 0.0
         self._sum = 0.0
         self._lowest = float("inf")
+        self.since_lowest = 0
 
     def update(self, x: float) -> None:
         """Take in one value; starts afresh after an alarm."""
@@ -51,6 +61,8 @@ class PageHinkley:
         self._count += 1
         self._mean += (x - self._mean) / self._count
         self._sum = self.alpha * self._sum + x - self._mean - self.delta
-        self._lowest = min(self._lowest, self._sum)
+        self.since_lowest += 1
+        if self._sum <= self._lowest:
+            self._lowest, self.since_lowest = self._sum, 0
         self.statistic = self._sum - self._lowest
         self.drift_detected = self._count >= self.min_instances and self.statistic > self.threshold

@@ -1,23 +1,12 @@
 """ANCHOR_SHIFT: the distribution over anchors left its running reference."""
 
-from enum import StrEnum
-
 import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.page_hinkley import PageHinkley
+from stream_monitor.anchors.verdict import Verdict
 
 Distribution = NDArray[np.float64]
-
-
-class Verdict(StrEnum):
-    """What became of one sentence."""
-
-    INSUFFICIENT = "insufficient"
-    """Too few captured rows, or too little mass on anchors, to say anything."""
-    WARM_UP = "warm_up"
-    STEADY = "steady"
-    SHIFT = "shift"
 
 
 def jensen_shannon(p: Distribution, q: Distribution) -> float:
@@ -83,7 +72,6 @@ class AnchorShift:
     ) -> None:
         self.warm_up = warm_up
         self.weight = weight
-        self.threshold = threshold
         self.min_rows = min_rows
         self.min_mass = min_mass
         self.divergence = 0.0
@@ -99,9 +87,23 @@ class AnchorShift:
         return self._test.drift_detected
 
     @property
-    def statistic(self) -> float:
+    def score(self) -> float:
         """Summed excess divergence, bits; an alarm when above `threshold`."""
         return self._test.statistic
+
+    @property
+    def threshold(self) -> float:
+        """Of the score."""
+        return self._test.threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._test.threshold = value
+
+    @property
+    def began(self) -> int:
+        """At an alarm, how many scored sentences ago the divergence began to rise."""
+        return max(0, self._test.since_lowest - 1)
 
     def update(self, mass: Distribution, rows: int) -> Verdict:
         """Take in one sentence; `before` is the reference it was compared with.
@@ -131,7 +133,7 @@ class AnchorShift:
         if self.drift_detected:
             self.reference = current
             self._scored = 0
-            return Verdict.SHIFT
+            return Verdict.ALARM
         self._learn(current)
         return Verdict.WARM_UP if self._scored < self.warm_up else Verdict.STEADY
 

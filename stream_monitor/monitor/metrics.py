@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.metrics_core import Metric
 
+from stream_monitor.monitor.calibration import Calibration
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.ledger import Cell, add_cells
 from stream_monitor.monitor.ranks import Labels, RankBook
@@ -18,7 +19,9 @@ ENGINE = ("model_name", "engine")
 class Metrics:
     """Counters the parts of the monitor add to; the rest is read from them when Prometheus asks."""
 
-    def __init__(self, version: str, ranks: RankBook, store: TraceStore, log: EventLog) -> None:
+    def __init__(
+        self, version: str, ranks: RankBook, store: TraceStore, log: EventLog, calibration: Calibration
+    ) -> None:
         registry = self.registry = CollectorRegistry()
         self.messages = Counter(
             "stream_monitor_messages_total",
@@ -51,8 +54,15 @@ class Metrics:
         )
         self.sentences = Counter(
             "stream_monitor_sentences_total",
-            "Output sentences by the shift detector's verdict: insufficient (too few rows), warm_up, steady or shift.",
-            (*ENGINE, "verdict"),
+            "Sentences of the output that were closed and scored.",
+            ENGINE,
+            registry=registry,
+        )
+        self.verdicts = Counter(
+            "stream_monitor_verdicts_total",
+            "What each detector said of them: insufficient (too few rows, or nothing to look at), warm_up, steady or "
+            "alarm.",
+            (*ENGINE, "kind", "verdict"),
             registry=registry,
         )
         self.sentences_dropped = Counter(
@@ -85,14 +95,17 @@ class Metrics:
             registry=registry,
         )
         ProcessCollector(registry=registry)
-        registry.register(_StateCollector(version, ranks, store, log))
+        registry.register(_StateCollector(version, ranks, store, log, calibration))
 
 
 class _StateCollector:
     """Ledgers, traces and subscribers as they are at the moment of the scrape."""
 
-    def __init__(self, version: str, ranks: RankBook, store: TraceStore, log: EventLog) -> None:
+    def __init__(
+        self, version: str, ranks: RankBook, store: TraceStore, log: EventLog, calibration: Calibration
+    ) -> None:
         self.version = version
+        self.calibration = calibration
         self.ranks = ranks
         self.store = store
         self.log = log
@@ -107,6 +120,25 @@ class _StateCollector:
         yield from self._ledger()
         yield from self._ranks()
         yield from self._held()
+        yield from self._profiles()
+
+    def _profiles(self) -> Iterable[Metric]:
+        made = GaugeMetricFamily(
+            "stream_monitor_profile_timestamp_seconds",
+            "When the calibration profile of a model and capture was made, Unix time.",
+            labels=("model_name", "capture"),
+        )
+        for profile in self.calibration.profiles:
+            made.add_metric((profile.model_name, profile.capture), profile.made_unix)
+        yield made
+        missing = CounterMetricFamily(
+            "stream_monitor_uncalibrated_requests",
+            "Requests of a model and capture without a profile: their findings have no known rate of false alarms.",
+            labels=("model_name",),
+        )
+        for model_name, count in self.calibration.missing.items():
+            missing.add_metric((model_name,), count)
+        yield missing
 
     def _summaries(self) -> Iterable[Metric]:
         held = GaugeMetricFamily(

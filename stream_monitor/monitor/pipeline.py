@@ -2,9 +2,9 @@
 
 import time
 
-from stream_monitor.anchors.matrix import anchor_mass
-from stream_monitor.anchors.shift import Verdict
+from stream_monitor.anchors.matrix import ANCHOR_GAP
 from stream_monitor.monitor import views
+from stream_monitor.monitor.calibration import Calibration, capture_id
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.merge import MergedStep
 from stream_monitor.monitor.metrics import Metrics
@@ -16,8 +16,9 @@ from stream_monitor.v1alpha1 import monitor_pb2
 class Pipeline:
     """Applies merged steps to the traces and publishes what comes of it."""
 
-    def __init__(self, store: TraceStore, log: EventLog, metrics: Metrics) -> None:
+    def __init__(self, store: TraceStore, log: EventLog, metrics: Metrics, calibration: Calibration) -> None:
         self.store = store
+        self.calibration = calibration
         self.log = log
         self.metrics = metrics
 
@@ -30,11 +31,17 @@ class Pipeline:
 
         def trace_of(request_id: str) -> RequestTrace:
             if request_id not in touched:
-                touched[request_id] = self.store.find_or_late(instance, request_id, labels, now)
+                touched[request_id] = calibrated(self.store.find_or_late(instance, request_id, labels, now))
             return touched[request_id]
 
+        def calibrated(trace: RequestTrace) -> RequestTrace:
+            if not trace.capture:
+                trace.capture = capture_id(first.rank.engine)
+                trace.panel = self.calibration.panel(first.rank.engine.model_name, trace.capture)
+            return trace
+
         for started in (started for part in step.parts for started in part.summary.started):
-            trace = self.store.begin(instance, started.request_id, labels, now)
+            trace = calibrated(self.store.begin(instance, started.request_id, labels, now))
             new = trace.joined_late
             touched[started.request_id] = trace
             trace.start(started)
@@ -79,15 +86,18 @@ class Pipeline:
     def _score(self, trace: RequestTrace, now: int) -> None:
         for index in trace.settle():
             row = trace.sentence_row(index)
-            mass = anchor_mass(row.columns, row.shares, index)
-            verdict = trace.detector.update(mass, row.rows)
+            seen = trace.observation(index, row)
+            alarms = trace.panel.update(seen)
+            mass = seen.mass[: max(0, index - ANCHOR_GAP + 1)]
             heaviest = views.anchors(trace, mass)[:1]
             trace.top_anchor = (heaviest[0].sentence.index, heaviest[0].share) if heaviest else None
-            self.metrics.sentences.labels(*trace.labels, verdict.value).inc()
+            self.metrics.sentences.labels(*trace.labels).inc()
+            for kind, verdict in trace.panel.verdicts.items():
+                self.metrics.verdicts.labels(*trace.labels, kind.value, verdict.value).inc()
             if row.rows:
                 self.metrics.unobserved.labels(*trace.labels).observe(row.unobserved)
-            if verdict is Verdict.SHIFT:
-                finding = views.shift_event(trace, index, mass, row.unobserved, now)
+            for alarm in alarms:
+                finding = views.alarm_event(trace, index, alarm, row.unobserved, now)
                 trace.findings.append(finding)
                 trace.finding_count += 1
                 name = monitor_pb2.EventKind.Name(finding.kind).removeprefix("EVENT_KIND_")

@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stream_monitor.anchors.lock import MIN_LAG
 from stream_monitor.anchors.matrix import NO_BLOCK, forced_block_ids, sum_by_key
 from stream_monitor.monitor.faults import invalid
 from stream_monitor.monitor.validate import MAX_ID, MAX_POSITION
 from stream_monitor.v1alpha1 import summary_pb2
 
 MAX_ROWS = 4096
+_SINK_TOKENS = 4
+"""First tokens that are no far key of a loop: the attention sink is there, whatever is read."""
 ROUNDING = 0.05
 """How far kept + forced + unobserved + learned sink may be from 1: float16 logarithms are off by up to 0.4% each."""
 
@@ -31,6 +34,9 @@ class Row:
         unobserved: mass the search did not observe, summed over heads.
         heads: (layer, head) pairs summed.
         sources: who reported it: (rank, heads), the unit of the ledger.
+        sink: mass on the first token, summed over heads: the attention sink.
+        lag, lag_mass: tokens back to the key at least `MIN_LAG` back that got most mass, the first tokens aside, and
+            that mass; 0 if there is none. Of two ranks' shares of a row the heavier one's.
     """
 
     request_id: str
@@ -42,6 +48,9 @@ class Row:
     unobserved: float
     heads: int
     sources: tuple[tuple[Any, int], ...]
+    sink: float = 0.0
+    lag: int = 0
+    lag_mass: float = 0.0
 
     def shares_source(self, other: "Row") -> bool:
         """Whether one rank reported both, so that they are one row sent twice and not two parts of a row."""
@@ -63,6 +72,8 @@ class Row:
             self.unobserved + other.unobserved,
             self.heads + other.heads,
             self.sources + other.sources,
+            self.sink + other.sink,
+            *max((self.lag, self.lag_mass), (other.lag, other.lag_mass), key=lambda far: far[1]),
         )
 
 
@@ -123,20 +134,33 @@ def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tupl
     distinct = (combined % MAX_POSITION).astype(np.uint32)
     rest_of = rest.sum(axis=(1, 2))
     return [
-        Row(
-            rows.request_ids[row],
-            int(positions[row]),
-            int(attempts[row]),
-            bool(phases[row] != summary_pb2.PHASE_PREFILL_CHUNK),
-            # Copies: a view would keep the arrays of all rows for as long as one of them waits.
-            distinct[edges[row] : edges[row + 1]].copy(),
-            mass[edges[row] : edges[row + 1]].copy(),
-            float(rest_of[row]),
-            lead[1] * lead[2],
-            sources,
+        _with_landmarks(
+            Row(
+                rows.request_ids[row],
+                int(positions[row]),
+                int(attempts[row]),
+                bool(phases[row] != summary_pb2.PHASE_PREFILL_CHUNK),
+                # Copies: a view would keep the arrays of all rows for as long as one of them waits.
+                distinct[edges[row] : edges[row + 1]].copy(),
+                mass[edges[row] : edges[row + 1]].copy(),
+                float(rest_of[row]),
+                lead[1] * lead[2],
+                sources,
+            )
         )
         for row in range(count)
     ]
+
+
+def _with_landmarks(row: Row) -> Row:
+    """The same with `sink`, `lag` and `lag_mass`, from its keys."""
+    if len(row.keys) and row.keys[0] == 0:
+        row.sink = float(row.mass[0])
+    first, end = np.searchsorted(row.keys, (_SINK_TOKENS, row.position - MIN_LAG + 1))
+    if end > first:
+        heaviest = first + int(np.argmax(row.mass[first:end]))
+        row.lag, row.lag_mass = row.position - int(row.keys[heaviest]), float(row.mass[heaviest])
+    return row
 
 
 def check_audits(audits: Iterable[summary_pb2.Audit]) -> None:

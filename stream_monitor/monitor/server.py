@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection
 
 from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor import ingest, service
+from stream_monitor.monitor.calibration import Calibration
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.http import HttpServer, application
 from stream_monitor.monitor.ingest import Ingest
@@ -43,11 +44,12 @@ class MonitorServer:
         ranks = RankBook(settings.max_engines)
         self.store = TraceStore(settings.max_traces, settings.max_trace_bytes, settings.max_sentences)
         self.log = EventLog(settings.event_log, settings.subscriber_queue, settings.max_subscribers)
-        self.metrics = Metrics(version, ranks, self.store, self.log)
+        calibration = Calibration.read(settings.profiles, settings.false_alarm_rate)
+        self.metrics = Metrics(version, ranks, self.store, self.log, calibration)
         self.ingest = Ingest(
             ranks,
             Merger(settings.merge_deadline_seconds),
-            Pipeline(self.store, self.log, self.metrics),
+            Pipeline(self.store, self.log, self.metrics, calibration),
             self.metrics,
             settings.max_message_bytes,
         )

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.matrix import fold
+from stream_monitor.anchors.panel import Observation, Panel
 from stream_monitor.anchors.sentences import SentenceBuilder, Span, coarsen, prompt_sentences
-from stream_monitor.anchors.shift import AnchorShift
 from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.ledger import CHUNK, TOKEN
 from stream_monitor.monitor.ranks import Labels, Rank
@@ -39,12 +39,17 @@ class SentenceRow:
         columns: uint32 [n], sentences that got mass, ascending. shares: float64 [n].
         unobserved: mean share the search did not observe; NaN without rows.
         rows: captured rows.
+        sink: mean share on the first token, which is in `shares` too.
+        lags: int64 [rows], and lag_shares: float64 [rows], see `Row`.
     """
 
     columns: NDArray[np.uint32]
     shares: NDArray[np.float64]
     unobserved: float
     rows: int
+    sink: float
+    lags: NDArray[np.int64]
+    lag_shares: NDArray[np.float64]
 
 
 class RequestTrace:
@@ -73,7 +78,8 @@ class RequestTrace:
         self.token_rows = 0
         self.findings: deque[monitor_pb2.Event] = deque(maxlen=MAX_FINDINGS)
         self.finding_count = 0
-        self.detector = AnchorShift()
+        self.panel = Panel()
+        self.capture = ""
         self.top_anchor: tuple[int, float] | None = None
         self.bytes = _TRACE_BYTES
         self.token_source: Rank | None = None
@@ -165,17 +171,29 @@ class RequestTrace:
         span = self.spans[index]
         low, high = (bisect.bisect_left(self._positions, edge) for edge in (span.start, span.end))
         sums = np.zeros(index + 1)
-        unobserved, count = 0.0, 0
-        for position in self._positions[low:high]:
-            row, columns, mass = self._kept[position]
-            if row.heads:
-                sums[np.frombuffer(columns, np.uint32)] += np.frombuffer(mass, np.float32) / row.heads
-                unobserved += row.unobserved / row.heads
-                count += 1
-        if not count:
-            return SentenceRow(np.zeros(0, np.uint32), np.zeros(0), float("nan"), 0)
+        rows = [row for position in self._positions[low:high] if (row := self._kept[position][0]).heads]
+        for row in rows:
+            _, columns, mass = self._kept[row.position]
+            sums[np.frombuffer(columns, np.uint32)] += np.frombuffer(mass, np.float32) / row.heads
+        count = len(rows)
         columns_used = np.flatnonzero(sums).astype(np.uint32)
-        return SentenceRow(columns_used, sums[columns_used] / count, unobserved / count, count)
+        return SentenceRow(
+            columns=columns_used,
+            shares=sums[columns_used] / max(1, count),
+            unobserved=sum(row.unobserved / row.heads for row in rows) / count if count else float("nan"),
+            rows=count,
+            sink=sum(row.sink / row.heads for row in rows) / max(1, count),
+            lags=np.array([row.lag for row in rows], np.int64),
+            lag_shares=np.array([row.lag_mass / row.heads for row in rows]),
+        )
+
+    def observation(self, index: int, row: SentenceRow) -> Observation:
+        """What detectors are shown of sentence `index`, whose row of the matrix is `row`."""
+        mass = np.zeros(index + 1)
+        mass[row.columns] = row.shares
+        mass[0] = max(0.0, mass[0] - row.sink)
+        starts, ends, roles = np.array(self.spans[: index + 1], np.int64).T
+        return Observation(index, mass, roles.astype(np.uint8), ends - starts, row.rows, row.lags, row.lag_shares)
 
     def token_row_keys(self) -> tuple[list[int], list[int]]:
         """Positions, ascending, and attempts of the kept rows from which a token was sampled."""
@@ -262,7 +280,7 @@ class RequestTrace:
         self._drop_spans(sum(span.end <= end for span in self.spans))
         self._newest_row = min(self._newest_row, end - 1)
         # Sentences the reference knows may be gone.
-        self.detector, self.top_anchor = AnchorShift(), None
+        self.panel, self.top_anchor = self.panel.fresh(), None
 
     def _drop_spans(self, keep: int) -> None:
         while len(self.spans) > keep:

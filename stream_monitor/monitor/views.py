@@ -3,6 +3,7 @@
 import numpy as np
 
 from stream_monitor.anchors.matrix import Mass, vertical_scores
+from stream_monitor.anchors.panel import Alarm, Kind
 from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.trace import RequestTrace
 from stream_monitor.v1alpha1 import monitor_pb2
@@ -58,6 +59,8 @@ def info(trace: RequestTrace) -> monitor_pb2.RequestInfo:
         top_anchor=monitor_pb2.Anchor(sentence=sentence(trace, top[0]), share=top[1]) if top else None,
         refused_reason=trace.refused_reason,
         missing_ranks=sorted(trace.missing_ranks),
+        scores=scores(trace),
+        capture=trace.capture,
     )
 
 
@@ -120,17 +123,42 @@ def sentence_event(trace: RequestTrace, index: int, mass: Mass, unobserved: floa
     return event
 
 
-def shift_event(trace: RequestTrace, index: int, mass: Mass, unobserved: float, now_ns: int) -> monitor_pb2.Event:
-    """ANCHOR_SHIFT at sentence `index`, right after the detector took it in."""
-    event = sentence_event(trace, index, mass, unobserved, now_ns)
-    detector = trace.detector
-    event.kind = monitor_pb2.EVENT_KIND_ANCHOR_SHIFT
+def alarm_event(trace: RequestTrace, index: int, alarm: Alarm, unobserved: float, now_ns: int) -> monitor_pb2.Event:
+    """A finding at sentence `index`, right after the detectors took it in."""
+    event = sentence_event(trace, index, alarm.now, unobserved, now_ns)
+    event.kind = getattr(monitor_pb2, f"EVENT_KIND_{alarm.kind.name}")
     event.severity = monitor_pb2.SEVERITY_WARNING
-    event.from_anchors.extend(anchors(trace, detector.before))
-    event.score, event.threshold = detector.statistic, detector.threshold
-    origin = f"from sentence {event.from_anchors[0].sentence.index} " if event.from_anchors else ""
-    event.summary = (
-        f"at sentence {index} the anchors moved {origin}to sentence {event.to_anchors[0].sentence.index} "
-        f"(divergence {detector.divergence:.2f} bit)"
-    )
+    event.from_anchors.extend(anchors(trace, alarm.before))
+    event.score, event.threshold = alarm.score, alarm.threshold
+    if alarm.p_value is not None:
+        event.p_value = alarm.p_value
+    event.began.CopyFrom(sentence(trace, alarm.began))
+    event.summary = _summary(event, index, alarm)
     return event
+
+
+def _summary(event: monitor_pb2.Event, index: int, alarm: Alarm) -> str:
+    """One sentence for people."""
+    rare = "" if alarm.p_value is None else f"; p = {alarm.p_value:.2g}"
+    since = f" since sentence {alarm.began}" if alarm.began < index else ""
+    to = f"sentence {event.to_anchors[0].sentence.index}" if event.to_anchors else "no sentence in particular"
+    if alarm.kind is Kind.ANCHOR_SHIFT:
+        origin = f"from sentence {event.from_anchors[0].sentence.index} " if event.from_anchors else ""
+        return f"at sentence {index} the anchors moved {origin}to {to}{since} ({alarm.detail}{rare})"
+    if alarm.kind is Kind.PROMPT_DETACHMENT:
+        return f"at sentence {index} the output looks at the user's prompt less than it did{since}, and at {to}{rare}"
+    if alarm.kind is Kind.ANCHOR_LOCK:
+        return f"at sentence {index} the output repeats itself: {alarm.detail}{rare}"
+    return f"at sentence {index} the output rests most on {to}, which is labelled untrusted{rare}"
+
+
+def scores(trace: RequestTrace) -> list[monitor_pb2.DetectorScore]:
+    """The request's highest score by each detector that could score it."""
+    found = []
+    for kind, highest in trace.panel.highest.items():
+        if highest.sentence < 0:
+            continue
+        score = monitor_pb2.DetectorScore(highest=highest.score, sentence=highest.sentence)
+        score.kind = getattr(monitor_pb2, f"EVENT_KIND_{kind.name}")
+        found.append(score)
+    return found

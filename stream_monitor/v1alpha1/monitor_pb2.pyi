@@ -30,11 +30,11 @@ class _EventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EventKind.V
     EVENT_KIND_ANCHOR_SHIFT: _EventKind.ValueType  # 1
     """The distribution over anchors left its running reference. A signal to look at, not a verdict."""
     EVENT_KIND_PROMPT_DETACHMENT: _EventKind.ValueType  # 2
-    """The attention on the user's prompt stayed below its reference. Not raised by this version."""
+    """The attention on the user's prompt stayed below its reference."""
     EVENT_KIND_ANCHOR_LOCK: _EventKind.ValueType  # 3
-    """The reasoning reads itself at a constant distance, as in a loop. Not raised by this version."""
+    """The reasoning reads itself at a constant distance, as in a loop."""
     EVENT_KIND_UNTRUSTED_ANCHOR: _EventKind.ValueType  # 4
-    """A stretch labelled untrusted became the heaviest anchor. Not raised by this version."""
+    """A stretch labelled untrusted became the heaviest anchor."""
     EVENT_KIND_SENTENCE_CLOSED: _EventKind.ValueType  # 5
     """Progress, not a finding: a sentence of the output was closed and its rows are in. This and the two below are sent
     only when asked for by kind.
@@ -48,11 +48,11 @@ EVENT_KIND_UNSPECIFIED: EventKind.ValueType  # 0
 EVENT_KIND_ANCHOR_SHIFT: EventKind.ValueType  # 1
 """The distribution over anchors left its running reference. A signal to look at, not a verdict."""
 EVENT_KIND_PROMPT_DETACHMENT: EventKind.ValueType  # 2
-"""The attention on the user's prompt stayed below its reference. Not raised by this version."""
+"""The attention on the user's prompt stayed below its reference."""
 EVENT_KIND_ANCHOR_LOCK: EventKind.ValueType  # 3
-"""The reasoning reads itself at a constant distance, as in a loop. Not raised by this version."""
+"""The reasoning reads itself at a constant distance, as in a loop."""
 EVENT_KIND_UNTRUSTED_ANCHOR: EventKind.ValueType  # 4
-"""A stretch labelled untrusted became the heaviest anchor. Not raised by this version."""
+"""A stretch labelled untrusted became the heaviest anchor."""
 EVENT_KIND_SENTENCE_CLOSED: EventKind.ValueType  # 5
 """Progress, not a finding: a sentence of the output was closed and its rows are in. This and the two below are sent
 only when asked for by kind.
@@ -206,6 +206,8 @@ class Event(_message.Message):
     THRESHOLD_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     UNOBSERVED_SHARE_FIELD_NUMBER: _builtins.int
+    P_VALUE_FIELD_NUMBER: _builtins.int
+    BEGAN_FIELD_NUMBER: _builtins.int
     kind: Global___EventKind.ValueType
     severity: Global___Severity.ValueType
     external_id: _builtins.str
@@ -216,13 +218,19 @@ class Event(_message.Message):
     """Unix time in nanoseconds of the engine step that completed it, by the engine host's clock."""
     score: _builtins.float
     """The detector's statistic and the threshold it passed. ANCHOR_SHIFT: Page-Hinkley sum of the Jensen-Shannon
-    divergences in excess of their mean, in bits.
+    divergences in excess of their mean, in bits. PROMPT_DETACHMENT: the same of how much the logarithm of the
+    prompt's share fell, in nats. ANCHOR_LOCK: part of the mass that fits one period, 0 by chance to 1. UNTRUSTED_ANCHOR:
+    logarithm of the heaviest untrusted sentence's mass over the heaviest other one's.
     """
     threshold: _builtins.float
     summary: _builtins.str
     """One sentence for people."""
     unobserved_share: _builtins.float
     """Share of the attention mass that the search did not observe, averaged over the sentence's rows."""
+    p_value: _builtins.float
+    """How often a request without cause has as high a score, by the calibration; absent where the monitor has none for
+    this model and capture.
+    """
     @_builtins.property
     def key(self) -> Global___TraceKey: ...
     @_builtins.property
@@ -235,6 +243,10 @@ class Event(_message.Message):
 
     @_builtins.property
     def to_anchors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Anchor]: ...
+    @_builtins.property
+    def began(self) -> Global___Sentence:
+        """The sentence where it began, at or before `sentence`."""
+
     def __init__(
         self,
         *,
@@ -252,14 +264,46 @@ class Event(_message.Message):
         threshold: _builtins.float = ...,
         summary: _builtins.str = ...,
         unobserved_share: _builtins.float = ...,
+        p_value: _builtins.float | None = ...,
+        began: Global___Sentence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "sentence", b"sentence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "key", b"key", "p_value", b"p_value", "sentence", b"sentence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "external_id", b"external_id", "from_anchors", b"from_anchors", "key", b"key", "kind", b"kind", "model_name", b"model_name", "score", b"score", "sentence", b"sentence", "severity", b"severity", "summary", b"summary", "threshold", b"threshold", "to_anchors", b"to_anchors", "unobserved_share", b"unobserved_share", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "engine", b"engine", "external_id", b"external_id", "from_anchors", b"from_anchors", "key", b"key", "kind", b"kind", "model_name", b"model_name", "p_value", b"p_value", "score", b"score", "sentence", b"sentence", "severity", b"severity", "summary", b"summary", "threshold", b"threshold", "to_anchors", b"to_anchors", "unobserved_share", b"unobserved_share", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__p_value: _TypeAlias = _typing.Literal["p_value"]  # noqa: Y015
+    _WhichOneofArgType__p_value: _TypeAlias = _typing.Literal["_p_value", b"_p_value"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__p_value) -> _WhichOneofReturnType__p_value | None: ...
+
+Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
+class DetectorScore(_message.Message):
+    """A request's highest score by one detector so far."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    HIGHEST_FIELD_NUMBER: _builtins.int
+    SENTENCE_FIELD_NUMBER: _builtins.int
+    kind: Global___EventKind.ValueType
+    highest: _builtins.float
+    sentence: _builtins.int
+    """The sentence that had it."""
+    def __init__(
+        self,
+        *,
+        kind: Global___EventKind.ValueType = ...,
+        highest: _builtins.float = ...,
+        sentence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["highest", b"highest", "kind", b"kind", "sentence", b"sentence"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Event: _TypeAlias = Event  # noqa: Y015
+Global___DetectorScore: _TypeAlias = DetectorScore  # noqa: Y015
 
 @_typing.final
 class SubscribeRequest(_message.Message):
@@ -447,6 +491,8 @@ class RequestInfo(_message.Message):
     TOP_ANCHOR_FIELD_NUMBER: _builtins.int
     REFUSED_REASON_FIELD_NUMBER: _builtins.int
     MISSING_RANKS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
+    CAPTURE_FIELD_NUMBER: _builtins.int
     external_id: _builtins.str
     model_name: _builtins.str
     engine: _builtins.str
@@ -462,6 +508,8 @@ class RequestInfo(_message.Message):
     last_seen_ns: _builtins.int
     refused_reason: _builtins.str
     """Why the request is not captured; empty when it is."""
+    capture: _builtins.str
+    """What is captured of the model and how, as 16 hexadecimal digits: a calibration holds for one of these."""
     @_builtins.property
     def key(self) -> Global___TraceKey: ...
     @_builtins.property
@@ -471,6 +519,10 @@ class RequestInfo(_message.Message):
     @_builtins.property
     def missing_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ranks that are missing in at least one merged step, such as "tp1"."""
+
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___DetectorScore]:
+        """Of the detectors that could score any of its sentences."""
 
     def __init__(
         self,
@@ -490,10 +542,12 @@ class RequestInfo(_message.Message):
         top_anchor: Global___Anchor | None = ...,
         refused_reason: _builtins.str = ...,
         missing_ranks: _abc.Iterable[_builtins.str] | None = ...,
+        scores: _abc.Iterable[Global___DetectorScore] | None = ...,
+        capture: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "top_anchor", b"top_anchor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "events", b"events", "external_id", b"external_id", "first_seen_ns", b"first_seen_ns", "key", b"key", "last_seen_ns", b"last_seen_ns", "missing_ranks", b"missing_ranks", "model_name", b"model_name", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "refused_reason", b"refused_reason", "rows_kept", b"rows_kept", "sentences", b"sentences", "state", b"state", "top_anchor", b"top_anchor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture", b"capture", "engine", b"engine", "events", b"events", "external_id", b"external_id", "first_seen_ns", b"first_seen_ns", "key", b"key", "last_seen_ns", b"last_seen_ns", "missing_ranks", b"missing_ranks", "model_name", b"model_name", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "refused_reason", b"refused_reason", "rows_kept", b"rows_kept", "scores", b"scores", "sentences", b"sentences", "state", b"state", "top_anchor", b"top_anchor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

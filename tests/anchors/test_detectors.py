@@ -8,7 +8,8 @@ from river.drift import PageHinkley as RiverPageHinkley
 from scipy.spatial.distance import jensenshannon
 
 from stream_monitor.anchors.page_hinkley import PageHinkley
-from stream_monitor.anchors.shift import AnchorShift, Verdict, jensen_shannon
+from stream_monitor.anchors.shift import AnchorShift, jensen_shannon
+from stream_monitor.anchors.verdict import Verdict
 
 
 @given(st.integers(0, 1 << 16))
@@ -84,7 +85,7 @@ def test_warm_up_and_restart() -> None:
     detector = AnchorShift(warm_up=4)
     one, two = np.array([0.5, 0.0]), np.array([0.0, 0.5])
     assert [detector.update(one, 4) for _ in range(6)] == [Verdict.WARM_UP] * 4 + [Verdict.STEADY] * 2
-    assert detector.update(two, 4) is Verdict.SHIFT
+    assert detector.update(two, 4) is Verdict.ALARM
     assert detector.before.tolist() == [1.0, 0.0]
     assert [detector.update(two, 4) for _ in range(4)] == [Verdict.WARM_UP] * 3 + [Verdict.STEADY]
 

@@ -95,7 +95,7 @@ def test_the_anchor_shift_is_found_where_it_happens(monitor: Running) -> None:
 def test_a_steady_request_raises_nothing(monitor: Running) -> None:
     monitor.publish(Engine().request(CHAT, [4] * 30))
     assert not trace(monitor, CHAT).events
-    assert monitor.metric("stream_monitor_sentences_total", verdict="steady") > 15
+    assert monitor.metric("stream_monitor_verdicts_total", kind="anchor_shift", verdict="steady") > 15
 
 
 def test_sparse_rows_abstain(monitor: Running) -> None:
@@ -105,7 +105,7 @@ def test_sparse_rows_abstain(monitor: Running) -> None:
         summaries.append(rank.summary(tokens=[tokens(CHAT, 48 + 6 * index)]))
         summaries.append(rank.summary([Look(CHAT, 48 + 6 * index)]))
     monitor.publish([*summaries, rank.summary(finished=[finished(CHAT, 84)])])
-    assert monitor.metric("stream_monitor_sentences_total", verdict="insufficient") == 6
+    assert monitor.metric("stream_monitor_verdicts_total", kind="anchor_shift", verdict="insufficient") == 6
 
 
 def test_progress_events_come_only_when_asked_for(monitor: Running) -> None:

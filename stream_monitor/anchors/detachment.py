@@ -1,0 +1,95 @@
+"""PROMPT_DETACHMENT: the reasoning looks at the user's prompt less than it did."""
+
+import math
+
+from stream_monitor.anchors.page_hinkley import PageHinkley
+from stream_monitor.anchors.verdict import Verdict
+
+_LEAST_SHARE = 1e-4
+"""A smaller share of the mass on candidates counts as this: its logarithm would be noise."""
+
+
+class PromptDetachment:
+    """Watches one request's sentences; raises an alarm when mass on the user's prompt stays below its reference.
+
+    The longer the output, the more other candidates there are, and the prompt's share falls by itself. So it is divided
+    by the prompt's share of the candidates' tokens; the logarithm of that goes through a Page-Hinkley test for a fall.
+
+    Parameters
+    ----------
+    warm_up
+        Scored sentences before the first alarm.
+    delta
+        Fall of the mean that is tolerated, nats.
+    threshold
+        Alarm when the summed fall passes it, nats.
+    min_rows
+        Captured rows a sentence needs.
+    min_mass
+        Share of attention that candidates must hold.
+
+    Examples
+    --------
+    >>> detector = PromptDetachment(warm_up=4)
+    >>> for index in range(20):
+    ...     _ = detector.update(0.3 if index < 10 else 0.01, candidates=0.5, tokens=0.5, rows=3)
+    ...     if detector.drift_detected:
+    ...         print(index)
+    11
+    """
+
+    def __init__(
+        self,
+        warm_up: int = 8,
+        delta: float = 0.25,
+        threshold: float = 4.0,
+        min_rows: int = 2,
+        min_mass: float = 0.02,
+    ) -> None:
+        self.warm_up = warm_up
+        self.min_rows = min_rows
+        self.min_mass = min_mass
+        self._test = PageHinkley(warm_up, delta, threshold)
+        self._scored = 0
+
+    @property
+    def drift_detected(self) -> bool:
+        """Whether the newest sentence raised an alarm."""
+        return self._test.drift_detected
+
+    @property
+    def score(self) -> float:
+        """Summed fall, nats; an alarm when above `threshold`."""
+        return self._test.statistic
+
+    @property
+    def threshold(self) -> float:
+        """Of the score."""
+        return self._test.threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._test.threshold = value
+
+    @property
+    def began(self) -> int:
+        """At an alarm, how many scored sentences ago the fall began."""
+        return max(0, self._test.since_lowest - 1)
+
+    def update(self, prompt: float, candidates: float, tokens: float, rows: int) -> Verdict:
+        """Take in one sentence.
+
+        Args:
+            prompt: share of the sentence's attention on the user's prompt.
+            candidates: the same on all candidates, the prompt included.
+            tokens: share of the candidates' tokens that are the prompt's.
+            rows: captured rows the sentence has.
+        """
+        if rows < self.min_rows or candidates < self.min_mass or not 0 < tokens < 1:
+            return Verdict.INSUFFICIENT
+        self._test.update(-math.log(max(prompt / candidates, _LEAST_SHARE) / tokens))
+        self._scored += 1
+        if self.drift_detected:
+            self._scored = 0
+            return Verdict.ALARM
+        return Verdict.WARM_UP if self._scored < self.warm_up else Verdict.STEADY

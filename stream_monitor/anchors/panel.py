@@ -1,0 +1,225 @@
+"""All detectors of one request: what each is shown of a sentence, and what they raise."""
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_monitor.anchors.detachment import PromptDetachment
+from stream_monitor.anchors.lock import AnchorLock
+from stream_monitor.anchors.matrix import ANCHOR_GAP, Mass
+from stream_monitor.anchors.profile import Profile
+from stream_monitor.anchors.shift import AnchorShift
+from stream_monitor.anchors.untrusted import UntrustedAnchor
+from stream_monitor.anchors.verdict import Verdict
+from stream_monitor.records import Role
+
+
+class Kind(StrEnum):
+    """The findings there are; names as in `monitor.proto`."""
+
+    ANCHOR_SHIFT = "anchor_shift"
+    PROMPT_DETACHMENT = "prompt_detachment"
+    ANCHOR_LOCK = "anchor_lock"
+    UNTRUSTED_ANCHOR = "untrusted_anchor"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One closed sentence of the output, as it was captured.
+
+    Attributes:
+        index: its number, prompt included; all arrays run over sentences 0 to `index`.
+        mass: float64 [index + 1], share of its attention on each sentence, that on the first token left out: every
+            head reads that when it has nothing to read (the attention sink).
+        roles: uint8 [index + 1], `summary.proto` Role of each.
+        tokens: int64 [index + 1], of each.
+        rows: captured rows it has.
+        lags: int64 [rows], tokens from each row back to the far key it reads most, 0 if none.
+        lag_shares: float64 [rows], attention on that key.
+    """
+
+    index: int
+    mass: Mass
+    roles: NDArray[np.uint8]
+    tokens: NDArray[np.int64]
+    rows: int
+    lags: NDArray[np.int64]
+    lag_shares: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A finding.
+
+    Attributes:
+        kind: which.
+        score, threshold: in the detector's unit.
+        p_value: how often a request without cause has as high a score, by the profile; None without one.
+        began: number of the sentence where it began.
+        before: float64 [sentences], what the output rested on until then; empty where the detector keeps none.
+        now: float64 [sentences], what it rests on.
+        detail: what is particular to it, a few words for people.
+    """
+
+    kind: Kind
+    score: float
+    threshold: float
+    p_value: float | None
+    began: int
+    before: Mass
+    now: Mass
+    detail: str
+
+
+@dataclass
+class Highest:
+    """The largest score of a request by one detector, and the sentence that had it."""
+
+    score: float = -math.inf
+    sentence: int = -1
+
+
+@dataclass
+class _Begins:
+    """Numbers of the sentences that a detector scored, of which the newest few are looked back at."""
+
+    scored: list[int] = field(default_factory=list)
+
+    def back(self, count: int) -> int:
+        return self.scored[max(0, len(self.scored) - 1 - count)]
+
+
+class _Detector(Protocol):
+    threshold: float
+
+    @property
+    def score(self) -> float: ...
+
+
+class Panel:
+    """The detectors of one request.
+
+    Without a profile each has a threshold of its own, chosen by hand, and no p-value. With one, a finding is raised
+    where so high a score is rarer than the rate divided among the kinds that were not raised yet (Holm's procedure).
+    A request's highest scores are kept apart from the alarms, which begin some detectors anew.
+
+    Args:
+        profile: of this model and capture, or None.
+        rate: share of requests without cause that may raise any finding; only with a profile.
+
+    Attributes:
+        verdicts: of the newest sentence.
+        highest: of the request so far.
+    """
+
+    def __init__(self, profile: Profile | None = None, rate: float = 0.01) -> None:
+        self.profile = profile
+        self.rate = rate
+        self.shift = AnchorShift()
+        self.detachment = PromptDetachment()
+        self.lock = AnchorLock()
+        self.untrusted = UntrustedAnchor()
+        self._detectors: dict[Kind, _Detector] = {
+            Kind.UNTRUSTED_ANCHOR: self.untrusted,
+            Kind.ANCHOR_SHIFT: self.shift,
+            Kind.PROMPT_DETACHMENT: self.detachment,
+            Kind.ANCHOR_LOCK: self.lock,
+        }
+        self.verdicts: dict[Kind, Verdict] = {}
+        self.highest = {kind: Highest() for kind in Kind}
+        self._unbroken_shift = AnchorShift(threshold=math.inf)
+        self._unbroken_detachment = PromptDetachment(threshold=math.inf)
+        self._unbroken: dict[Kind, _Detector] = {
+            Kind.ANCHOR_SHIFT: self._unbroken_shift,
+            Kind.PROMPT_DETACHMENT: self._unbroken_detachment,
+        }
+        self._raised: set[Kind] = set()
+        self._begins = {kind: _Begins() for kind in Kind}
+        self._set_thresholds()
+
+    def fresh(self) -> "Panel":
+        """The same, of a request that begins anew."""
+        return Panel(self.profile, self.rate)
+
+    def update(self, seen: Observation) -> list[Alarm]:
+        """Take in one sentence; what it raised, most telling first."""
+        far = seen.mass[: max(0, seen.index - ANCHOR_GAP + 1)]
+        prompt = far[seen.roles[: len(far)] == Role.USER].sum()
+        tokens = seen.tokens[: len(far)]
+        of_prompt = tokens[seen.roles[: len(far)] == Role.USER].sum() / max(1, tokens.sum())
+        every = _candidates(seen)
+        untrusted = seen.roles[every] == Role.UNTRUSTED
+        told = (float(prompt), float(far.sum()), float(of_prompt), seen.rows)
+        self.verdicts = {
+            Kind.UNTRUSTED_ANCHOR: self.untrusted.update(seen.mass[every], untrusted, seen.rows),
+            Kind.ANCHOR_SHIFT: self.shift.update(far, seen.rows),
+            Kind.PROMPT_DETACHMENT: self.detachment.update(*told),
+            Kind.ANCHOR_LOCK: self.lock.update(seen.lags, seen.lag_shares),
+        }
+        self._unbroken_shift.update(far, seen.rows)
+        self._unbroken_detachment.update(*told)
+        alarms = []
+        for kind, verdict in self.verdicts.items():
+            if verdict is Verdict.INSUFFICIENT:
+                continue
+            self._begins[kind].scored.append(seen.index)
+            self._note(kind, seen.index)
+            if verdict is Verdict.ALARM:
+                alarms.append(self._alarm(kind, seen, far))
+                self._raised.add(kind)
+        if alarms:
+            self._set_thresholds()
+        return alarms
+
+    def _note(self, kind: Kind, index: int) -> None:
+        score = self._unbroken.get(kind, self._detectors[kind]).score
+        if score > self.highest[kind].score:
+            self.highest[kind] = Highest(score, index)
+
+    def _alarm(self, kind: Kind, seen: Observation, far: Mass) -> Alarm:
+        detector = self._detectors[kind]
+        back, before, now, detail = 0, np.zeros(0), far, ""
+        if kind is Kind.ANCHOR_SHIFT:
+            back, before = self.shift.began, self.shift.before
+            detail = f"divergence {self.shift.divergence:.2f} bit"
+        elif kind is Kind.PROMPT_DETACHMENT:
+            back = self.detachment.began
+        elif kind is Kind.ANCHOR_LOCK:
+            # A loop reads the sentences just before; the gap would hide them.
+            now = seen.mass[: seen.index]
+            detail = f"it reads itself {self.lock.period} tokens back"
+        else:
+            every = _candidates(seen)
+            now = np.zeros(len(seen.mass))
+            now[every] = seen.mass[every]
+        return Alarm(
+            kind=kind,
+            score=detector.score,
+            threshold=detector.threshold,
+            p_value=None if self.profile is None else self.profile.p_value(kind, detector.score),
+            began=self._begins[kind].back(back),
+            before=before,
+            now=now,
+            detail=detail,
+        )
+
+    def _set_thresholds(self) -> None:
+        if self.profile is None:
+            return
+        left = max(1, len(Kind) - len(self._raised))
+        for kind in Kind:
+            self._detectors[kind].threshold = self.profile.threshold(kind, self.rate / left)
+
+
+def _candidates(seen: Observation) -> NDArray[np.bool_]:
+    """What may be an anchor beside a document: all of the prompt, and output at least `ANCHOR_GAP` sentences earlier.
+
+    A document's last sentences stand close before the first of an answer. bool [index + 1].
+    """
+    output = (seen.roles == Role.REASONING) | (seen.roles == Role.ANSWER)
+    near = np.arange(seen.index + 1) > seen.index - ANCHOR_GAP
+    return np.asarray(~(output & near))

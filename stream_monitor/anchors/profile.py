@@ -1,0 +1,126 @@
+"""What scores requests without cause reach: thresholds with a known rate of false alarms.
+
+A **conformal** p-value of a score s is (1 + requests whose highest score was s or more) / (1 + requests). If a request
+is like those of the calibration, it is at most a with probability at most a, whatever the scores' distribution. The
+highest score of a request is what counts, so the rate is one per request and not per sentence.
+"""
+
+import json
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+VERSION = 1
+
+
+class ProfileError(ValueError):
+    """A profile cannot be made, read or used; one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Calibration of one model and one way of capturing it.
+
+    Attributes:
+        model_name: as vLLM's metrics show it.
+        capture: `capture_id` of the engine.
+        made_unix: seconds, when the profile was made.
+        requests: n, requests it was made from.
+        trimmed: highest scores left out per detector, as live traffic may hold what is looked for.
+        highest: detector to the requests' highest scores, ascending, at most n.
+    """
+
+    model_name: str
+    capture: str
+    made_unix: int
+    requests: int
+    trimmed: int
+    highest: Mapping[str, tuple[float, ...]]
+
+    def p_value(self, kind: str, score: float) -> float:
+        """Of a score by this detector. A request that it could not score counts as lower than any."""
+        scores = self.highest.get(kind, ())
+        return (1 + len(scores) - bisect_left(scores, score)) / (self.requests - self.trimmed + 1)
+
+    def threshold(self, kind: str, rate: float) -> float:
+        """Scores above it have a p-value of at most `rate`; infinite where no score could have."""
+        allowed = math.floor(rate * (self.requests - self.trimmed + 1) + 1e-9) - 1
+        scores = self.highest.get(kind, ())
+        if allowed < 0:
+            return math.inf
+        return scores[-1 - allowed] if allowed < len(scores) else -math.inf
+
+    def check(self, rate: float) -> None:
+        """Raises ProfileError where the profile is too small for a rate, divided among its detectors."""
+        least = math.ceil(len(self.highest) / rate - 1e-9) - 1
+        if self.requests - self.trimmed < least:
+            raise ProfileError(
+                f"the profile of {self.model_name} is made from {self.requests - self.trimmed} requests; a rate of "
+                f"{rate:g} for {len(self.highest)} detectors needs {least}"
+            )
+
+    def write(self, path: Path) -> None:
+        """As JSON. Raises ProfileError."""
+        content = {"version": VERSION} | vars(self)
+        try:
+            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ProfileError(f"cannot write {path}: {error.strerror}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> "Profile":
+        """Raises ProfileError."""
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            version = content.pop("version")
+            if version != VERSION:
+                raise ProfileError(f"{path} is a profile of version {version}; this program reads {VERSION}")
+            highest = {kind: tuple(map(float, scores)) for kind, scores in content.pop("highest").items()}
+            found = cls(highest=highest, **content)
+        except OSError as error:
+            raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if isinstance(error, ProfileError):
+                raise
+            raise ProfileError(f"{path} is not a profile; `stream-monitor calibrate` makes one") from error
+        found._check_content(path)
+        return found
+
+    def _check_content(self, path: Path) -> None:
+        ordered = all(list(scores) == sorted(scores) for scores in self.highest.values())
+        numbers = all(math.isfinite(score) for scores in self.highest.values() for score in scores)
+        few = all(len(scores) <= self.requests - self.trimmed for scores in self.highest.values())
+        named = isinstance(self.model_name, str) and isinstance(self.capture, str)
+        if not (ordered and numbers and few and named and 0 <= self.trimmed <= self.requests):
+            raise ProfileError(f"{path} was changed by hand: its numbers do not fit each other")
+
+
+def make_profile(
+    model_name: str,
+    capture: str,
+    made_unix: int,
+    highest: Mapping[str, Sequence[float]],
+    requests: int,
+    trim: float = 0.0,
+) -> Profile:
+    """From the highest scores of n requests.
+
+    Args:
+        model_name, capture, made_unix: see `Profile`.
+        highest: detector to the highest scores of those requests that it could score.
+        requests: n, all of them.
+        trim: share of the requests whose scores are left out, the highest of each detector: live traffic is not known
+            to be without cause.
+
+    Raises:
+        ProfileError: there are no requests, or `trim` is out of its range.
+    """
+    if requests < 1:
+        raise ProfileError("there is no finished request to calibrate from; send some traffic first")
+    if not 0 <= trim < 0.5:
+        raise ProfileError(f"trim is {trim}; valid: 0 to below 0.5")
+    cut = math.floor(trim * requests)
+    kept = {kind: tuple(sorted(map(float, scores))[: max(0, len(scores) - cut)]) for kind, scores in highest.items()}
+    return Profile(model_name, capture, made_unix, requests, cut, kept)

@@ -1,0 +1,95 @@
+"""`stream-monitor explain`: one request's anchor curve, and one finding on it, in a terminal."""
+
+import numpy as np
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from stream_monitor.monitor.client import DEADLINE_SECONDS, MonitorError, asking
+from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
+
+_BAR = 30
+"""Characters of the longest bar."""
+
+
+def explain(target: str, request_id: str, number: int | None, console: Console) -> None:
+    """Prints a request and, if `number` is given, its finding of that number, from 1, oldest first.
+
+    Raises:
+        MonitorError: the monitor cannot be asked, or there is no such request or finding.
+    """
+    with asking(target) as service:
+        trace = service.GetTrace(monitor_pb2.GetTraceRequest(request_id=request_id), timeout=DEADLINE_SECONDS)
+    if number is not None and not 1 <= number <= len(trace.events):
+        raise MonitorError(f"{request_id} has {len(trace.events)} findings; there is no number {number}")
+    event = None if number is None else trace.events[number - 1]
+    console.print(Group(_heading(trace), _curve(trace, event), _findings(trace)))
+    if event is not None:
+        console.print(_finding(trace, event))
+
+
+def _heading(trace: monitor_pb2.GetTraceResponse) -> Text:
+    info = trace.info
+    unobserved = np.frombuffer(trace.unobserved_share, "<f4")
+    seen = unobserved[np.isfinite(unobserved)]
+    missed = f", {seen.mean():.1%} of the attention not observed" if len(seen) else ""
+    ranks = f", ranks missing: {', '.join(info.missing_ranks)}" if info.missing_ranks else ""
+    return Text(
+        f"{info.external_id or info.key.request_id}: {info.model_name}, {info.prompt_tokens:,} prompt tokens, "
+        f"{info.output_tokens:,} sampled, {info.sentences:,} sentences, {info.rows_kept:,} rows captured{missed}{ranks}"
+    )
+
+
+def _curve(trace: monitor_pb2.GetTraceResponse, event: monitor_pb2.Event | None) -> Table:
+    """The anchor curve: what sentences at least four later gave each sentence, and beside it, under a finding, what
+    the output rested on before and rests on there."""
+    scores = np.frombuffer(trace.vertical_score, "<f4")
+    rows = np.frombuffer(trace.captured_rows, "<u4")
+    table = Table("sentence", "role", "tokens", "rows", "anchor score", box=None, title="anchor curve")
+    before = {anchor.sentence.index: anchor.share for anchor in event.from_anchors} if event else {}
+    after = {anchor.sentence.index: anchor.share for anchor in event.to_anchors} if event else {}
+    if event:
+        table.add_column("before")
+        table.add_column("at the finding")
+    found = {one.sentence.index for one in trace.events}
+    # The first sentence holds the attention sink, beside which no bar could be seen.
+    most = float(np.nanmax(scores[1:])) if np.isfinite(scores[1:]).any() else 0.0
+    for sentence in trace.sentences:
+        index = sentence.index
+        score = float(scores[index])
+        bar = "" if not np.isfinite(score) or most <= 0 else "█" * min(_BAR, round(_BAR * score / most))
+        cells = [
+            f"{index}{' ◀' if index in found else ''}",
+            summary_pb2.Role.Name(sentence.role).removeprefix("ROLE_").lower(),
+            f"{sentence.first_token}-{sentence.end_token - 1}",
+            str(rows[index]),
+            "" if not np.isfinite(score) else f"{score:.4f} {bar}",
+        ]
+        if event:
+            cells += [f"{shares[index]:.0%}" if index in shares else "" for shares in (before, after)]
+        table.add_row(*cells)
+    return table
+
+
+def _findings(trace: monitor_pb2.GetTraceResponse) -> Text:
+    if not trace.events:
+        return Text("no findings")
+    lines = [f"{number}. {event.summary}" for number, event in enumerate(trace.events, 1)]
+    return Text("findings (◀ marks their sentences)\n" + "\n".join(lines))
+
+
+def _finding(trace: monitor_pb2.GetTraceResponse, event: monitor_pb2.Event) -> Text:
+    """The finding, and the row of the sentence matrix it was detected at."""
+    kind = monitor_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_")
+    rare = f"p = {event.p_value:.2g}" if event.HasField("p_value") else "not calibrated"
+    row = np.frombuffer(trace.matrix_row, "<u4")
+    here = row == event.sentence.index
+    columns = np.frombuffer(trace.matrix_column, "<u4")[here]
+    shares = np.frombuffer(trace.matrix_share, "<f4")[here]
+    heaviest = np.argsort(-shares, kind="stable")[:10]
+    read = ", ".join(f"{columns[place]} ({shares[place]:.1%})" for place in heaviest)
+    return Text(
+        f"\n{kind}: score {event.score:.3g}, threshold {event.threshold:.3g}, {rare}; began at sentence "
+        f"{event.began.index}, detected at {event.sentence.index}\n"
+        f"sentence {event.sentence.index} reads: {read}; not observed: {event.unobserved_share:.1%}"
+    )

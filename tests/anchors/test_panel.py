@@ -1,0 +1,218 @@
+"""Detectors beside the shift's, the panel that runs them all, and profiles."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from stream_monitor.anchors.detachment import PromptDetachment
+from stream_monitor.anchors.lock import AnchorLock
+from stream_monitor.anchors.panel import Kind, Observation, Panel
+from stream_monitor.anchors.profile import Profile, ProfileError, make_profile
+from stream_monitor.anchors.untrusted import UntrustedAnchor
+from stream_monitor.anchors.verdict import Verdict
+from stream_monitor.records import Role
+
+PROMPT = 10
+"""Sentences of a prompt: the system's, three of an untrusted document, and the user's."""
+
+
+def observation(index: int, on: dict[int, float], rows: int = 4, lag: int = 0) -> Observation:
+    """Sentence `index` of an output, with mass on some sentences, and rows that look back so far (drawn if 0)."""
+    mass = np.zeros(index + 1)
+    mass[list(on)] = list(on.values())
+    roles = np.full(index + 1, Role.REASONING, np.uint8)
+    roles[:PROMPT] = [Role.SYSTEM] + [Role.UNTRUSTED] * 3 + [Role.USER] * 6
+    drawn = np.random.default_rng(index).integers(8, 2000, rows)
+    lags = np.full(rows, lag) if lag else drawn
+    return Observation(index, mass, roles, np.full(index + 1, 12), rows, lags, np.full(rows, 0.05))
+
+
+def run(panel: Panel, seen: list[Observation]) -> list[tuple[int, Kind]]:
+    return [(one.index, alarm.kind) for one in seen for alarm in panel.update(one)]
+
+
+STEADY = {0: 0.02, 2: 0.03, 5: 0.2, 7: 0.1}
+
+
+def steady(first: int, count: int) -> list[Observation]:
+    return [observation(PROMPT + first + place, STEADY) for place in range(count)]
+
+
+def test_a_steady_output_raises_nothing() -> None:
+    assert run(Panel(), steady(0, 60)) == []
+
+
+def test_every_kind_is_raised_by_its_cause_alone() -> None:
+    lost = [observation(PROMPT + 20 + place, {0: 0.02, 2: 0.03, 5: 0.001, 15: 0.3}) for place in range(12)]
+    assert {kind for _, kind in run(Panel(), steady(0, 20) + lost)} == {Kind.ANCHOR_SHIFT, Kind.PROMPT_DETACHMENT}
+    moved = [observation(PROMPT + 20 + place, {0: 0.02, 2: 0.03, 5: 0.02, 8: 0.3}) for place in range(12)]
+    assert {kind for _, kind in run(Panel(), steady(0, 20) + moved)} == {Kind.ANCHOR_SHIFT}
+    looping = [observation(PROMPT + 20 + place, STEADY, lag=57) for place in range(12)]
+    assert [kind for _, kind in run(Panel(), steady(0, 20) + looping)] == [Kind.ANCHOR_LOCK]
+    taken = [observation(PROMPT + place, {2: 0.3, 5: 0.2}) for place in range(12)]
+    assert run(Panel(), taken) == [(PROMPT, Kind.UNTRUSTED_ANCHOR)]
+
+
+def test_an_alarm_says_where_it_began_and_what_moved() -> None:
+    panel = Panel()
+    moved = [observation(PROMPT + 20 + place, {5: 0.02, 8: 0.3}) for place in range(12)]
+    (alarm,) = [alarm for one in steady(0, 20) + moved for alarm in panel.update(one)]
+    assert alarm.began == PROMPT + 20
+    assert (int(np.argmax(alarm.before)), int(np.argmax(alarm.now))) == (5, 8)
+    assert alarm.score > alarm.threshold
+    assert alarm.p_value is None
+
+
+def test_too_few_rows_are_insufficient() -> None:
+    panel = Panel()
+    panel.update(observation(PROMPT + 3, STEADY, rows=1))
+    assert set(panel.verdicts.values()) == {Verdict.INSUFFICIENT}
+    assert {highest.sentence for highest in panel.highest.values()} == {-1}
+
+
+def test_the_last_sentences_of_a_document_count_though_they_are_near() -> None:
+    """An answer's first sentence stands less than the gap behind them."""
+    seen = observation(PROMPT, {3: 0.3, 9: 0.1})
+    roles = seen.roles.copy()
+    roles[7:10] = Role.UNTRUSTED
+    panel = Panel()
+    panel.update(replace(seen, roles=roles, mass=np.eye(PROMPT + 1)[8] * 0.3 + np.eye(PROMPT + 1)[5] * 0.1))
+    assert panel.highest[Kind.UNTRUSTED_ANCHOR].score == pytest.approx(math.log(3))
+
+
+def test_the_highest_scores_do_not_depend_on_thresholds() -> None:
+    """A profile is made of them: an alarm begins the detector anew, and must not cut the score off."""
+    moved = [observation(PROMPT + 20 + place, {5: 0.02, 8: 0.3}) for place in range(30)]
+    with_alarms, without = Panel(), Panel()
+    without.shift.threshold = math.inf
+    for one in steady(0, 20) + moved:
+        with_alarms.update(one)
+        without.update(one)
+    assert without.highest[Kind.ANCHOR_SHIFT].score == with_alarms.highest[Kind.ANCHOR_SHIFT].score > 1.0
+
+
+@pytest.mark.parametrize("period", [3, 5, 17, 60, 300])
+def test_loops_of_any_period_lock(period: int) -> None:
+    rng = np.random.default_rng(period)
+    rounds = rng.integers(-(-8 // period) + 1, -(-8 // period) + 4, 32)
+    detector = AnchorLock()
+    detector.update(rounds * period - rng.integers(0, 2, 32), rng.random(32))
+    assert detector.drift_detected
+    assert detector.score == pytest.approx(1.0)
+
+
+def test_lags_at_random_do_not_lock() -> None:
+    rng = np.random.default_rng(0)
+    scores = []
+    for _ in range(300):
+        detector = AnchorLock()
+        detector.update(rng.integers(8, 400, 32), rng.random(32))
+        scores.append(detector.score)
+    assert max(scores) < 0.5
+
+
+def test_a_lock_is_raised_once_and_again_after_it_was_left() -> None:
+    detector, rng = AnchorLock(), np.random.default_rng(0)
+    raised = []
+    for lag in [40] * 3 + [0] * 3 + [40] * 3:
+        lags = np.full(32, lag) if lag else rng.integers(8, 400, 32)
+        raised.append(detector.update(lags, np.ones(32)) is Verdict.ALARM)
+    assert raised == [True, False, False, False, False, False, True, False, False]
+
+
+def test_dilution_is_no_detachment() -> None:
+    """The prompt's share falls as the output grows, in proportion to its share of the tokens."""
+    detector = PromptDetachment()
+    for index in range(400):
+        tokens = 10 / (10 + index + 1)
+        assert detector.update(0.4 * tokens, 0.4, tokens, 4) is not Verdict.ALARM
+
+
+def test_an_untrusted_anchor_is_raised_once_while_it_stays() -> None:
+    detector = UntrustedAnchor()
+    raised = [
+        detector.update(np.array([0.2, heaviest]), np.array([False, True]), 4) is Verdict.ALARM
+        for heaviest in (0.1, 0.3, 0.4, 0.1, 0.3)
+    ]
+    assert raised == [False, True, False, False, True]
+
+
+def profile(scores: dict[str, list[float]], requests: int, trim: float = 0.0) -> Profile:
+    return make_profile("m", "c", 1, {kind.value: [] for kind in Kind} | scores, requests, trim)
+
+
+def test_p_values_are_the_conformal_ones() -> None:
+    made = profile({"anchor_shift": [1.0, 2.0, 2.0, 3.0]}, 9)
+    assert [made.p_value("anchor_shift", score) for score in (3.5, 3.0, 2.0, 0.0)] == [0.1, 0.2, 0.4, 0.5]
+    assert made.p_value("anchor_lock", 0.0) == 0.1  # none of nine could be scored
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
+def test_scores_above_the_threshold_are_as_rare_as_said(rate: float) -> None:
+    """Over calibrations and requests alike drawn: what one calibration gives varies around it."""
+    rng = np.random.default_rng(1)
+    raised = 0
+    for _ in range(4000):
+        made = profile({"anchor_shift": rng.normal(size=99).tolist()}, 99)
+        threshold = made.threshold("anchor_shift", rate)
+        assert made.p_value("anchor_shift", threshold + 1e-9) <= rate < made.p_value("anchor_shift", threshold)
+        raised += rng.normal() > threshold
+    assert stats.binomtest(raised, 4000, rate).pvalue > 1e-3
+
+
+def test_holms_procedure_divides_the_rate_among_what_was_not_raised() -> None:
+    scores = {kind.value: np.linspace(0, 1, 399).tolist() for kind in Kind}
+    panel = Panel(profile(scores, 399), rate=0.04)
+    quarter, third = (panel.profile.threshold("anchor_shift", rate) for rate in (0.01, 0.04 / 3))
+    assert panel.shift.threshold == panel.lock.threshold == quarter
+    alarms = panel.update(observation(PROMPT, {2: 0.4, 5: 0.1}))
+    assert [alarm.kind for alarm in alarms] == [Kind.UNTRUSTED_ANCHOR]
+    assert alarms[0].p_value == pytest.approx(1 / 400)
+    assert panel.shift.threshold == panel.lock.threshold == third < quarter
+
+
+def test_a_rate_that_so_few_requests_cannot_tell_of_is_refused() -> None:
+    with pytest.raises(ProfileError, match=r"made from 398 requests; a rate of 0.01 for 4 detectors needs 399"):
+        profile({}, 398).check(0.01)
+    profile({}, 399).check(0.01)
+    assert profile({"anchor_shift": [1.0] * 398}, 398).threshold("anchor_shift", 0.0025) == math.inf
+
+
+def test_the_highest_scores_are_trimmed() -> None:
+    made = profile({"anchor_shift": list(range(100)), "anchor_lock": [5.0, 6.0]}, 100, trim=0.05)
+    assert (made.trimmed, made.highest["anchor_shift"][-1], made.highest["anchor_lock"]) == (5, 94.0, ())
+
+
+def test_a_profile_survives_its_file(tmp_path: Path) -> None:
+    made = profile({"anchor_shift": [3.0, 1.0]}, 4)
+    made.write(tmp_path / "p.json")
+    assert Profile.read(tmp_path / "p.json") == made
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nonsense", "is not a profile; `stream-monitor calibrate` makes one"),
+        ("[]", "is not a profile"),
+        ('{"version": 1}', "is not a profile"),
+        ('{"version": 7}', "is a profile of version 7; this program reads 1"),
+        ({"requests": 1}, "was changed by hand"),
+        ({"highest": {"anchor_shift": [2.0, 1.0]}}, "was changed by hand"),
+        ({"highest": {"anchor_shift": [math.nan]}}, "was changed by hand"),
+        ({"surprise": 1}, "is not a profile"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_one_line(content: str | dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    profile({"anchor_shift": [1.0, 3.0]}, 4).write(path)
+    whole = json.loads(path.read_text())
+    path.write_text(content if isinstance(content, str) else json.dumps(whole | content))
+    with pytest.raises(ProfileError, match=message):
+        Profile.read(path)
+    with pytest.raises(ProfileError, match="cannot read the profile"):
+        Profile.read(tmp_path / "absent")

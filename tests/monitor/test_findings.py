@@ -1,0 +1,153 @@
+"""Every kind of finding over a real socket, calibration from a monitor's own requests, and `explain`."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from stream_monitor.anchors.panel import Kind
+from stream_monitor.cli import app
+from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
+from tests.monitor.conftest import Running, starter
+from tests.monitor.synthetic import SENTENCE, Engine, Look, engine, finished, started, tokens
+
+UNTRUSTED = 10
+"""Token of the prompt's second sentence, which `request` labels untrusted."""
+
+
+def request(
+    rank: Engine, name: str, targets: list[int], *, lag: int = 0, untrusted: bool = False
+) -> list[summary_pb2.StepSummary]:
+    """One sentence of six tokens for each target, with three rows that look at it; from sentence 12 on at the token
+    `lag` back instead, if that is given."""
+    start = started(name)
+    if untrusted:
+        start.role_starts = np.array([0, 6, 24], "<u4").tobytes()
+        start.roles = bytes([summary_pb2.ROLE_SYSTEM, summary_pb2.ROLE_UNTRUSTED, summary_pb2.ROLE_USER])
+    summaries = [rank.summary(started=[start])]
+    position = 48
+    for index, target in enumerate(targets):
+        summaries.append(rank.summary(tokens=[tokens(name, position)]))
+        for offset in (0, 2, 4):
+            at = position + offset
+            looked = at - lag if lag and index >= 12 else target
+            summaries.append(rank.summary([Look(name, at, looked)]))
+        position += len(SENTENCE)
+    return [*summaries, rank.summary(finished=[finished(name, position)])]
+
+
+def kinds(monitor: Running, name: str) -> list[str]:
+    events = monitor.api.GetTrace(monitor_pb2.GetTraceRequest(request_id=name)).events
+    return [monitor_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_") for event in events]
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_every_kind_is_raised(monitor: Running) -> None:
+    rank = Engine()
+    monitor.publish(request(rank, "shift", [28] * 14 + [40] * 8))
+    monitor.publish(request(rank, "lost", [28] * 14 + [60] * 8))
+    monitor.publish(request(rank, "loop", [28] * 26, lag=29))
+    monitor.publish(request(rank, "taken", [UNTRUSTED] * 6, untrusted=True))
+    monitor.publish(request(rank, "calm", [28] * 26, untrusted=True))
+    assert kinds(monitor, "shift") == ["ANCHOR_SHIFT"]
+    assert set(kinds(monitor, "lost")) == {"ANCHOR_SHIFT", "PROMPT_DETACHMENT"}
+    assert "ANCHOR_LOCK" in kinds(monitor, "loop")
+    assert kinds(monitor, "taken") == ["UNTRUSTED_ANCHOR"]
+    assert kinds(monitor, "calm") == []
+    (event,) = monitor.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="taken")).events
+    assert event.to_anchors[0].sentence.role == summary_pb2.ROLE_UNTRUSTED
+    assert "labelled untrusted" in event.summary
+    assert not event.HasField("p_value")
+    assert monitor.metric("stream_monitor_events_total", kind="UNTRUSTED_ANCHOR") == 1
+    assert monitor.metric("stream_monitor_verdicts_total", kind="untrusted_anchor", verdict="alarm") == 1
+    assert monitor.metric("stream_monitor_uncalibrated_requests_total", model_name="tiny") == 5
+
+
+def test_the_attention_sink_is_no_anchor(monitor: Running) -> None:
+    """What rows read on the first token stays in the matrix and is in no list of anchors."""
+    monitor.publish(request(Engine(), "sink", [0] * 14))
+    trace = monitor.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="sink"))
+    first = np.frombuffer(trace.matrix_column, "<u4") == 0
+    assert np.frombuffer(trace.matrix_share, "<f4")[first][-1] == pytest.approx(0.5, abs=0.01)
+    assert trace.info.top_anchor.sentence.index != 0 or not trace.info.HasField("top_anchor")
+    assert monitor.metric("stream_monitor_verdicts_total", kind="anchor_shift", verdict="insufficient") == 14
+
+
+@pytest.fixture
+def run_monitors(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts monitors; `run` is the command line here."""
+    yield from starter(tmp_path)
+
+
+def test_a_profile_made_of_a_monitors_requests_calibrates_the_next(
+    run_monitors: Callable[..., Running], tmp_path: Path
+) -> None:
+    first, rank, path = run_monitors(), Engine(), tmp_path / "profile.json"
+    address = first.server.grpc_address
+    code, _, errors = run("calibrate", "--out", path, "--target", address)
+    assert (code, path.exists()) == (2, False)
+    assert "no finished request" in errors
+    draw = np.random.default_rng(0)
+    for number in range(40):
+        targets = [28 if draw.random() < 0.7 else 40 for _ in range(16)]
+        first.publish(request(rank, f"calm-{number}", targets))
+    code, text, errors = run("calibrate", "--out", path, "--target", address, "--trim", 0)
+    assert code == 0, errors
+    assert "tiny, capture " in text
+    assert "40 requests" in text
+    assert "nothing is left out" in text
+    stored = json.loads(path.read_text())
+    assert (stored["requests"], len(stored["highest"]["anchor_shift"])) == (40, 40)
+    assert stored["highest"]["untrusted_anchor"] == []
+
+    second = run_monitors(profiles=str(path), false_alarm_rate=0.1, ingest=f"unix:{tmp_path / 'second.sock'}")
+    second.publish(request(Engine(), "shift", [28] * 14 + [46] * 30))
+    (event,) = second.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="shift")).events[:1]
+    assert event.kind == monitor_pb2.EVENT_KIND_ANCHOR_SHIFT
+    assert event.p_value == pytest.approx(1 / 41)
+    assert event.threshold == pytest.approx(stored["highest"]["anchor_shift"][-1])
+    assert event.began.index == 8 + 14
+    assert second.metric("stream_monitor_profile_timestamp_seconds", model_name="tiny") == stored["made_unix"]
+    second.publish(request(Engine(engine(layers=(1, 2))), "elsewhere", [28] * 14))
+    assert second.metric("stream_monitor_uncalibrated_requests_total", model_name="tiny") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"requests": 40}, "a rate of 0.01 for 4 detectors needs 399"), ({"version": 9}, "profile of version 9")],
+)
+def test_a_profile_that_cannot_serve_is_one_line(changes: dict[str, int], message: str, tmp_path: Path) -> None:
+    content = {"version": 1, "model_name": "m", "capture": "c", "made_unix": 1, "requests": 400, "trimmed": 0}
+    highest = {kind.value: [] for kind in Kind}
+    (tmp_path / "p.json").write_text(json.dumps(content | {"highest": highest} | changes))
+    code, _, errors = run("serve", "--profiles", tmp_path / "p.json", "--ingest", f"unix:{tmp_path / 'i.sock'}")
+    assert code == 2
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_a_request_is_explained(monitor: Running) -> None:
+    monitor.publish(request(Engine(), "shift", [28] * 14 + [40] * 8))
+    address = monitor.server.grpc_address
+    code, text, _ = run("explain", "shift", "--target", address)
+    assert code == 0
+    assert "48 prompt tokens" in text
+    assert "1. at sentence 22" in text or "1. at sentence 23" in text
+    assert "█" in text
+    code, text, _ = run("explain", "shift", "1", "--target", address)
+    assert "began at sentence 22" in text
+    assert "ANCHOR_SHIFT: score" in text
+    code, _, errors = run("explain", "shift", "2", "--target", address)
+    assert (code, "has 1 findings; there is no number 2" in errors) == (2, True)
+    code, _, errors = run("explain", "nobody", "--target", address)
+    assert (code, "no trace of request 'nobody'" in errors) == (2, True)
+    code, _, errors = run("explain", "shift", "--target", "127.0.0.1:1")
+    assert (code, "no monitor at 127.0.0.1:1" in errors) == (2, True)
