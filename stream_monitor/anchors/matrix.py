@@ -4,6 +4,8 @@ A block's mass goes whole to the sentence that holds its strongest key: an even 
 sentences that matter. What the search did not observe is kept beside and never renormalised away.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +15,38 @@ NO_BLOCK = 0xFFFFFFFF
 
 Positions = NDArray[np.int64]
 Mass = NDArray[np.float64]
+
+
+class SparseMass(NamedTuple):
+    """Mass of one sentence on others: what it costs to look at does not grow with the output.
+
+    Attributes:
+        columns: int64 [n], the sentences that got any, ascending.
+        shares: float64 [n].
+    """
+
+    columns: Positions
+    shares: Mass
+
+    @classmethod
+    def of(cls, dense: Mass) -> "SparseMass":
+        """Of float64 [sentences]."""
+        columns = np.flatnonzero(dense)
+        return cls(columns, dense[columns])
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(self.shares.sum())
+
+    def before(self, sentence: int) -> "SparseMass":
+        """The part on sentences below a number."""
+        end = int(np.searchsorted(self.columns, sentence))
+        return SparseMass(self.columns[:end], self.shares[:end])
+
+    def where(self, some: NDArray[np.bool_]) -> "SparseMass":
+        """The part on some of the columns, bool [n]."""
+        return SparseMass(self.columns[some], self.shares[some])
 
 
 def forced_block_ids(positions: Positions, block_size: int, sink: int, recent: int) -> NDArray[np.int64]:
@@ -43,17 +77,13 @@ def fold(
     ([0, 1, 2], [0.2, 0.3, 0.5])
     """
     columns = np.searchsorted(starts, keys, side="right") - 1
+    if not len(columns):
+        return columns.astype(np.uint32), mass
     # Keys ascend and so do their sentences: equal ones stand together.
-    firsts = np.flatnonzero(np.diff(columns, prepend=-1))
-    shares = np.add.reduceat(mass, firsts) if len(firsts) else mass[:0]
-    return columns[firsts].astype(np.uint32), shares
-
-
-def anchor_mass(columns: NDArray[np.uint32], shares: Mass, sentence: int) -> Mass:
-    """Mass that `sentence` gave each candidate j <= sentence - ANCHOR_GAP: float64 [candidates], not normalised."""
-    size = max(0, sentence - ANCHOR_GAP + 1)
-    kept = columns < size
-    return np.bincount(columns[kept], shares[kept], size).astype(np.float64)
+    first = np.ones(len(columns), bool)
+    np.not_equal(columns[1:], columns[:-1], out=first[1:])
+    firsts = first.nonzero()[0]
+    return columns[firsts].astype(np.uint32), np.add.reduceat(mass, firsts)
 
 
 def vertical_scores(

@@ -1,16 +1,17 @@
 """All detectors of one request: what each is shown of a sentence, and what they raise."""
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.detachment import PromptDetachment
 from stream_monitor.anchors.lock import AnchorLock
-from stream_monitor.anchors.matrix import ANCHOR_GAP, Mass
+from stream_monitor.anchors.matrix import ANCHOR_GAP, SparseMass
 from stream_monitor.anchors.profile import Profile
 from stream_monitor.anchors.shift import AnchorShift
 from stream_monitor.anchors.untrusted import UntrustedAnchor
@@ -27,25 +28,30 @@ class Kind(StrEnum):
     UNTRUSTED_ANCHOR = "untrusted_anchor"
 
 
+_LOOKED_BACK = 64
+"""Scored sentences that an alarm may have begun before."""
+_NOTHING = SparseMass.of(np.zeros(0))
+
+
 @dataclass(frozen=True)
 class Observation:
     """One closed sentence of the output, as it was captured.
 
     Attributes:
-        index: its number, prompt included; all arrays run over sentences 0 to `index`.
-        mass: float64 [index + 1], share of its attention on each sentence, that on the first token left out: every
-            head reads that when it has nothing to read (the attention sink).
-        roles: uint8 [index + 1], `summary.proto` Role of each.
-        tokens: int64 [index + 1], of each.
+        index: its number, prompt included.
+        mass: share of its attention on each sentence up to itself, that on the first token left out: every head reads
+            that when it has nothing to read (the attention sink).
+        roles: uint8 [index + 1], `summary.proto` Role of each sentence.
+        starts: int64 [index + 1], first token of each.
         rows: captured rows it has.
         lags: int64 [rows], tokens from each row back to the far key it reads most, 0 if none.
         lag_shares: float64 [rows], attention on that key.
     """
 
     index: int
-    mass: Mass
+    mass: SparseMass
     roles: NDArray[np.uint8]
-    tokens: NDArray[np.int64]
+    starts: NDArray[np.int64]
     rows: int
     lags: NDArray[np.int64]
     lag_shares: NDArray[np.float64]
@@ -60,8 +66,8 @@ class Alarm:
         score, threshold: in the detector's unit.
         p_value: how often a request without cause has as high a score, by the profile; None without one.
         began: number of the sentence where it began.
-        before: float64 [sentences], what the output rested on until then; empty where the detector keeps none.
-        now: float64 [sentences], what it rests on.
+        before: what the output rested on until then; empty where the detector keeps none.
+        now: what it rests on.
         detail: what is particular to it, a few words for people.
     """
 
@@ -70,8 +76,8 @@ class Alarm:
     threshold: float
     p_value: float | None
     began: int
-    before: Mass
-    now: Mass
+    before: SparseMass
+    now: SparseMass
     detail: str
 
 
@@ -85,12 +91,20 @@ class Highest:
 
 @dataclass
 class _Begins:
-    """Numbers of the sentences that a detector scored, of which the newest few are looked back at."""
+    """Numbers of the newest sentences that a detector scored."""
 
-    scored: list[int] = field(default_factory=list)
+    scored: deque[int] = field(default_factory=lambda: deque(maxlen=_LOOKED_BACK))
 
     def back(self, count: int) -> int:
+        """The one so many before the newest, or the oldest that is known."""
         return self.scored[max(0, len(self.scored) - 1 - count)]
+
+
+class _Prompt(NamedTuple):
+    """Of a request: tokens of the user's, and whether any part of it is untrusted."""
+
+    user_tokens: int
+    untrusted: bool
 
 
 class _Detector(Protocol):
@@ -138,6 +152,7 @@ class Panel:
             Kind.PROMPT_DETACHMENT: self._unbroken_detachment,
         }
         self._raised: set[Kind] = set()
+        self._prompt: _Prompt | None = None
         self._begins = {kind: _Begins() for kind in Kind}
         self._set_thresholds()
 
@@ -147,20 +162,26 @@ class Panel:
 
     def update(self, seen: Observation) -> list[Alarm]:
         """Take in one sentence; what it raised, most telling first."""
-        far = seen.mass[: max(0, seen.index - ANCHOR_GAP + 1)]
-        prompt = far[seen.roles[: len(far)] == Role.USER].sum()
-        tokens = seen.tokens[: len(far)]
-        of_prompt = tokens[seen.roles[: len(far)] == Role.USER].sum() / max(1, tokens.sum())
-        every = _candidates(seen)
-        untrusted = seen.roles[every] == Role.UNTRUSTED
-        told = (float(prompt), float(far.sum()), float(of_prompt), seen.rows)
+        limit = max(0, seen.index - ANCHOR_GAP + 1)
+        far = seen.mass.before(limit)
+        prompt = self._prompt_of(seen)
+        user = float(far.shares[seen.roles[far.columns] == Role.USER].sum())
+        tokens = min(1.0, prompt.user_tokens / max(1, int(seen.starts[limit])))
+        told = (user, far.total, tokens, seen.rows)
+        near = _candidates(seen, limit)
+        untrusted = seen.roles[near.columns] == Role.UNTRUSTED
         self.verdicts = {
-            Kind.UNTRUSTED_ANCHOR: self.untrusted.update(seen.mass[every], untrusted, seen.rows),
-            Kind.ANCHOR_SHIFT: self.shift.update(far, seen.rows),
+            Kind.UNTRUSTED_ANCHOR: self.untrusted.update(
+                near.shares[untrusted].max(initial=0.0),
+                near.shares[~untrusted].max(initial=0.0),
+                near.total if prompt.untrusted else 0.0,
+                seen.rows,
+            ),
+            Kind.ANCHOR_SHIFT: self.shift.update(far, limit, seen.rows),
             Kind.PROMPT_DETACHMENT: self.detachment.update(*told),
             Kind.ANCHOR_LOCK: self.lock.update(seen.lags, seen.lag_shares),
         }
-        self._unbroken_shift.update(far, seen.rows)
+        self._unbroken_shift.update(far, limit, seen.rows)
         self._unbroken_detachment.update(*told)
         alarms = []
         for kind, verdict in self.verdicts.items():
@@ -169,20 +190,29 @@ class Panel:
             self._begins[kind].scored.append(seen.index)
             self._note(kind, seen.index)
             if verdict is Verdict.ALARM:
-                alarms.append(self._alarm(kind, seen, far))
+                alarms.append(self._alarm(kind, seen, far, near))
                 self._raised.add(kind)
         if alarms:
             self._set_thresholds()
         return alarms
+
+    def _prompt_of(self, seen: Observation) -> "_Prompt":
+        """Looked at once: it does not change while the output grows."""
+        if self._prompt is None:
+            output = np.flatnonzero((seen.roles == Role.REASONING) | (seen.roles == Role.ANSWER))
+            count = int(output[0]) if len(output) else seen.index
+            roles, tokens = seen.roles[:count], np.diff(seen.starts[: count + 1])
+            self._prompt = _Prompt(int(tokens[roles == Role.USER].sum()), bool((roles == Role.UNTRUSTED).any()))
+        return self._prompt
 
     def _note(self, kind: Kind, index: int) -> None:
         score = self._unbroken.get(kind, self._detectors[kind]).score
         if score > self.highest[kind].score:
             self.highest[kind] = Highest(score, index)
 
-    def _alarm(self, kind: Kind, seen: Observation, far: Mass) -> Alarm:
+    def _alarm(self, kind: Kind, seen: Observation, far: SparseMass, near: SparseMass) -> Alarm:
         detector = self._detectors[kind]
-        back, before, now, detail = 0, np.zeros(0), far, ""
+        back, before, now, detail = 0, _NOTHING, far, ""
         if kind is Kind.ANCHOR_SHIFT:
             back, before = self.shift.began, self.shift.before
             detail = f"divergence {self.shift.divergence:.2f} bit"
@@ -190,12 +220,10 @@ class Panel:
             back = self.detachment.began
         elif kind is Kind.ANCHOR_LOCK:
             # A loop reads the sentences just before; the gap would hide them.
-            now = seen.mass[: seen.index]
+            now = seen.mass.before(seen.index)
             detail = f"it reads itself {self.lock.period} tokens back"
         else:
-            every = _candidates(seen)
-            now = np.zeros(len(seen.mass))
-            now[every] = seen.mass[every]
+            now = near
         return Alarm(
             kind=kind,
             score=detector.score,
@@ -215,11 +243,11 @@ class Panel:
             self._detectors[kind].threshold = self.profile.threshold(kind, self.rate / left)
 
 
-def _candidates(seen: Observation) -> NDArray[np.bool_]:
+def _candidates(seen: Observation, limit: int) -> SparseMass:
     """What may be an anchor beside a document: all of the prompt, and output at least `ANCHOR_GAP` sentences earlier.
 
-    A document's last sentences stand close before the first of an answer. bool [index + 1].
+    A document's last sentences stand close before the first of an answer.
     """
-    output = (seen.roles == Role.REASONING) | (seen.roles == Role.ANSWER)
-    near = np.arange(seen.index + 1) > seen.index - ANCHOR_GAP
-    return np.asarray(~(output & near))
+    roles = seen.roles[seen.mass.columns]
+    output = (roles == Role.REASONING) | (roles == Role.ANSWER)
+    return seen.mass.where(~output | (seen.mass.columns < limit))

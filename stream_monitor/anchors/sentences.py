@@ -76,18 +76,14 @@ class SentenceBuilder:
             self.end, self._last = first, 0
             if gap > MAX_TOKENS:
                 closed.append(self._close(first))
-        token = np.frombuffer(flags, np.uint8)
-        before = np.empty_like(token)
-        before[0], before[1:] = self._last, token[:-1]
-        tags = ((before & TokenFlag.CLOSES_REASONING) | (token & TokenFlag.OPENS_REASONING)) != 0
-        for index in np.flatnonzero(tags | _boundaries(before, token)):
-            position = first + int(index)
+        for index, tag in _cuts(self._last, flags):
+            position = first + index
             self._cut_long(position, closed)
-            if position > self.start and (tags[index] or position - self.start >= MIN_TOKENS):
+            if position > self.start and (tag or position - self.start >= MIN_TOKENS):
                 closed.append(self._close(position))
-            if tags[index]:
-                self.role = Role.REASONING if token[index] & TokenFlag.OPENS_REASONING else Role.ANSWER
-        self.end, self._last = first + len(flags), int(token[-1])
+            if tag:
+                self.role = Role.REASONING if flags[index] & TokenFlag.OPENS_REASONING else Role.ANSWER
+        self.end, self._last = first + len(flags), flags[-1]
         self._cut_long(self.end, closed)
         return closed
 
@@ -155,3 +151,24 @@ def _boundaries(before: NDArray[np.uint8], token: NDArray[np.uint8]) -> NDArray[
     blank_line: NDArray[np.bool_] = (before & TokenFlag.ENDS_NEWLINE != 0) & (token & TokenFlag.BEGINS_NEWLINE != 0)
     inside: NDArray[np.bool_] = before & TokenFlag.BREAKS_INSIDE != 0
     return spaced | blank_line | inside
+
+
+def _cut_table() -> bytes:
+    """For each pair of neighbours, 256 * before + token: 1 where a sentence may end between them, 2 at a tag."""
+    before, token = (axis.ravel() for axis in np.indices((256, 256)).astype(np.uint8))
+    tags = ((before & TokenFlag.CLOSES_REASONING) | (token & TokenFlag.OPENS_REASONING)) != 0
+    return np.where(tags, 2, _boundaries(before, token)).astype(np.uint8).tobytes()
+
+
+_CUTS = _cut_table()
+"""Looked up token by token: runs are of one or a few tokens, for which arrays take longer to make than to use."""
+
+
+def _cuts(last: int, flags: bytes) -> list[tuple[int, bool]]:
+    """Offsets of the tokens before which a sentence may end, and whether that is for a tag; `last` is ahead of all."""
+    found = []
+    for index, token in enumerate(flags):
+        if kind := _CUTS[last << 8 | token]:
+            found.append((index, kind == 2))
+        last = token
+    return found

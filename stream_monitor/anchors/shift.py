@@ -1,15 +1,16 @@
 """ANCHOR_SHIFT: the distribution over anchors left its running reference."""
 
 import numpy as np
-from numpy.typing import NDArray
 
+from stream_monitor.anchors.matrix import Mass, Positions, SparseMass
 from stream_monitor.anchors.page_hinkley import PageHinkley
 from stream_monitor.anchors.verdict import Verdict
 
-Distribution = NDArray[np.float64]
+_MOST = 256
+"""Sentences that the reference holds, the heaviest: it stays small however long the output is."""
 
 
-def jensen_shannon(p: Distribution, q: Distribution) -> float:
+def jensen_shannon(p: Mass, q: Mass) -> float:
     """Jensen-Shannon divergence of two distributions over the same support, in bits: 0 if equal, 1 if disjoint.
 
     >>> jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 1.0]))
@@ -19,7 +20,7 @@ def jensen_shannon(p: Distribution, q: Distribution) -> float:
     return max(0.0, (_relative_entropy(p, middle) + _relative_entropy(q, middle)) / 2)
 
 
-def _relative_entropy(p: Distribution, q: Distribution) -> float:
+def _relative_entropy(p: Mass, q: Mass) -> float:
     held = p > 0
     return float(np.sum(p[held] * np.log2(p[held] / q[held])))
 
@@ -55,7 +56,7 @@ class AnchorShift:
     >>> for index in range(12):
     ...     mass = np.zeros(index + 8)
     ...     mass[0 if index < 8 else 5] = 0.5
-    ...     _ = detector.update(mass, rows=3)
+    ...     _ = detector.update(SparseMass.of(mass), len(mass), rows=3)
     ...     if detector.drift_detected:
     ...         print(index, round(detector.divergence, 2))
     8 1.0
@@ -76,8 +77,8 @@ class AnchorShift:
         self.min_mass = min_mass
         self.divergence = 0.0
         self.entering = 0.0
-        self.reference: Distribution = np.zeros(0)
-        self.before: Distribution = np.zeros(0)
+        self.reference = self.before = SparseMass.of(np.zeros(0))
+        self._known = 0
         self._test = PageHinkley(warm_up, delta, threshold)
         self._scored = 0
 
@@ -105,29 +106,31 @@ class AnchorShift:
         """At an alarm, how many scored sentences ago the divergence began to rise."""
         return max(0, self._test.since_lowest - 1)
 
-    def update(self, mass: Distribution, rows: int) -> Verdict:
+    def update(self, mass: SparseMass, candidates: int, rows: int) -> Verdict:
         """Take in one sentence; `before` is the reference it was compared with.
 
         Args:
-            mass: float64 [candidates], share of the sentence's attention on each earlier sentence.
+            mass: share of the sentence's attention on each earlier sentence.
+            candidates: number of the sentences it may rest on; all columns are below it.
             rows: captured rows the sentence has.
         """
-        total = float(mass.sum())
+        total = mass.total
         if rows < self.min_rows or total < self.min_mass:
             return Verdict.INSUFFICIENT
-        current = mass / total
-        common = min(len(self.reference), len(current))
+        current = SparseMass(mass.columns, mass.shares / total)
+        common, self._known = min(self._known, candidates), candidates
         if common == 0:
             self.reference = current
             return Verdict.WARM_UP
-        shared = float(current[:common].sum())
+        ours, theirs = current.before(common), self.reference.before(common)
+        shared, held = ours.total, theirs.total
         self.entering = 1.0 - shared
         self.before = self.reference
-        held = float(self.reference[:common].sum())
         if shared < self.min_mass or held < self.min_mass:
             self._learn(current)
             return Verdict.INSUFFICIENT
-        self.divergence = jensen_shannon(current[:common] / shared, self.reference[:common] / held)
+        _, one, other = _side_by_side(ours, theirs)
+        self.divergence = jensen_shannon(one / shared, other / held)
         self._test.update(self.divergence)
         self._scored += 1
         if self.drift_detected:
@@ -137,9 +140,19 @@ class AnchorShift:
         self._learn(current)
         return Verdict.WARM_UP if self._scored < self.warm_up else Verdict.STEADY
 
-    def _learn(self, current: Distribution) -> None:
-        size = max(len(self.reference), len(current))
-        reference = np.zeros(size)
-        reference[: len(self.reference)] = (1.0 - self.weight) * self.reference
-        reference[: len(current)] += self.weight * current
-        self.reference = reference
+    def _learn(self, current: SparseMass) -> None:
+        columns, old, new = _side_by_side(self.reference, current)
+        shares = (1.0 - self.weight) * old + self.weight * new
+        kept = shares > 0
+        if len(shares) > _MOST:
+            kept = shares > np.partition(shares, -_MOST - 1)[-_MOST - 1]
+        self.reference = SparseMass(columns[kept], shares[kept])
+
+
+def _side_by_side(one: SparseMass, other: SparseMass) -> tuple[Positions, Mass, Mass]:
+    """All columns of both, and the shares of each there."""
+    columns, places = np.unique(np.concatenate([one.columns, other.columns]), return_inverse=True)
+    shares = np.zeros((2, len(columns)))
+    shares[0, places[: len(one.columns)]] = one.shares
+    shares[1, places[len(one.columns) :]] = other.shares
+    return columns, shares[0], shares[1]

@@ -2,9 +2,6 @@
 
 import math
 
-import numpy as np
-from numpy.typing import NDArray
-
 from stream_monitor.anchors.verdict import Verdict
 
 _LEAST_MASS = 1e-4
@@ -33,10 +30,9 @@ class UntrustedAnchor:
     Examples
     --------
     >>> detector = UntrustedAnchor()
-    >>> untrusted = np.array([False, True, False])
-    >>> detector.update(np.array([0.2, 0.1, 0.1]), untrusted, rows=4), round(detector.score, 2)
+    >>> detector.update(untrusted=0.1, other=0.2, total=0.4, rows=4), round(detector.score, 2)
     (<Verdict.STEADY: 'steady'>, -0.69)
-    >>> detector.update(np.array([0.1, 0.3, 0.1]), untrusted, rows=4)
+    >>> detector.update(untrusted=0.3, other=0.1, total=0.5, rows=4)
     <Verdict.ALARM: 'alarm'>
     """
 
@@ -48,19 +44,19 @@ class UntrustedAnchor:
         self.drift_detected = False
         self._above = False
 
-    def update(self, mass: NDArray[np.float64], untrusted: NDArray[np.bool_], rows: int) -> Verdict:
-        """Take in one sentence.
+    def update(self, untrusted: float, other: float, total: float, rows: int) -> Verdict:
+        """Take in one sentence of a request with an untrusted stretch.
 
         Args:
-            mass: float64 [candidates], share of its attention on each.
-            untrusted: bool [candidates].
+            untrusted: share of its attention on the heaviest untrusted sentence.
+            other: the same of the heaviest of all others.
+            total: the same of all candidates together.
             rows: captured rows it has.
         """
         self.drift_detected = False
-        if rows < self.min_rows or mass.sum() < self.min_mass or not untrusted.any() or untrusted.all():
+        if rows < self.min_rows or total < self.min_mass:
             return Verdict.INSUFFICIENT
-        heaviest = max(float(mass[untrusted].max()), _LEAST_MASS)
-        self.score = math.log(heaviest / max(float(mass[~untrusted].max()), _LEAST_MASS))
+        self.score = math.log(max(untrusted, _LEAST_MASS) / max(other, _LEAST_MASS))
         above = self.score > self.threshold
         self.drift_detected = above and not self._above
         self._above = above

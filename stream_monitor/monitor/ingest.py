@@ -73,13 +73,13 @@ class Ingest:
                 return
             self.metrics.message_bytes.inc(len(raw))
             try:
-                answer = self._take(raw, last, opened)
+                answer = self.take(raw, last, opened)
             except Fault as fault:
                 self.metrics.messages.labels("invalid", fault.reason).inc()
                 await context.abort(fault.status, str(fault))
             await context.write(answer)
 
-    def _take(self, raw: bytes, last: dict[Rank, int], opened: set[Rank]) -> ingest_pb2.PublishResponse:
+    def take(self, raw: bytes, last: dict[Rank, int], opened: set[Rank]) -> ingest_pb2.PublishResponse:
         """Take in one message; `last` is the newest sequence of each rank on this stream."""
         summary = parse(raw, self.max_bytes)
         try:

@@ -88,7 +88,7 @@ class Pipeline:
             row = trace.sentence_row(index)
             seen = trace.observation(index, row)
             alarms = trace.panel.update(seen)
-            mass = seen.mass[: max(0, index - ANCHOR_GAP + 1)]
+            mass = seen.mass.before(index - ANCHOR_GAP + 1)
             heaviest = views.anchors(trace, mass)[:1]
             trace.top_anchor = (heaviest[0].sentence.index, heaviest[0].share) if heaviest else None
             self.metrics.sentences.labels(*trace.labels).inc()

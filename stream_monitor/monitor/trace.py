@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.matrix import fold
+from stream_monitor.anchors.matrix import SparseMass, fold
 from stream_monitor.anchors.panel import Observation, Panel
 from stream_monitor.anchors.sentences import SentenceBuilder, Span, coarsen, prompt_sentences
 from stream_monitor.monitor.identity import parse
@@ -84,6 +84,7 @@ class RequestTrace:
         self.bytes = _TRACE_BYTES
         self.token_source: Rank | None = None
         self._starts = array("q")
+        self._roles = bytearray()
         self._builder: SentenceBuilder | None = None
         self._pending: dict[int, Row] = {}
         self._kept: dict[int, tuple[Row, bytes, bytes]] = {}
@@ -189,11 +190,19 @@ class RequestTrace:
 
     def observation(self, index: int, row: SentenceRow) -> Observation:
         """What detectors are shown of sentence `index`, whose row of the matrix is `row`."""
-        mass = np.zeros(index + 1)
-        mass[row.columns] = row.shares
-        mass[0] = max(0.0, mass[0] - row.sink)
-        starts, ends, roles = np.array(self.spans[: index + 1], np.int64).T
-        return Observation(index, mass, roles.astype(np.uint8), ends - starts, row.rows, row.lags, row.lag_shares)
+        mass = SparseMass(row.columns.astype(np.int64), row.shares.copy())
+        if len(row.columns) and row.columns[0] == 0:
+            mass.shares[0] = max(0.0, mass.shares[0] - row.sink)
+        return Observation(
+            index=index,
+            mass=mass,
+            # Copies: what is lent out could not grow.
+            roles=np.frombuffer(self._roles, np.uint8)[: index + 1].copy(),
+            starts=np.frombuffer(self._starts, np.int64)[: index + 1].copy(),
+            rows=row.rows,
+            lags=row.lags,
+            lag_shares=row.lag_shares,
+        )
 
     def token_row_keys(self) -> tuple[list[int], list[int]]:
         """Positions, ascending, and attempts of the kept rows from which a token was sampled."""
@@ -267,6 +276,7 @@ class RequestTrace:
         else:
             self.spans.append(span)
             self._starts.append(span.start)
+            self._roles.append(span.role)
             self.bytes += _SPAN_BYTES
         for position in [p for p in self._pending if p < span.end]:
             if full:
@@ -286,6 +296,7 @@ class RequestTrace:
         while len(self.spans) > keep:
             self.spans.pop()
             self._starts.pop()
+            self._roles.pop()
             self.bytes -= _SPAN_BYTES
 
     def _discard_from(self, end: int, reason: str = "past_end") -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from stream_monitor.anchors.matrix import Mass, vertical_scores
+from stream_monitor.anchors.matrix import SparseMass, vertical_scores
 from stream_monitor.anchors.panel import Alarm, Kind
 from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.trace import RequestTrace
@@ -26,16 +26,14 @@ def sentence(trace: RequestTrace, index: int) -> monitor_pb2.Sentence:
     return role
 
 
-def anchors(trace: RequestTrace, mass: Mass) -> list[monitor_pb2.Anchor]:
+def anchors(trace: RequestTrace, mass: SparseMass) -> list[monitor_pb2.Anchor]:
     """The heaviest candidates, heaviest first, with their share of the mass on all candidates."""
-    total = float(mass.sum())
-    if total <= 0:
-        return []
-    heaviest = np.argsort(-mass, kind="stable")[:MAX_ANCHORS]
+    total = mass.total
+    heaviest = np.argsort(-mass.shares, kind="stable")[:MAX_ANCHORS]
     return [
-        monitor_pb2.Anchor(sentence=sentence(trace, int(index)), share=float(mass[index]) / total)
-        for index in heaviest
-        if mass[index] > 0
+        monitor_pb2.Anchor(sentence=sentence(trace, int(mass.columns[place])), share=float(mass.shares[place]) / total)
+        for place in heaviest
+        if mass.shares[place] > 0
     ]
 
 
@@ -112,7 +110,9 @@ def progress_event(trace: RequestTrace, kind: monitor_pb2.EventKind.ValueType, n
     )
 
 
-def sentence_event(trace: RequestTrace, index: int, mass: Mass, unobserved: float, now_ns: int) -> monitor_pb2.Event:
+def sentence_event(
+    trace: RequestTrace, index: int, mass: SparseMass, unobserved: float, now_ns: int
+) -> monitor_pb2.Event:
     """A sentence of the output was closed and all its rows are in."""
     event = progress_event(trace, monitor_pb2.EVENT_KIND_SENTENCE_CLOSED, now_ns)
     event.sentence.CopyFrom(sentence(trace, index))

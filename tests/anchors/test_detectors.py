@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from river.drift import PageHinkley as RiverPageHinkley
 from scipy.spatial.distance import jensenshannon
 
+from stream_monitor.anchors.matrix import SparseMass
 from stream_monitor.anchors.page_hinkley import PageHinkley
 from stream_monitor.anchors.shift import AnchorShift, jensen_shannon
 from stream_monitor.anchors.verdict import Verdict
@@ -51,10 +52,15 @@ def stream(
     return result
 
 
+def shown(detector: AnchorShift, mass: np.ndarray, rows: int = 4) -> Verdict:
+    """The verdict on a sentence with mass on every candidate, float64 [candidates]."""
+    return detector.update(SparseMass.of(mass), len(mass), rows)
+
+
 def first_alarm(masses: list[np.ndarray]) -> int | None:
     detector = AnchorShift()
     for index, mass in enumerate(masses):
-        detector.update(mass, rows=4)
+        shown(detector, mass)
         if detector.drift_detected:
             return index
     return None
@@ -74,25 +80,38 @@ def test_mass_on_a_new_sentence_is_kept_apart() -> None:
     assert false <= 3
     detector = AnchorShift()
     for candidates in range(4, 24):
-        detector.update(np.eye(1, candidates)[0] * 0.5, rows=4)
+        shown(detector, np.eye(1, candidates)[0] * 0.5)
     half_on_the_new_one = np.zeros(24)
     half_on_the_new_one[[0, -1]] = 0.25
-    detector.update(half_on_the_new_one, rows=4)
+    shown(detector, half_on_the_new_one)
     assert (detector.divergence, detector.entering) == (0.0, 0.5)
 
 
 def test_warm_up_and_restart() -> None:
     detector = AnchorShift(warm_up=4)
     one, two = np.array([0.5, 0.0]), np.array([0.0, 0.5])
-    assert [detector.update(one, 4) for _ in range(6)] == [Verdict.WARM_UP] * 4 + [Verdict.STEADY] * 2
-    assert detector.update(two, 4) is Verdict.ALARM
-    assert detector.before.tolist() == [1.0, 0.0]
-    assert [detector.update(two, 4) for _ in range(4)] == [Verdict.WARM_UP] * 3 + [Verdict.STEADY]
+    assert [shown(detector, one) for _ in range(6)] == [Verdict.WARM_UP] * 4 + [Verdict.STEADY] * 2
+    assert shown(detector, two) is Verdict.ALARM
+    assert (detector.before.columns.tolist(), detector.before.shares.tolist()) == ([0], [1.0])
+    assert [shown(detector, two) for _ in range(4)] == [Verdict.WARM_UP] * 3 + [Verdict.STEADY]
 
 
 @pytest.mark.parametrize(("mass", "rows"), [(np.full(5, 0.1), 1), (np.full(5, 0.001), 9), (np.zeros(0), 9)])
 def test_too_little_to_say_anything(mass: np.ndarray, rows: int) -> None:
     detector = AnchorShift()
-    assert detector.update(mass, rows) is Verdict.INSUFFICIENT
-    assert len(detector.reference) == 0
+    assert shown(detector, mass, rows) is Verdict.INSUFFICIENT
+    assert len(detector.reference.columns) == 0
     assert not detector.drift_detected
+
+
+def test_the_reference_stays_small() -> None:
+    """However many sentences were read at some time; the heaviest are remembered."""
+    generator = np.random.default_rng(0)
+    detector = AnchorShift()
+    for index in range(2000):
+        mass = np.zeros(4 + index)
+        mass[generator.integers(0, len(mass), 40)] = 0.001
+        mass[3] = 0.2
+        shown(detector, mass)
+    assert len(detector.reference.columns) <= 256
+    assert 3 in detector.reference.columns

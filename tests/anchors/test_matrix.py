@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_monitor.anchors.matrix import ANCHOR_GAP, anchor_mass, fold, forced_block_ids, sum_by_key, vertical_scores
+from stream_monitor.anchors.matrix import SparseMass, fold, forced_block_ids, sum_by_key, vertical_scores
 
 SEEDS = st.integers(0, 1 << 16)
 
@@ -46,12 +46,14 @@ def test_vertical_scores_are_the_definition(seed: int) -> None:
             assert np.isnan(scores[j])
 
 
-def test_anchor_mass_leaves_the_neighbourhood_out() -> None:
-    columns = np.arange(10, dtype=np.uint32)
-    mass = anchor_mass(columns, np.full(10, 0.1), 9)
-    assert ANCHOR_GAP == 4
-    assert mass.tolist() == [0.1] * 6
-    assert anchor_mass(columns, np.full(10, 0.1), 3).tolist() == []
+def test_sparse_mass_is_the_dense_one() -> None:
+    dense = np.array([0.0, 0.1, 0.0, 0.3, 0.2])
+    mass = SparseMass.of(dense)
+    assert (mass.columns.tolist(), mass.shares.tolist()) == ([1, 3, 4], [0.1, 0.3, 0.2])
+    assert mass.before(4).columns.tolist() == [1, 3]
+    assert mass.before(0).total == 0
+    assert mass.total == dense.sum()
+    assert mass.where(mass.shares > 0.15).columns.tolist() == [3, 4]
 
 
 @given(st.integers(0, 400), st.integers(0, 3), st.integers(1, 5))

@@ -11,6 +11,7 @@ from scipy import stats
 
 from stream_monitor.anchors.detachment import PromptDetachment
 from stream_monitor.anchors.lock import AnchorLock
+from stream_monitor.anchors.matrix import SparseMass
 from stream_monitor.anchors.panel import Kind, Observation, Panel
 from stream_monitor.anchors.profile import Profile, ProfileError, make_profile
 from stream_monitor.anchors.untrusted import UntrustedAnchor
@@ -29,7 +30,8 @@ def observation(index: int, on: dict[int, float], rows: int = 4, lag: int = 0) -
     roles[:PROMPT] = [Role.SYSTEM] + [Role.UNTRUSTED] * 3 + [Role.USER] * 6
     drawn = np.random.default_rng(index).integers(8, 2000, rows)
     lags = np.full(rows, lag) if lag else drawn
-    return Observation(index, mass, roles, np.full(index + 1, 12), rows, lags, np.full(rows, 0.05))
+    starts = 12 * np.arange(index + 1)
+    return Observation(index, SparseMass.of(mass), roles, starts, rows, lags, np.full(rows, 0.05))
 
 
 def run(panel: Panel, seen: list[Observation]) -> list[tuple[int, Kind]]:
@@ -63,7 +65,8 @@ def test_an_alarm_says_where_it_began_and_what_moved() -> None:
     moved = [observation(PROMPT + 20 + place, {5: 0.02, 8: 0.3}) for place in range(12)]
     (alarm,) = [alarm for one in steady(0, 20) + moved for alarm in panel.update(one)]
     assert alarm.began == PROMPT + 20
-    assert (int(np.argmax(alarm.before)), int(np.argmax(alarm.now))) == (5, 8)
+    heaviest = [int(mass.columns[np.argmax(mass.shares)]) for mass in (alarm.before, alarm.now)]
+    assert heaviest == [5, 8]
     assert alarm.score > alarm.threshold
     assert alarm.p_value is None
 
@@ -81,7 +84,7 @@ def test_the_last_sentences_of_a_document_count_though_they_are_near() -> None:
     roles = seen.roles.copy()
     roles[7:10] = Role.UNTRUSTED
     panel = Panel()
-    panel.update(replace(seen, roles=roles, mass=np.eye(PROMPT + 1)[8] * 0.3 + np.eye(PROMPT + 1)[5] * 0.1))
+    panel.update(replace(seen, roles=roles, mass=SparseMass(np.array([5, 8]), np.array([0.1, 0.3]))))
     assert panel.highest[Kind.UNTRUSTED_ANCHOR].score == pytest.approx(math.log(3))
 
 
@@ -135,10 +138,7 @@ def test_dilution_is_no_detachment() -> None:
 
 def test_an_untrusted_anchor_is_raised_once_while_it_stays() -> None:
     detector = UntrustedAnchor()
-    raised = [
-        detector.update(np.array([0.2, heaviest]), np.array([False, True]), 4) is Verdict.ALARM
-        for heaviest in (0.1, 0.3, 0.4, 0.1, 0.3)
-    ]
+    raised = [detector.update(heaviest, 0.2, 0.9, 4) is Verdict.ALARM for heaviest in (0.1, 0.3, 0.4, 0.1, 0.3)]
     assert raised == [False, True, False, False, True]
 
 
