@@ -6,6 +6,8 @@ from stream_monitor.anchors.matrix import Mass, Positions, SparseMass
 from stream_monitor.anchors.page_hinkley import PageHinkley
 from stream_monitor.anchors.verdict import Verdict
 
+_LEAST = 1e-300
+"""Halved, a smaller share may be 0, and it adds nothing."""
 _MOST = 256
 """Sentences that the reference holds, the heaviest: it stays small however long the output is."""
 
@@ -21,7 +23,7 @@ def jensen_shannon(p: Mass, q: Mass) -> float:
 
 
 def _relative_entropy(p: Mass, q: Mass) -> float:
-    held = p > 0
+    held = p > _LEAST
     return float(np.sum(p[held] * np.log2(p[held] / q[held])))
 
 
