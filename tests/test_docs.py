@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from stream_monitor.anchors.panel import Kind
+from stream_monitor.anchors.profile import make_profile
 from stream_monitor.v1alpha1 import summary_pb2
 from tests.monitor.conftest import Running, starter
 from tests.monitor.synthetic import Engine, Look, finished, started, tokens
@@ -31,8 +33,9 @@ def test_the_page_of_settings_is_current() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == printed, "run make docs"
 
 
-def test_the_page_of_metrics_tells_what_a_monitor_shows(start: Callable[..., Running]) -> None:
-    monitor = start(max_sentences=40)
+def test_the_page_of_metrics_tells_what_a_monitor_shows(start: Callable[..., Running], tmp_path: Path) -> None:
+    make_profile("another", "0" * 16, 1, {kind.value: [] for kind in Kind}, 399).write(tmp_path / "profile.json")
+    monitor = start(max_sentences=40, profiles=str(tmp_path / "profile.json"))
     _make_every_metric_appear(monitor)
     shown = {}
     for family in text_string_to_metric_families(monitor.http("/metrics").text):
