@@ -19,7 +19,7 @@ import typer
 from benchmarks.report import Report, bootstrap, run
 from benchmarks.ruler.tasks import TASKS, Sample, make, score
 from stream_kernels.search import SearchConfig
-from stream_monitor.tracing.attention import dense_attention
+from stream_monitor.tracing.attention import Attend, dense_attention
 from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.generation import RestrictedAttention, generate, stop_tokens
 from stream_monitor.tracing.layer import TraceOptions
@@ -109,11 +109,13 @@ def _score(model: TracedModel, sample: Sample, search: SearchConfig) -> Scored:
     """Has both models answer."""
     restricted = RestrictedAttention(TraceOptions(search))
     stop = stop_tokens(model)
-    scores = []
-    for read, decode in ((dense_attention, dense_attention), (restricted.read, restricted.decode)):
+
+    def answered(read: Attend, decode: Attend) -> float:
         answer = generate(model, sample.ids, read, decode, sample.budget, stop)
-        scores.append(score(model.tokenizer.decode(answer), sample.references))
-    return Scored(*scores, restricted.pairs)
+        return score(model.tokenizer.decode(answer), sample.references)
+
+    dense, pruned = answered(dense_attention, dense_attention), answered(restricted.read, restricted.decode)
+    return Scored(dense, pruned, restricted.pairs)
 
 
 def _line(name: str, scored: Sequence[Scored], seconds: float) -> str:
@@ -138,7 +140,7 @@ def _account(report: Report, found: dict[tuple[int, str], list[Scored]]) -> None
     """Figures of all prompts, of each length, and of each task and length."""
     every = [one for scored in found.values() for one in scored]
     if not any(one.dense for one in every):
-        raise typer.BadParameter("the dense model scores 0 on every task, so nothing can be compared; take another one")
+        raise typer.BadParameter("the dense model scores 0 on every task, so there is nothing to compare; see --model")
     groups = {"": every}
     for tokens, name in found:
         groups.setdefault(f"/{tokens}", []).extend(found[tokens, name])
