@@ -17,7 +17,7 @@ class RestrictedAttention:
     """Attention to the kept and the forced blocks alone, every query with a search of its own.
 
     Attributes:
-        options: the search; what it says of attention is left aside.
+        options: the search; its attention is `pruned`.
         pairs: of blocks in the contexts read so far.
         keys_read: key-equivalents that the search read there, per query head and query block, a value a layer.
     """
