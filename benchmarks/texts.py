@@ -33,7 +33,7 @@ def token_ids(tokenizer: Any, kind: str, tokens: int, seed: int = 0, traces: Pat
     if kind == "needle":
         return _needle(tokenizer, tokens, seed)
     if kind == "prose":
-        return _fill(tokenizer, _prose(seed), tokens)
+        return _fill(tokenizer, prose(seed), tokens)
     if kind == "code":
         return _fill(tokenizer, _code(seed), tokens)
     if kind == "reasoning":
@@ -57,7 +57,8 @@ def _rotated(items: Sequence[Any], seed: int) -> Sequence[Any]:
     return [*items[start:], *items[:start]]
 
 
-def _prose(seed: int) -> Iterator[str]:
+def prose(seed: int) -> Iterator[str]:
+    """Pages of Python's documentation, from one that the seed chooses."""
     for name in _rotated(sorted(topics), seed):
         yield topics[name] + "\n\n"
 
@@ -106,11 +107,8 @@ def _needle(tokenizer: Any, tokens: int, seed: int) -> list[int]:
 
 def _needle_chat(tokenizer: Any, tokens: int, seed: int, depth: float, number: str, answer: str) -> list[int]:
     answer_ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    hay = _fill(
-        tokenizer,
-        _prose(seed),
-        tokens - len(answer_ids) - len(tokenizer(number, add_special_tokens=False)["input_ids"]) - 90,
-    )
+    number_ids = tokenizer(number, add_special_tokens=False)["input_ids"]
+    hay = _fill(tokenizer, prose(seed), tokens - len(answer_ids) - len(number_ids) - 90)
     at = int(len(hay) * depth)
     text = (
         "A special magic number is hidden within the following text.\n"

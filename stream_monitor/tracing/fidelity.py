@@ -8,16 +8,18 @@ dense continuation are repeated before one differs. The paper asks for 2 tokens;
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice, takewhile
+from statistics import fmean
 
 import torch
 
 from stream_kernels.prefill import Reduction
 from stream_kernels.search import SearchConfig
-from stream_monitor.tracing.attention import Attend, LayerInputs, dense_attention
-from stream_monitor.tracing.layer import TraceOptions, attend, search_layer
+from stream_monitor.tracing.attention import dense_attention
+from stream_monitor.tracing.generation import RestrictedAttention, greedy
+from stream_monitor.tracing.layer import TraceOptions
 from stream_monitor.tracing.model import TracedModel
-from stream_monitor.tracing.pruning import PairCount, count_pairs
+from stream_monitor.tracing.pruning import PairCount
 
 CONTINUATION = 16
 """Greedy tokens that are compared."""
@@ -70,53 +72,20 @@ class Divergence:
 
 def dense_run(model: TracedModel, ids: list[int], tokens: int = CONTINUATION) -> DenseRun:
     """Runs the model over `ids` and `tokens` greedy tokens on; those at the end of a chat do not stop it."""
-    hidden, cache = _read(model, ids, dense_attention)
-    continuation = [_likeliest(model, hidden)]
-    last = hidden[-1:]
-    while len(continuation) < tokens:
-        last = model.run(continuation[-1:], dense_attention, cache)
-        continuation.append(_likeliest(model, last))
-    return DenseRun(ids, hidden, continuation)
+    hidden, following = greedy(model, ids, dense_attention, dense_attention)
+    return DenseRun(ids, hidden, list(islice(following, tokens)))
 
 
 def restricted_run(
     model: TracedModel, dense: DenseRun, search: SearchConfig, reduction: Reduction = "max"
 ) -> RestrictedRun:
     """Runs the restricted model over the context of `dense`, and on while it repeats its continuation."""
-    options = TraceOptions(search, "pruned", reduction)
-    pairs, keys_read = PairCount(), []
-
-    def read_context(inputs: LayerInputs) -> torch.Tensor:
-        nonlocal pairs
-        found = search_layer(inputs, options)
-        pairs += count_pairs(found, search.block_size, inputs.window)
-        keys_read.append(float(found.keys_read.mean()))
-        return attend(inputs, found, options)
-
-    def decode(inputs: LayerInputs) -> torch.Tensor:
-        return attend(inputs, search_layer(inputs, options), options)
-
-    hidden, cache = _read(model, dense.ids, read_context)
-    last, matched = hidden, 0
-    while _likeliest(model, last) == dense.continuation[matched]:
-        matched += 1
-        if matched == len(dense.continuation):
-            break
-        last = model.run(dense.continuation[matched - 1 : matched], decode, cache)
-    return RestrictedRun(hidden, matched, pairs, sum(keys_read) / len(keys_read))
-
-
-def _read(model: TracedModel, ids: list[int], attend: Attend) -> tuple[torch.Tensor, Any]:
-    """What the context leaves, and its keys and values for what follows."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    return model.run(ids, attend, cache), cache
-
-
-def _likeliest(model: TracedModel, hidden: torch.Tensor) -> int:
-    """Token after the last position of `hidden`."""
-    return int(model.logits(hidden[-1:]).argmax())
+    attention = RestrictedAttention(TraceOptions(search, "pruned", reduction))
+    hidden, following = greedy(model, dense.ids, attention.read, attention.decode)
+    # The dense token comes first: where there is none left, no further pass is made.
+    pairs = zip(dense.continuation, following, strict=False)
+    matched = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return RestrictedRun(hidden, matched, attention.pairs, fmean(attention.keys_read))
 
 
 def divergence(model: TracedModel, dense: DenseRun, restricted: RestrictedRun) -> Divergence:
