@@ -40,6 +40,8 @@ def read_texts(path: Path) -> list[Text]:
             raise TracingError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "reasoning")):
             raise TracingError(f"{path}, line {number}: not an object with the strings prompt and reasoning")
+        if not row["reasoning"].strip():
+            raise TracingError(f"{path}, line {number}: the reasoning is empty")
         found.append(Text(str(row.get("id", number)), row["prompt"], row["reasoning"]))
     if not found:
         raise TracingError(f"{path} holds no texts")
