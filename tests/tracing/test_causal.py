@@ -237,17 +237,18 @@ def a_text(
 
 
 def test_figures_of_pairs() -> None:
-    texts = [a_text((1.0, 3.0), (-1.0, 0.5), shifts=(0.5, 2.0)), a_text((4.0, -2.0), exact=(1.0, -1.0), shifts=(1.0,))]
-    assert causal_statistics.median_ratio("kept")(texts) == pytest.approx(1.0)  # of 2, -0.25 and 1
-    assert causal_statistics.higher_share("kept")(texts) == pytest.approx(4 / 6)
+    texts = [a_text((1.0, 3.0), (-1.0, -0.5), shifts=(0.5, 2.0)), a_text((4.0, -2.0), exact=(1.0, -1.0), shifts=(1.0,))]
+    assert causal_statistics.median_ratio("kept")(texts) == pytest.approx(1.0)  # of 2, -0.75 and 1
+    assert causal_statistics.higher_share("kept")(texts) == pytest.approx(3 / 6)
     assert causal_statistics.higher_share("exact")(texts) == pytest.approx(3 / 4)
-    assert causal_statistics.share_of_exact(texts) == pytest.approx(4 / 6 / (3 / 4))
+    assert causal_statistics.share_of_exact(texts) == pytest.approx(3 / 6 / (3 / 4))
     assert causal_statistics.median_interaction(texts) == 1.0
     shares = {name: causal_statistics.trivial_share(name)(texts) for name in causal_statistics.TRIVIAL}
     assert shares == pytest.approx(
         # By length the two pairs of the second anchor are ties.
-        {"latest": 4 / 6, "earliest": 2 / 6, "longest": (3 + 2 * 0.5) / 6, "overlap": 4 / 6}
+        {"latest": 3 / 6, "earliest": 3 / 6, "longest": (3 + 2 * 0.5) / 6, "overlap": 3 / 6}
     )
+    assert causal_statistics.trivial_share("earliest")([a_text((1.0, 3.0))]) == 0
     assert math.isnan(causal_statistics.higher_share("kept")([]))
     assert math.isnan(causal_statistics.share_of_exact([a_text((1.0, 1.0), exact=(-1.0, -1.0))]))
 
