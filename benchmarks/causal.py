@@ -21,6 +21,7 @@ from stream_monitor.tracing.causal_statistics import (
     Source,
     Statistic,
     figure,
+    handicapped_share,
     higher_share,
     median_interaction,
     median_ratio,
@@ -107,6 +108,7 @@ def _account(report: Report, texts: list[TextResult]) -> None:
         report.figures[f"{source}/pairs"] = len(list(pairs(texts, source)))
         _add(report, texts, f"{source}/median_log_ratio", median_ratio(source))
         _add(report, texts, f"{source}/higher_share", higher_share(source))
+        _add(report, texts, f"{source}/handicapped_share", handicapped_share(source))
         for name in TRIVIAL:
             _add(report, texts, f"{source}/trivial/{name}", trivial_share(name, source))
     _add(report, texts, "higher_share_of_exact", share_of_exact)

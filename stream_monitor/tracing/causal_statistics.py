@@ -77,6 +77,16 @@ def higher_share(source: Source) -> Statistic:
     return statistic
 
 
+def handicapped_share(source: Source) -> Statistic:
+    """`higher_share` of the pairs whose control is the later: nearer to the window, which alone would favour it."""
+
+    def statistic(texts: Sequence[TextResult]) -> float:
+        found = [(one, other) for one, other in pairs(texts, source) if other.sentence > one.sentence]
+        return _mean([float(anchor.effect > control.effect) for anchor, control in found])
+
+    return statistic
+
+
 def share_of_exact(texts: Sequence[TextResult]) -> float:
     """`higher_share` of the anchors from kept blocks over that of the anchors from exact attention."""
     exact = higher_share("exact")(texts)

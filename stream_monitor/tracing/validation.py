@@ -9,6 +9,7 @@ from stream_monitor.tracing.causal import TextResult, measure_text
 from stream_monitor.tracing.causal_statistics import (
     Figure,
     figure,
+    handicapped_share,
     higher_share,
     median_ratio,
     outcomes,
@@ -63,6 +64,7 @@ def result(model_name: str, texts: Sequence[TextResult], seed: int) -> str:
         )
     ratio = figure(texts, median_ratio("kept"), seed)
     higher = figure(texts, higher_share("kept"), seed)
+    later = figure(texts, handicapped_share("kept"), seed)
     exact, of_exact = higher_share("exact")(texts), share_of_exact(texts)
     beside = f"; anchors by exact attention {exact:.0%}" if isfinite(exact) else ""
     beside += f" (ratio {of_exact:.2f})" if isfinite(of_exact) else ""
@@ -74,6 +76,9 @@ def result(model_name: str, texts: Sequence[TextResult], seed: int) -> str:
         f"chance 50%{beside}",
         _MEANING.format(verdict=_verdict(ratio)),
     ]
+    if isfinite(later.value):
+        nearer = f"{later.value:.0%} ({later.low:.0%} to {later.high:.0%})"
+        lines.insert(3, f"where the control is the later of the two, and so nearer to what is predicted: {nearer}")
     if len(texts) < 5:
         lines.append(f"Only {len(texts)} texts: the intervals are too narrow.")
     return "\n".join(lines)

@@ -241,6 +241,11 @@ def test_figures_of_pairs() -> None:
     assert causal_statistics.median_ratio("kept")(texts) == pytest.approx(1.0)  # of 2, -0.75 and 1
     assert causal_statistics.higher_share("kept")(texts) == pytest.approx(3 / 6)
     assert causal_statistics.higher_share("exact")(texts) == pytest.approx(3 / 4)
+    assert math.isnan(causal_statistics.handicapped_share("kept")(texts)), "all controls are earlier"
+    later = (Measured(7, -1.0, 20, 0.1), Measured(8, 1.0, 20, 0.1), Measured(2, -1.0, 20, 0.1))
+    other = replace(texts[0], kept=(Outcome(texts[0].kept[0].anchor, later),))
+    assert causal_statistics.handicapped_share("kept")([*texts, other]) == 0.5
+    assert "nearer to what is predicted: 50%" in result("m", [other], 0)
     assert causal_statistics.share_of_exact(texts) == pytest.approx(3 / 6 / (3 / 4))
     assert causal_statistics.median_interaction(texts) == 1.0
     shares = {name: causal_statistics.trivial_share(name)(texts) for name in causal_statistics.TRIVIAL}
