@@ -22,7 +22,7 @@ from stream_monitor.tracing.texts import evenly, read_texts
 
 _MEANING = """\
 What it means: on texts like these, what the masks call an anchor is a sentence that later predictions of this model
-depend on {verdict} one of about the same length near by.
+depend on {verdict} one of about the same length.
 What it does not mean: nothing is said of a single anchor, of other texts, or of whether an answer would turn out
 otherwise. A hidden sentence can still act through what was written, or computed, before it was hidden: an effect is
 that of not being able to look back. ANCHOR_SHIFT is not tested here."""
