@@ -272,3 +272,31 @@ def trace(
         _fail(error)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written")
+
+
+@app.command(help="Test whether the anchors that attention shows matter to MODEL: hide them, and see what changes.")
+def validate(
+    model: Annotated[str, typer.Option(help="Folder of a Hugging Face model, or its name.")],
+    texts: Annotated[
+        Path | None, typer.Option(help="JSON lines with the strings prompt and reasoning; there is no default.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Most texts that are read, evenly from the file.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Longest part of a text that is read.")] = 1_500,
+) -> None:
+    if texts is None:
+        _fail("--texts is missing: a file of reasoning like that of your traffic, JSON lines with prompt and reasoning")
+    if count < 2:
+        _fail(f"--count is {count}; valid: 2 or more")
+    if tokens < 1:
+        _fail(f"--tokens is {tokens}; valid: 1 or more")
+    try:
+        from stream_monitor.tracing.errors import TracingError
+        from stream_monitor.tracing.validation import run
+    except ImportError as error:
+        _fail(f"validation needs more than is installed, {error.name}: pip install 'stream-monitor[trace]'")
+    try:
+        run(model, texts, count, tokens)
+    except TracingError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        _fail("interrupted")

@@ -23,6 +23,9 @@ IMPLEMENTATION = "stream_monitor_trace"
 _TILE_LOGITS = 2**23
 """Logits held at a time by tiled dense attention: 32 MiB of float32."""
 
+_TILE_ROWS = 256
+"""Most rows of such a tile: in longer ones most keys are later than most rows."""
+
 
 @dataclass(frozen=True)
 class LayerInputs:
@@ -115,30 +118,47 @@ def _forward(
     return _attend.get()(inputs)[None], None
 
 
-def dense_attention(inputs: LayerInputs) -> torch.Tensor:
-    """All that the layer may read, in memory linear in T: [Q, H, Dv]."""
+def dense_attention(inputs: LayerInputs, hidden: tuple[int, int] = (0, 0)) -> torch.Tensor:
+    """All that the layer may read, in memory linear in T: [Q, H, Dv].
+
+    Rows behind the `hidden` tokens [start, end) do not see these: their logits are -inf, and the softmax is over the
+    rest. Rows before `end` see all they may, so that the hidden tokens themselves are computed as ever.
+    """
     queries, keys, values = (x.transpose(0, 1) for x in (inputs.queries, inputs.keys, inputs.values))
-    plain = not inputs.softcap and not inputs.window and not inputs.first_query
-    if plain and keys.shape[-1] == values.shape[-1]:  # what torch's kernels without a square of logits can do
+    whole = hidden[0] == hidden[1] and not inputs.window and not inputs.first_query
+    if whole and _torch_can(inputs):
         out = torch.nn.functional.scaled_dot_product_attention(
             queries[None], keys[None], values[None], is_causal=True, scale=inputs.scale, enable_gqa=True
         )
         return out[0].transpose(0, 1)
     heads, rows, _ = queries.shape
-    tile = max(1, _TILE_LOGITS // (heads * keys.shape[1]))
-    parts = [_dense_tile(inputs, first, min(rows, first + tile)) for first in range(0, rows, tile)]
+    tile = max(1, min(_TILE_ROWS, _TILE_LOGITS // (heads * keys.shape[1])))
+    parts = [_dense_tile(inputs, first, min(rows, first + tile), hidden) for first in range(0, rows, tile)]
     return torch.cat(parts)
 
 
-def _dense_tile(inputs: LayerInputs, first: int, last: int) -> torch.Tensor:
+def _torch_can(inputs: LayerInputs) -> bool:
+    """Whether torch has a kernel for such heads that holds no square of logits."""
+    return not inputs.softcap and inputs.keys.shape[-1] == inputs.values.shape[-1]
+
+
+def _dense_tile(inputs: LayerInputs, first: int, last: int, hidden: tuple[int, int]) -> torch.Tensor:
     """Rows `first` to `last` of `dense_attention`."""
     row = inputs.first_query + torch.arange(first, last, device=inputs.keys.device)
     start = max(0, inputs.first_query + first + 1 - inputs.window) if inputs.window else 0
     end = inputs.first_query + last
     keys, values = inputs.keys[start:end].transpose(0, 1), inputs.values[start:end].transpose(0, 1)
-    queries = inputs.queries[first:last].transpose(0, 1).unflatten(0, (len(keys), -1))
-    logits = capped(queries @ keys[:, None].mT * inputs.scale, inputs.softcap)
-    visible = visible_keys(row, torch.arange(start, end, device=row.device), inputs.window)
+    queries = inputs.queries[first:last].transpose(0, 1)
+    key = torch.arange(start, end, device=row.device)
+    visible = visible_keys(row, key, inputs.window)
+    # A row behind the hidden tokens always keeps itself.
+    visible &= (row < hidden[1])[:, None] | (key < hidden[0]) | (key >= hidden[1])
+    if _torch_can(inputs):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], attn_mask=visible, scale=inputs.scale, enable_gqa=True
+        )
+        return out[0].transpose(0, 1)
+    logits = capped(queries.unflatten(0, (len(keys), -1)) @ keys[:, None].mT * inputs.scale, inputs.softcap)
     shares = logits.masked_fill(~visible, -math.inf).softmax(-1)
     return (shares @ values[:, None]).flatten(0, 1).transpose(0, 1)
 
