@@ -13,11 +13,12 @@ import torch
 
 from benchmarks.paging import paged
 from stream_kernels.cpu import CpuSearch
-from stream_kernels.search import BlockSummary, SearchConfig
+from stream_kernels.search import BlockSummary
 from stream_monitor.config import CaptureSettings, MonitorSettings
 from stream_monitor.engine.packing import pack_rows
 from stream_monitor.engine.plan import LayerFacts, make_plan
 from stream_monitor.engine.requests import RowLabel
+from stream_monitor.engine.search_settings import search_config
 from stream_monitor.engine.vocabulary import PromptRoles, token_flags
 from stream_monitor.monitor.calibration import Calibration
 from stream_monitor.monitor.events import EventLog
@@ -147,7 +148,7 @@ class Replay:
         return _Rows(torch.stack(queries), keys, scale)
 
     def _search(self, rows: _Rows, first: int, positions: list[int]) -> BlockSummary:
-        config = _search_config(self.settings)
+        config = search_config(self.settings)
         count, total_heads, tokens = len(positions), rows.queries.shape[2], rows.keys[0].shape[1]
         keys = [paged(layer, rows.scale) for layer in rows.keys]
         out = BlockSummary.allocate(len(keys), count, len(self.heads), config)
@@ -173,7 +174,7 @@ class Replay:
         assert answer.outcome == ingest_pb2.PUBLISH_OUTCOME_ACCEPTED, answer
 
     def _engine(self) -> EngineInfo:
-        config = _search_config(self.settings)
+        config = search_config(self.settings)
         return EngineInfo(
             instance=_INSTANCE,
             model_name=self.model.name,
@@ -193,14 +194,3 @@ class Replay:
             vllm_version="",
             plugin_version="",
         )
-
-
-def _search_config(settings: CaptureSettings) -> SearchConfig:
-    return SearchConfig(
-        strategy=settings.strategy,
-        block_size=settings.block_size,
-        top_k=settings.top_k,
-        sink_blocks=settings.sink_blocks,
-        recent_blocks=settings.recent_blocks,
-        min_gain=settings.min_gain,
-    )

@@ -2,14 +2,14 @@
 
 import math
 
-from stream_monitor.anchors.page_hinkley import PageHinkley
+from stream_monitor.anchors.page_hinkley import RiseDetector
 from stream_monitor.anchors.verdict import Verdict
 
 _LEAST_SHARE = 1e-4
 """A smaller share of the mass on candidates counts as this: its logarithm would be noise."""
 
 
-class PromptDetachment:
+class PromptDetachment(RiseDetector):
     """Watches one request's sentences; raises an alarm when mass on the user's prompt stays below its reference.
 
     The longer the output, the more other candidates there are, and the prompt's share falls by itself. So it is divided
@@ -46,35 +46,11 @@ class PromptDetachment:
         min_rows: int = 2,
         min_mass: float = 0.02,
     ) -> None:
+        super().__init__(warm_up, delta, threshold)
         self.warm_up = warm_up
         self.min_rows = min_rows
         self.min_mass = min_mass
-        self._test = PageHinkley(warm_up, delta, threshold)
         self._scored = 0
-
-    @property
-    def drift_detected(self) -> bool:
-        """Whether the newest sentence raised an alarm."""
-        return self._test.drift_detected
-
-    @property
-    def score(self) -> float:
-        """Summed fall, nats; an alarm when above `threshold`."""
-        return self._test.statistic
-
-    @property
-    def threshold(self) -> float:
-        """Of the score."""
-        return self._test.threshold
-
-    @threshold.setter
-    def threshold(self, value: float) -> None:
-        self._test.threshold = value
-
-    @property
-    def began(self) -> int:
-        """At an alarm, how many scored sentences ago the fall began."""
-        return max(0, self._test.since_lowest - 1)
 
     def update(self, prompt: float, candidates: float, tokens: float, rows: int) -> Verdict:
         """Take in one sentence.

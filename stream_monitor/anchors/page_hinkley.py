@@ -66,3 +66,40 @@ class PageHinkley:
             self._lowest, self.since_lowest = self._sum, 0
         self.statistic = self._sum - self._lowest
         self.drift_detected = self._count >= self.min_instances and self.statistic > self.threshold
+
+
+class RiseDetector:
+    """What detectors have in common whose score is the sum of a Page-Hinkley test.
+
+    Parameters
+    ----------
+    min_instances, delta, threshold
+        Of the test.
+    """
+
+    def __init__(self, min_instances: int, delta: float, threshold: float) -> None:
+        self._test = PageHinkley(min_instances, delta, threshold)
+
+    @property
+    def drift_detected(self) -> bool:
+        """Whether the newest sentence raised an alarm."""
+        return self._test.drift_detected
+
+    @property
+    def score(self) -> float:
+        """The sum; an alarm when above `threshold`."""
+        return self._test.statistic
+
+    @property
+    def threshold(self) -> float:
+        """Of the score."""
+        return self._test.threshold
+
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._test.threshold = value
+
+    @property
+    def began(self) -> int:
+        """At an alarm, how many scored sentences ago the rise began."""
+        return max(0, self._test.since_lowest - 1)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from stream_monitor.anchors.matrix import Mass, Positions, SparseMass
-from stream_monitor.anchors.page_hinkley import PageHinkley
+from stream_monitor.anchors.page_hinkley import RiseDetector
 from stream_monitor.anchors.verdict import Verdict
 
 _LEAST = 1e-300
@@ -27,7 +27,7 @@ def _relative_entropy(p: Mass, q: Mass) -> float:
     return float(np.sum(p[held] * np.log2(p[held] / q[held])))
 
 
-class AnchorShift:
+class AnchorShift(RiseDetector):
     """Watches one request's sentences; raises an alarm when they rest on other anchors than before.
 
     Each sentence's anchor distribution (its mass on sentences at least four earlier, normalised) is compared with an
@@ -73,6 +73,7 @@ class AnchorShift:
         min_rows: int = 2,
         min_mass: float = 0.02,
     ) -> None:
+        super().__init__(warm_up, delta, threshold)
         self.warm_up = warm_up
         self.weight = weight
         self.min_rows = min_rows
@@ -81,32 +82,7 @@ class AnchorShift:
         self.entering = 0.0
         self.reference = self.before = SparseMass.of(np.zeros(0))
         self._known = 0
-        self._test = PageHinkley(warm_up, delta, threshold)
         self._scored = 0
-
-    @property
-    def drift_detected(self) -> bool:
-        """Whether the newest sentence raised an alarm."""
-        return self._test.drift_detected
-
-    @property
-    def score(self) -> float:
-        """Summed excess divergence, bits; an alarm when above `threshold`."""
-        return self._test.statistic
-
-    @property
-    def threshold(self) -> float:
-        """Of the score."""
-        return self._test.threshold
-
-    @threshold.setter
-    def threshold(self, value: float) -> None:
-        self._test.threshold = value
-
-    @property
-    def began(self) -> int:
-        """At an alarm, how many scored sentences ago the divergence began to rise."""
-        return max(0, self._test.since_lowest - 1)
 
     def update(self, mass: SparseMass, candidates: int, rows: int) -> Verdict:
         """Take in one sentence; `before` is the reference it was compared with.

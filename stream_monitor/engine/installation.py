@@ -18,6 +18,7 @@ from stream_monitor.engine.hooks import install_runner_hooks, install_worker_hoo
 from stream_monitor.engine.paged_keys import check_against_dense, paged_keys
 from stream_monitor.engine.plan import CapturePlan, make_plan
 from stream_monitor.engine.requests import RequestTable
+from stream_monitor.engine.search_settings import search_config
 from stream_monitor.engine.steps import LayerTap, StepSlot
 from stream_monitor.engine.vocabulary import PromptRoles, token_flags
 from stream_monitor.publisher.launch import PublisherProcess
@@ -46,14 +47,7 @@ class Installation:
         self._estimator: Estimator | None = None
         self._ring: RingWriter | None = None
         self._publisher: PublisherProcess | None = None
-        self._search_config = SearchConfig(
-            strategy=settings.strategy,
-            block_size=settings.block_size,
-            top_k=settings.top_k,
-            sink_blocks=settings.sink_blocks,
-            recent_blocks=settings.recent_blocks,
-            min_gain=settings.min_gain,
-        )
+        self._search_config = search_config(settings)
         self._kv_tokens_lost = 0
         self.left_for_cache = 0
 
@@ -137,18 +131,18 @@ class Installation:
         keys = paged_keys(caches, self._layers)
         block_tokens = compat.tokens_per_block(runner)
         rows = config.scheduler_config.max_num_seqs
-        search_config = self._without_room_for_summaries(keys[0].layout.page_size, keys[0].num_pages)
-        self._search_config = search_config
+        fitting = self._without_room_for_summaries(keys[0].layout.page_size, keys[0].num_pages)
+        self._search_config = fitting
         self.search = search = CpuSearch(
             keys,
             facts.query_heads,
-            search_config,
+            fitting,
             max_rows=rows,
             max_context=config.model_config.max_model_len,
             query_dtype=config.model_config.dtype,
             query_heads=watched[0].query_heads,
         )
-        check_against_dense(search, keys, self._layers, caches, search_config)
+        check_against_dense(search, keys, self._layers, caches, fitting)
         search.forget()
         generations = BlockGenerations(runner.kv_cache_config.num_blocks)
         slots = [
@@ -176,7 +170,7 @@ class Installation:
         self._ring = RingWriter(settings.ring_bytes)
         self._estimator = Estimator(
             search,
-            BlockSummary.allocate(len(watched), rows, len(watched[0].query_heads), search_config),
+            BlockSummary.allocate(len(watched), rows, len(watched[0].query_heads), fitting),
             generations,
             heads_per_row,
             self._ring,
