@@ -1,6 +1,6 @@
 """Memory and time of a whole trace, with attention restricted to the kept blocks, as the context grows.
 
-Each length runs in a process of its own, over prose; positions beyond the model's training are fine here. Growth is
+Each length runs in a process of its own, over code; positions beyond the model's training are fine here. Growth is
 per doubling of the context. What the trace takes beside the loaded model is told apart; at a few thousand tokens it
 is buffers and threads rather than the context.
 """
@@ -40,7 +40,7 @@ def main(
     strategy: Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")] = "beam",
     top_k: Annotated[int, typer.Option(help="Blocks kept per head.")] = SearchConfig().top_k,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
-    seed: Annotated[int, typer.Option(help="Where the prose begins.")] = 0,
+    seed: Annotated[int, typer.Option(help="Where the code begins.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="8k, 32k and 128k tokens: hours on two cores.")] = False,
 ) -> None:
     """Peak memory and time of a trace."""
@@ -69,7 +69,7 @@ def main(
     print(f"{'tokens':>9}{'seconds':>10}{'tokens/s':>10}{'model':>11}{'peak':>11}{'of the trace':>14}", flush=True)
     costs = {}
     for tokens in lengths:
-        ids = token_ids(tokenizer, "prose", tokens, seed)
+        ids = token_ids(tokenizer, "code", tokens, seed)
         # A process of its own, since memory that was freed is not all given back.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             cost = pool.apply(_trace, (model, ids, search, threads))
