@@ -13,6 +13,7 @@ from stream_monitor.config import CaptureSettings, SettingsError, load
 from stream_monitor.engine import compat
 from stream_monitor.engine.blocks import BlockGenerations
 from stream_monitor.engine.capture import Capture
+from stream_monitor.engine.channels import Channels
 from stream_monitor.engine.estimator import Estimator
 from stream_monitor.engine.hooks import install_runner_hooks, install_worker_hooks
 from stream_monitor.engine.paged_keys import check_against_dense, paged_keys
@@ -236,12 +237,19 @@ class Installation:
 
     def _request_table(self) -> RequestTable:
         settings, config = self._settings, self._worker.vllm_config
-        flags, roles = None, None
+        flags, roles, channels = None, None, None
         if compat.sends_tokens() and (tokenizer := compat.load_tokenizer(config)) is not None:
             flags = token_flags(tokenizer, config.model_config.get_vocab_size())
             roles = PromptRoles.from_tokenizer(tokenizer)
+            channels = Channels.from_tokenizer(tokenizer)
         return RequestTable(
-            settings.stride, settings.max_requests, settings.client_may_disable, flags, roles, settings.send_token_ids
+            settings.stride,
+            settings.max_requests,
+            settings.client_may_disable,
+            flags,
+            roles,
+            settings.send_token_ids,
+            channels,
         )
 
     def _engine_info(self) -> EngineInfo:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from stream_monitor.engine.channels import Channels
 from stream_monitor.engine.compat import NewRequest, ScheduledRequest
 from stream_monitor.engine.policy import RequestPolicy, decide
 from stream_monitor.engine.vocabulary import PromptRoles, overlay_untrusted
@@ -45,6 +46,7 @@ class _Tracked:
     attempt: int = 0
     total_tokens: int = 0
     pending_first: int = 0
+    last_token: int = -1
     pending_flags: bytearray = field(default_factory=bytearray)
     pending_ids: list[int] = field(default_factory=list)
 
@@ -59,6 +61,7 @@ class RequestTable:
         token_flags: uint8 [vocabulary], `TokenFlag`s of every token id; None if this rank does not send tokens.
         roles: finds the role spans of a prompt.
         send_token_ids: whether token ids go along.
+        channels: of the model's chats; None where it has none.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class RequestTable:
         token_flags: NDArray[np.uint8] | None,
         roles: PromptRoles | None,
         send_token_ids: bool,
+        channels: Channels | None = None,
     ) -> None:
         self._stride = stride
         self._max_requests = max_requests
@@ -76,6 +80,7 @@ class RequestTable:
         self._flags = token_flags
         self._roles = roles
         self._send_ids = send_token_ids
+        self._channels = channels
         self._tracked: dict[str, _Tracked] = {}
         self._captured = 0
         self._with_tokens: dict[str, None] = {}
@@ -95,6 +100,8 @@ class RequestTable:
         reason = self._refusal(new, policy)
         tracked = _Tracked(new.prompt_tokens, reason, attempt=known.attempt + 1 if known else 0)
         tracked.total_tokens = new.prompt_tokens
+        if new.prompt_token_ids:
+            tracked.last_token = new.prompt_token_ids[-1]
         self._tracked[new.request_id] = tracked
         self._captured += not reason
         return None if reason == ID_TOO_LONG else self._announce(new, policy, reason)
@@ -156,7 +163,13 @@ class RequestTable:
             return
         if not tracked.pending_flags:
             tracked.pending_first = first_position
-        tracked.pending_flags += self._flags_of(np.asarray(token_ids, np.int64)).tobytes()
+        ids = np.asarray(token_ids, np.int64)
+        flags = self._flags_of(ids)
+        if self._channels is not None:
+            self._channels.add_flags(flags, ids, tracked.last_token)
+        if token_ids:
+            tracked.last_token = token_ids[-1]
+        tracked.pending_flags += flags.tobytes()
         if self._send_ids:
             tracked.pending_ids += token_ids
         self._with_tokens[request_id] = None
