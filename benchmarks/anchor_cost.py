@@ -33,7 +33,7 @@ SENTENCE_TOKENS = 24
 PROMPT_TOKENS = 480
 SIZES = (100, 1_000, 10_000)
 WINDOW = 50
-"""Sentences timed around each size, a multiple of none of them."""
+"""Sentences timed from each size on."""
 GROWTH, TOKENS_PER_SECOND = 1.5, 20_000
 FLAGS = bytes([2] * (SENTENCE_TOKENS - 1) + [1])
 """Words, each after a space, and a full stop."""
@@ -114,7 +114,7 @@ class _Engine:
         if positions:
             self.step += 1
             fields |= {"step": self.step, "rows": self._rows(positions)}
-        summary = summary_pb2.StepSummary(**(fields | more))  # type: ignore[arg-type]
+        summary = summary_pb2.StepSummary(**(fields | more))  # type: ignore[arg-type]  # protobuf takes fields by name
         return ingest_pb2.PublishRequest(summary=summary).SerializeToString()
 
     def _rows(self, positions: dict[str, int]) -> summary_pb2.Rows:

@@ -40,17 +40,16 @@ class Profile:
     highest: Mapping[str, tuple[float, ...]]
 
     def p_value(self, kind: str, score: float) -> float:
-        """Of a score by this detector. A request that it could not score counts as lower than any."""
+        """Of a score by this detector, among the requests that it could score; 1 if it could score none."""
         scores = self.highest.get(kind, ())
-        return (1 + len(scores) - bisect_left(scores, score)) / (self.requests - self.trimmed + 1)
+        return (1 + len(scores) - bisect_left(scores, score)) / (len(scores) + 1)
 
     def threshold(self, kind: str, rate: float) -> float:
         """Scores above it have a p-value of at most `rate`; infinite where no score could have."""
-        allowed = math.floor(rate * (self.requests - self.trimmed + 1) + 1e-9) - 1
         scores = self.highest.get(kind, ())
-        if allowed < 0:
-            return math.inf
-        return scores[-1 - allowed] if allowed < len(scores) else -math.inf
+        # Infinite where too few requests could be scored to tell of so low a rate.
+        allowed = math.floor(rate * (len(scores) + 1) + 1e-9) - 1
+        return scores[-1 - allowed] if 0 <= allowed < len(scores) else math.inf
 
     def check(self, rate: float) -> None:
         """Raises ProfileError where the profile is too small for a rate, divided among its detectors."""

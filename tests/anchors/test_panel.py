@@ -148,8 +148,15 @@ def profile(scores: dict[str, list[float]], requests: int, trim: float = 0.0) ->
 
 def test_p_values_are_the_conformal_ones() -> None:
     made = profile({"anchor_shift": [1.0, 2.0, 2.0, 3.0]}, 9)
-    assert [made.p_value("anchor_shift", score) for score in (3.5, 3.0, 2.0, 0.0)] == [0.1, 0.2, 0.4, 0.5]
-    assert made.p_value("anchor_lock", 0.0) == 0.1  # none of nine could be scored
+    assert [made.p_value("anchor_shift", score) for score in (3.5, 3.0, 2.0, 0.0)] == [0.2, 0.4, 0.8, 1.0]
+
+
+def test_a_detector_that_could_score_too_few_requests_is_not_raised() -> None:
+    """Such as UNTRUSTED_ANCHOR, calibrated on traffic without labels."""
+    made = profile({"untrusted_anchor": [0.1] * 3}, 999)
+    assert made.p_value("anchor_lock", 9.0) == 1.0
+    assert made.threshold("anchor_lock", 0.2) == made.threshold("untrusted_anchor", 0.2) == math.inf
+    assert run(Panel(made, 0.2), [observation(PROMPT + place, {2: 0.3, 5: 0.2}) for place in range(12)]) == []
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.05, 0.2])
