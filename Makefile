@@ -10,6 +10,9 @@ ONCE ?=
 ARGS ?=
 
 BIN := .venv/bin
+# Program:package of Debian that brings it.
+TOOLS := chromium:chromium prometheus:prometheus promtool:prometheus amtool:prometheus-alertmanager \
+	prometheus-alertmanager:prometheus-alertmanager node:nodejs npm:npm kubectl:kubernetes-client
 INSTALLED := .venv/.installed
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 MODEL := $(MODEL_CACHE)/smollm2
@@ -24,7 +27,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install weights test test-long lint format protos protos-check docs demo clean
+.PHONY: help install tools weights test test-long lint format protos protos-check docs demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,13 +45,20 @@ $(INSTALLED): pyproject.toml
 	$(BIN)/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
 	@touch $@
 
+tools: ## the programs that tests run beside Python: a browser, a Prometheus, Node.js (Debian packages; needs root)
+	@missing=$$(for each in $(TOOLS); do command -v "$${each%%:*}" > /dev/null || echo "$${each##*:}"; done | sort -u); \
+	test -z "$$missing" && exit 0; \
+	command -v apt-get > /dev/null && test "$$(id -u)" = 0 \
+		|| { echo "make: the tests need these Debian packages: "$$missing >&2; exit 1; }; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $$missing > /dev/null
+
 weights: $(INSTALLED) ## fetch SmolLM2-135M-Instruct into MODEL_CACHE, .cache/models unless told otherwise (93 MB)
 	@$(BIN)/python -m stream_monitor.demo.weights $(MODEL)
 
-test: install weights ## set everything up, then run the suite
+test: install tools weights ## set everything up, then run the suite
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
-test-long: install weights ## the tests that take minutes
+test-long: install tools weights ## the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy, buf
