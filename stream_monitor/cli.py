@@ -107,10 +107,11 @@ def serve(context: typer.Context) -> None:
     from stream_monitor.anchors.profile import ProfileError
     from stream_monitor.monitor.listen import ListenError
     from stream_monitor.monitor.run import serve as run
+    from stream_monitor.monitor.text import TextError
 
     try:
         asyncio.run(run(settings, _version()))
-    except (ListenError, ProfileError) as error:
+    except (ListenError, ProfileError, TextError) as error:
         _fail(error)
 
 

@@ -114,7 +114,9 @@ class CaptureSettings(_Layered):
         4, ge=1, le=64, description="Captured steps that may wait for the estimator; more are dropped, counted."
     )
     send_token_ids: bool = Field(
-        False, description="Let token ids, and so text, leave the engine. The monitor does not use them yet."
+        False,
+        description="Let token ids, and so text, leave the engine: those of the output, and of prompts up to 131,072 "
+        "tokens.",
     )
     client_may_disable: bool = Field(
         False, description="Let a request switch its own monitoring off, by stream_monitor_disable in its vllm_xargs."
@@ -141,6 +143,12 @@ class MonitorSettings(_Layered):
     insecure: bool = Field(False, description="Listen beyond loopback without TLS.")
     profiles: str = Field(
         "", description="Files of `stream-monitor calibrate`, separated by commas; one per model and capture."
+    )
+    tokenizers: str = Field(
+        "",
+        description="Files `tokenizer.json`, or folders of models, with which token ids become text, separated by "
+        "commas: NAME=PATH for a model as vLLM's metrics name it, PATH alone for all others. Text is shown to whoever "
+        "can read traces. It needs `send_token_ids` in the engine, and the extra `text`.",
     )
     false_alarm_rate: float = Field(
         0.01,

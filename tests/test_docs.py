@@ -52,11 +52,12 @@ def test_the_page_of_metrics_tells_what_a_monitor_shows(start: Callable[..., Run
 def _make_every_metric_appear(monitor: Running) -> None:
     engine = Engine()
     audit = summary_pb2.Audit(recall=0.9)
+    unread = tokens("gap", 48, ids=[1, 2, 3, 4, 5, 6])
     summaries = [
         # A shift at the 15th sentence, and more sentences than are kept.
         *engine.request("shift", [4] * 14 + [30] * 30),
         engine.summary(started=[started("refused", refused="client_disabled"), started("gap")]),
-        engine.summary([Look("gap", 48)], tokens=[tokens("gap", 48)], wall_time_ns=time.time_ns(), audits=[audit]),
+        engine.summary([Look("gap", 48)], tokens=[unread], wall_time_ns=time.time_ns(), audits=[audit]),
         engine.summary(tokens=[tokens("gap", 60)]),
         engine.summary(finished=[finished("refused", 48), finished("gap", 66)]),
     ]

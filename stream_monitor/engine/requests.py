@@ -19,6 +19,9 @@ MAX_ID = 1024
 """Characters of an internal id that a receiver takes. Clients choose most of it; one such request must not spoil the
 messages it shares with others, so it is counted and never named."""
 
+MAX_PROMPT_IDS = 1 << 17
+"""Token ids of a prompt that are sent: half a megabyte, an eighth of the largest message a receiver takes."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowLabel:
@@ -126,7 +129,7 @@ class RequestTable:
         started.role_starts = np.asarray(starts, "<u4").tobytes()
         started.roles = np.asarray(roles, np.uint8).tobytes()
         started.prompt_flags = self._flags_of(ids).tobytes()
-        if self._send_ids:
+        if self._send_ids and len(ids) <= MAX_PROMPT_IDS:
             started.prompt_token_ids = ids.astype("<u4").tobytes()
         return started
 

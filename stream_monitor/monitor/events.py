@@ -98,12 +98,13 @@ class EventLog:
             if subscriber.wanted(event) and not subscriber.offer(self._newest, event):
                 self.lost += 1
 
-    def subscribe(self, wanted: Wanted, cursor: str) -> tuple[Subscriber, str]:
-        """A subscriber, fed from `cursor` (from now on if empty), and the cursor it starts at.
+    def subscribe(self, wanted: Wanted, cursor: str, last: int = 0) -> tuple[Subscriber, str]:
+        """A subscriber, fed from `cursor`, or if that is empty from the newest `last` findings it wants on, and the
+        cursor it starts at.
 
         Raises CursorGone, CursorMalformed or TooManySubscribers.
         """
-        after = self._resume(cursor) if cursor else self._newest
+        after = self._resume(cursor) if cursor else self._before_last(wanted, last)
         if len(self.subscribers) >= self.max_subscribers:
             raise TooManySubscribers(f"{self.max_subscribers} subscribers (setting max_subscribers)")
         first = self._newest - len(self._held) + 1
@@ -119,6 +120,14 @@ class EventLog:
     def cursor(self, sequence: int) -> str:
         """The opaque form of a position in the log."""
         return base64.urlsafe_b64encode(f"{self.epoch}:{sequence}".encode()).decode()
+
+    def _before_last(self, wanted: Wanted, last: int) -> int:
+        """The sequence number after which `last` findings are wanted."""
+        if not last:
+            return self._newest
+        numbered = zip(range(self._newest, 0, -1), reversed(self._held), strict=False)
+        found = list(islice((sequence for sequence, event in numbered if wanted(event)), last))
+        return found[-1] - 1 if found else self._newest
 
     def _resume(self, cursor: str) -> int:
         try:

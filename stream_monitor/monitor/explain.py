@@ -2,14 +2,18 @@
 
 import numpy as np
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from stream_monitor.monitor.client import DEADLINE_SECONDS, MonitorError, asking
+from stream_monitor.monitor.text import one_line
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 
 _BAR = 30
 """Characters of the longest bar."""
+_TEXT = 60
+"""Characters of a sentence that are shown."""
 
 
 def explain(target: str, request_id: str, number: int | None, console: Console) -> None:
@@ -51,6 +55,8 @@ def _curve(trace: monitor_pb2.GetTraceResponse, event: monitor_pb2.Event | None)
     if event:
         table.add_column("before")
         table.add_column("at the finding")
+    if with_text := any(sentence.text for sentence in trace.sentences):
+        table.add_column("text", no_wrap=True)
     found = {one.sentence.index for one in trace.events}
     # The first sentence holds the attention sink, beside which no bar could be seen.
     most = float(np.nanmax(scores[1:])) if np.isfinite(scores[1:]).any() else 0.0
@@ -67,6 +73,8 @@ def _curve(trace: monitor_pb2.GetTraceResponse, event: monitor_pb2.Event | None)
         ]
         if event:
             cells += [f"{shares[index]:.0%}" if index in shares else "" for shares in (before, after)]
+        if with_text:
+            cells.append(escape(one_line(sentence.text, _TEXT)))
         table.add_row(*cells)
     return table
 

@@ -52,6 +52,13 @@ class Metrics:
         self.requests_refused = Counter(
             "stream_monitor_requests_refused_total", "Requests the engine does not capture.", ENGINE, registry=registry
         )
+        self.requests_without_text = Counter(
+            "stream_monitor_requests_without_text_total",
+            "Finished requests whose token ids came and could not be read, or should have come and did not, by "
+            "RequestInfo.no_text_reason.",
+            (*ENGINE, "reason"),
+            registry=registry,
+        )
         self.sentences = Counter(
             "stream_monitor_sentences_total",
             "Sentences of the output that were closed and scored.",

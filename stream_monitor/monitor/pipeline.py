@@ -9,6 +9,7 @@ from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.merge import MergedStep
 from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.store import TraceStore
+from stream_monitor.monitor.text import NOT_SENT, TokenText, Vocabularies
 from stream_monitor.monitor.trace import RequestTrace
 from stream_monitor.v1alpha1 import monitor_pb2
 
@@ -16,9 +17,17 @@ from stream_monitor.v1alpha1 import monitor_pb2
 class Pipeline:
     """Applies merged steps to the traces and publishes what comes of it."""
 
-    def __init__(self, store: TraceStore, log: EventLog, metrics: Metrics, calibration: Calibration) -> None:
+    def __init__(
+        self,
+        store: TraceStore,
+        log: EventLog,
+        metrics: Metrics,
+        calibration: Calibration,
+        vocabularies: Vocabularies,
+    ) -> None:
         self.store = store
         self.calibration = calibration
+        self.vocabularies = vocabularies
         self.log = log
         self.metrics = metrics
 
@@ -38,6 +47,7 @@ class Pipeline:
             if not trace.capture:
                 trace.capture = capture_id(first.rank.engine)
                 trace.panel = self.calibration.panel(first.rank.engine.model_name, trace.capture)
+                trace.text = TokenText(self.vocabularies.of(first.rank.engine.model_name))
             return trace
 
         for started in (started for part in step.parts for started in part.summary.started):
@@ -79,6 +89,8 @@ class Pipeline:
             self.metrics.requests_finished.labels(*labels).inc()
             if trace.dropped_sentences:
                 self.metrics.sentences_dropped.labels(*labels).inc(trace.dropped_sentences)
+            if (reason := trace.text.reason) and (reason != NOT_SENT or self.vocabularies):
+                self.metrics.requests_without_text.labels(*labels, reason).inc()
             self._progress(trace, monitor_pb2.EVENT_KIND_REQUEST_FINISHED, now)
         for trace in touched.values():
             self.store.changed(trace)

@@ -22,6 +22,7 @@ from stream_monitor.monitor.pipeline import Pipeline
 from stream_monitor.monitor.ranks import RankBook
 from stream_monitor.monitor.service import MonitorService
 from stream_monitor.monitor.store import TraceStore
+from stream_monitor.monitor.text import Vocabularies
 from stream_monitor.v1alpha1 import monitor_pb2_grpc
 
 TRANSPORT_BYTES = 64 << 20
@@ -49,7 +50,7 @@ class MonitorServer:
         self.ingest = Ingest(
             ranks,
             Merger(settings.merge_deadline_seconds),
-            Pipeline(self.store, self.log, self.metrics, calibration),
+            Pipeline(self.store, self.log, self.metrics, calibration, Vocabularies.read(settings.tokenizers)),
             self.metrics,
             settings.max_message_bytes,
         )

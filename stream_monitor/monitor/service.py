@@ -22,6 +22,8 @@ from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
 
 SERVICE = monitor_pb2.DESCRIPTOR.services_by_name["MonitorService"].full_name
 DEFAULT_PAGE, MAX_PAGE = 100, 1000
+MAX_LAST = 1000
+"""Findings that a subscription may ask for from before it began."""
 MAX_FILTER = 1000
 """Entries of each filter list of a subscription."""
 
@@ -42,8 +44,10 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
         for name in ("model_names", "engines", "request_ids", "kinds"):
             if len(getattr(request, name)) > MAX_FILTER:
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{name} has more than {MAX_FILTER} entries")
+        if request.last > MAX_LAST:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"last is {request.last}; at most {MAX_LAST}")
         try:
-            subscriber, cursor = self.log.subscribe(wanted(request), request.cursor)
+            subscriber, cursor = self.log.subscribe(wanted(request), request.cursor, request.last)
         except CursorGone as error:
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, str(error))
         except CursorMalformed as error:

@@ -20,6 +20,7 @@ from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.ledger import CHUNK, TOKEN
 from stream_monitor.monitor.ranks import Labels, Rank
 from stream_monitor.monitor.rows import Row
+from stream_monitor.monitor.text import TokenText
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 
 MAX_PENDING_ROWS = 1024
@@ -79,6 +80,7 @@ class RequestTrace:
         self.findings: deque[monitor_pb2.Event] = deque(maxlen=MAX_FINDINGS)
         self.finding_count = 0
         self.panel = Panel()
+        self.text = TokenText()
         self.capture = ""
         self.top_anchor: tuple[int, float] | None = None
         self.bytes = _TRACE_BYTES
@@ -104,11 +106,13 @@ class RequestTrace:
         if not self.joined_late and started.prompt_tokens == self.prompt_tokens:
             if started.prompt_flags and not self._prompt_split and not self._kept and self.output_tokens == 0:
                 self._split_prompt(started, 0)
+            self._take_prompt_text(started)
             return
         end = min(self._builder.end - 1, started.prompt_tokens) if self._builder else 0
         self._truncate(0 if self.joined_late and self._kept else max(0, end))
         self._split_prompt(started, len(self.spans))
         self._builder = SentenceBuilder(started.prompt_tokens)
+        self._take_prompt_text(started)
         self.joined_late = False
         self.prompt_tokens = started.prompt_tokens
         self.refused_reason = started.refused_reason
@@ -121,6 +125,8 @@ class RequestTrace:
             self._begin_late(run.first_position)
         assert self._builder is not None
         before = self._builder.end
+        if len(self.spans) < self.max_sentences:
+            self.bytes += self.text.put(run.first_position, run.token_ids, run.flags)
         for span in self._builder.extend(run.first_position, run.flags):
             self._close(span)
         self.output_tokens += min(len(run.flags), self._builder.end - before)
@@ -210,6 +216,9 @@ class RequestTrace:
         pairs = sorted((row.position, row.attempt) for row in rows if row.token)
         return [position for position, _ in pairs], [attempt for _, attempt in pairs]
 
+    def _take_prompt_text(self, started: summary_pb2.RequestStarted) -> None:
+        self.bytes += self.text.put(0, started.prompt_token_ids, started.prompt_flags)
+
     def _split_prompt(self, started: summary_pb2.RequestStarted, keep: int) -> None:
         """Sentences of the prompt, from the end of the first `keep` sentences held."""
         self._drop_spans(keep)
@@ -288,6 +297,7 @@ class RequestTrace:
         """Forget everything from position `end` on; the sentence that holds it is open again."""
         self._discard_from(end, "readded")
         self._drop_spans(sum(span.end <= end for span in self.spans))
+        self.bytes += self.text.cut(end)
         self._newest_row = min(self._newest_row, end - 1)
         # Sentences the reference knows may be gone.
         self.panel, self.top_anchor = self.panel.fresh(), None

@@ -5,10 +5,13 @@ import numpy as np
 from stream_monitor.anchors.matrix import SparseMass, vertical_scores
 from stream_monitor.anchors.panel import Alarm, Kind
 from stream_monitor.monitor.identity import parse
+from stream_monitor.monitor.text import shortened
 from stream_monitor.monitor.trace import RequestTrace
 from stream_monitor.v1alpha1 import monitor_pb2
 
 MAX_ANCHORS = 5
+EVENT_TEXT = 240
+"""Characters of a sentence's text in events and lists, of which many thousands are held."""
 
 
 def trace_key(trace: RequestTrace) -> monitor_pb2.TraceKey:
@@ -19,11 +22,19 @@ def trace_key(trace: RequestTrace) -> monitor_pb2.TraceKey:
 
 
 def sentence(trace: RequestTrace, index: int) -> monitor_pb2.Sentence:
-    """Sentence `index` of the trace."""
+    """Sentence `index` of the trace, with the beginning of its text if that is known."""
+    whole = whole_sentence(trace, index)
+    whole.text = shortened(whole.text, EVENT_TEXT)
+    return whole
+
+
+def whole_sentence(trace: RequestTrace, index: int) -> monitor_pb2.Sentence:
+    """Sentence `index` of the trace, with all of its text if that is known."""
     span = trace.spans[index]
-    role = monitor_pb2.Sentence(index=index, first_token=span.start, end_token=span.end)
-    role.role = span.role  # type: ignore[assignment]
-    return role
+    text = trace.text.between(span.start, span.end)
+    found = monitor_pb2.Sentence(index=index, first_token=span.start, end_token=span.end, text=text)
+    found.role = span.role  # type: ignore[assignment]
+    return found
 
 
 def anchors(trace: RequestTrace, mass: SparseMass) -> list[monitor_pb2.Anchor]:
@@ -59,6 +70,7 @@ def info(trace: RequestTrace) -> monitor_pb2.RequestInfo:
         missing_ranks=sorted(trace.missing_ranks),
         scores=scores(trace),
         capture=trace.capture,
+        no_text_reason=trace.text.reason,
     )
 
 
@@ -72,7 +84,7 @@ def full(trace: RequestTrace) -> monitor_pb2.GetTraceResponse:
     positions, attempts = trace.token_row_keys()
     return monitor_pb2.GetTraceResponse(
         info=info(trace),
-        sentences=[sentence(trace, index) for index in range(len(trace.spans))],
+        sentences=[whole_sentence(trace, index) for index in range(len(trace.spans))],
         matrix_row=row_index.astype("<u4").tobytes(),
         matrix_column=columns.astype("<u4").tobytes(),
         matrix_share=shares.astype("<f4").tobytes(),

@@ -15,10 +15,11 @@ from rich.table import Table
 from rich.text import Text
 
 from stream_monitor.monitor.events import FINDINGS
+from stream_monitor.monitor.text import one_line
 from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc, summary_pb2
 
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
-TABLE_ROWS, EVENT_LINES = 20, 10
+TABLE_ROWS, EVENT_LINES, TEXT_CHARACTERS = 20, 10, 40
 _PREFIX = "EVENT_KIND_"
 _FINAL = (
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -149,7 +150,8 @@ def _requests_table(requests: Sequence[monitor_pb2.RequestInfo]) -> Table:
         top = ""
         if info.HasField("top_anchor"):
             role = summary_pb2.Role.Name(info.top_anchor.sentence.role).removeprefix("ROLE_").lower()
-            top = f"#{info.top_anchor.sentence.index} {role} {info.top_anchor.share:.0%}"
+            text = one_line(info.top_anchor.sentence.text, TEXT_CHARACTERS)
+            top = f"#{info.top_anchor.sentence.index} {role} {info.top_anchor.share:.0%} {text}".rstrip()
         state = "running" if info.state == monitor_pb2.REQUEST_STATE_RUNNING else "finished"
         table.add_row(
             Text(info.external_id),
@@ -158,7 +160,7 @@ def _requests_table(requests: Sequence[monitor_pb2.RequestInfo]) -> Table:
             f"{info.prompt_tokens}+{info.output_tokens}",
             str(info.sentences),
             str(info.rows_kept),
-            top,
+            Text(top),
             str(info.events),
         )
     return table

@@ -144,7 +144,12 @@ class Sentence(_message.Message):
     """Token positions [first_token, end_token)."""
     end_token: _builtins.int
     text: _builtins.str
-    """Always empty in this version: the monitor has no tokenizer. Whoever holds the text finds it by the positions above."""
+    """Empty unless the engine sends token ids and the monitor has the tokenizer (RequestInfo.no_text_reason). Special
+    tokens are part of it. A character whose bytes are spread over tokens belongs to the sentence it begins in, so that
+    the sentences of a trace joined are its whole text; U+FFFD stands for each stretch of tokens that were lost. Whole in
+    GetTraceResponse.sentences; elsewhere cut to 240 characters, then ending with an ellipsis. Whoever holds the text
+    finds it by the positions above.
+    """
     def __init__(
         self,
         *,
@@ -317,9 +322,12 @@ class SubscribeRequest(_message.Message):
     KINDS_FIELD_NUMBER: _builtins.int
     MINIMUM_SEVERITY_FIELD_NUMBER: _builtins.int
     CURSOR_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
     minimum_severity: Global___Severity.ValueType
     cursor: _builtins.str
     """A cursor from an earlier response: events after it are sent first. Empty: from now on."""
+    last: _builtins.int
+    """Without a cursor: the newest so many findings that match are sent first. At most 1,000."""
     @_builtins.property
     def model_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -341,10 +349,11 @@ class SubscribeRequest(_message.Message):
         kinds: _abc.Iterable[Global___EventKind.ValueType] | None = ...,
         minimum_severity: Global___Severity.ValueType = ...,
         cursor: _builtins.str = ...,
+        last: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "engines", b"engines", "kinds", b"kinds", "minimum_severity", b"minimum_severity", "model_names", b"model_names", "request_ids", b"request_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cursor", b"cursor", "engines", b"engines", "kinds", b"kinds", "last", b"last", "minimum_severity", b"minimum_severity", "model_names", b"model_names", "request_ids", b"request_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -493,6 +502,7 @@ class RequestInfo(_message.Message):
     MISSING_RANKS_FIELD_NUMBER: _builtins.int
     SCORES_FIELD_NUMBER: _builtins.int
     CAPTURE_FIELD_NUMBER: _builtins.int
+    NO_TEXT_REASON_FIELD_NUMBER: _builtins.int
     external_id: _builtins.str
     model_name: _builtins.str
     engine: _builtins.str
@@ -510,6 +520,11 @@ class RequestInfo(_message.Message):
     """Why the request is not captured; empty when it is."""
     capture: _builtins.str
     """What is captured of the model and how, as 16 hexadecimal digits: a calibration holds for one of these."""
+    no_text_reason: _builtins.str
+    """Why its sentences have no text; empty when they have. "not_sent": no token ids came (the engine's setting
+    send_token_ids). "no_tokenizer": ids came, and the monitor's setting tokenizers has none for the model.
+    "tokenizer_mismatch": the one it has is not the engine's.
+    """
     @_builtins.property
     def key(self) -> Global___TraceKey: ...
     @_builtins.property
@@ -544,10 +559,11 @@ class RequestInfo(_message.Message):
         missing_ranks: _abc.Iterable[_builtins.str] | None = ...,
         scores: _abc.Iterable[Global___DetectorScore] | None = ...,
         capture: _builtins.str = ...,
+        no_text_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "top_anchor", b"top_anchor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture", b"capture", "engine", b"engine", "events", b"events", "external_id", b"external_id", "first_seen_ns", b"first_seen_ns", "key", b"key", "last_seen_ns", b"last_seen_ns", "missing_ranks", b"missing_ranks", "model_name", b"model_name", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "refused_reason", b"refused_reason", "rows_kept", b"rows_kept", "scores", b"scores", "sentences", b"sentences", "state", b"state", "top_anchor", b"top_anchor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture", b"capture", "engine", b"engine", "events", b"events", "external_id", b"external_id", "first_seen_ns", b"first_seen_ns", "key", b"key", "last_seen_ns", b"last_seen_ns", "missing_ranks", b"missing_ranks", "model_name", b"model_name", "no_text_reason", b"no_text_reason", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "refused_reason", b"refused_reason", "rows_kept", b"rows_kept", "scores", b"scores", "sentences", b"sentences", "state", b"state", "top_anchor", b"top_anchor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -314,7 +314,7 @@ class RequestStarted(_message.Message):
     prompt_flags: _builtins.bytes
     """uint8[prompt_tokens]: TokenRun.flags of the prompt's tokens. Or empty."""
     prompt_token_ids: _builtins.bytes
-    """uint32[prompt_tokens]; empty unless the operator asked for token ids."""
+    """uint32[prompt_tokens]; empty unless the operator asked for token ids, and for prompts above 131,072 tokens."""
     refused_reason: _builtins.str
     """Why rows of this request are not captured; empty when they are. "client_disabled", "prompt_embeds" (a prompt
     without token ids) or "request_limit".

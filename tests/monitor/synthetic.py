@@ -119,8 +119,9 @@ def started(request_id: str, prompt_tokens: int = 48, refused: str = "") -> summ
     )
 
 
-def tokens(request_id: str, first: int, flags: bytes = SENTENCE) -> summary_pb2.TokenRun:
-    return summary_pb2.TokenRun(request_id=request_id, first_position=first, flags=flags)
+def tokens(request_id: str, first: int, flags: bytes = SENTENCE, ids: Sequence[int] = ()) -> summary_pb2.TokenRun:
+    packed = np.array(ids, "<u4").tobytes()
+    return summary_pb2.TokenRun(request_id=request_id, first_position=first, flags=flags, token_ids=packed)
 
 
 def finished(request_id: str, total: int) -> summary_pb2.RequestFinished:
