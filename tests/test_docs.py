@@ -13,11 +13,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from stream_monitor.anchors.panel import Kind
 from stream_monitor.anchors.profile import make_profile
 from stream_monitor.v1alpha1 import summary_pb2
+from tests.docs.blocks import PAGES, ROOT, unmarked
 from tests.monitor.conftest import Running, starter
 from tests.monitor.synthetic import Engine, Look, finished, started, tokens
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _METRIC_ROW = re.compile(r"^\| `(stream_monitor_\w+)` \| (counter|gauge|histogram) \|([^|]*)\| [^|]+\.[^|]* \|$", re.M)
 
 
@@ -62,6 +61,12 @@ def _make_every_metric_appear(monitor: Running) -> None:
         engine.summary(finished=[finished("refused", 48), finished("gap", 66)]),
     ]
     monitor.publish(summaries)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_is_run_or_says_why_not(page: Path) -> None:
+    """See tests/docs/blocks.py for what a block may say, and tests/docs/test_blocks.py for the running."""
+    assert not unmarked(page)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
