@@ -21,7 +21,7 @@ from stream_kernels.cpu_kernel import (
     Summaries,
 )
 from stream_kernels.index import allocate_index, levels_for
-from stream_kernels.layout import PagedKeys
+from stream_kernels.layout import PagedKeys, layer_refusals
 from stream_kernels.reference import probe_offsets
 from stream_kernels.search import SearchConfig
 
@@ -42,7 +42,7 @@ def refusals(
     query_dtype: torch.dtype,
     watched: Sequence[int],
 ) -> list[str]:
-    """Every reason not to build a search from these arguments."""
+    """Every reason not to build a search on a CPU from these arguments."""
     reasons = []
     if query_dtype not in ELEMENT_TYPES:
         reasons.append(f"queries are {query_dtype}; valid: bfloat16, float16, float32")
@@ -50,20 +50,14 @@ def refusals(
         reasons.append(f"max_rows {max_rows} and max_context {max_context} must be positive")
     if not keys:
         return [*reasons, "no layers"]
-    first = keys[0]
-    for index, layer in enumerate(keys):
-        if (layer.layout, layer.tensor.dtype, layer.kv_heads) != (first.layout, first.tensor.dtype, first.kv_heads):
-            reasons.append(f"layer {index} has another layout, type or number of KV heads than layer 0")
-        if layer.tensor.device.type != "cpu":
-            reasons.append(f"layer {index} is on {layer.tensor.device}")
-        if layer.sinks is not None and len(layer.sinks) != total_query_heads:
-            reasons.append(f"layer {index} has {len(layer.sinks)} learned sinks for {total_query_heads} query heads")
-    if first.layout.head_dim % 4:
-        reasons.append(f"head size {first.layout.head_dim} is not a multiple of 4")
-    if total_query_heads % first.kv_heads:
-        reasons.append(f"{total_query_heads} query heads do not divide among {first.kv_heads} KV heads")
-    if not watched or len(set(watched)) < len(watched) or not set(watched) <= set(range(total_query_heads)):
-        reasons.append(f"query_heads {list(watched)} must be distinct and among {total_query_heads}")
+    if keys[0].layout.head_dim % 4:
+        reasons.append(f"head size {keys[0].layout.head_dim} is not a multiple of 4")
+    reasons += layer_refusals(keys, total_query_heads, watched)
+    reasons += [
+        f"layer {index} is on {layer.tensor.device}"
+        for index, layer in enumerate(keys)
+        if layer.tensor.device.type != "cpu"
+    ]
     return reasons
 
 

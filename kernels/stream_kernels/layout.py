@@ -1,7 +1,7 @@
 """How the engine lays keys out in its paged cache, and the one description of it that every implementation takes."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -195,6 +195,25 @@ class DeviceKeys:
         # As bytes, because torch does not index 8-bit floats.
         stored = self.tensor.view(torch.uint8)[pages.long()]
         return stored.view(self.tensor.dtype).flatten(0, 1).double()
+
+
+def layer_refusals(
+    keys: Sequence[PagedKeys | DeviceKeys], total_query_heads: int, watched: Sequence[int]
+) -> list[str]:
+    """Every reason why one search cannot take these layers (at least one) and the query heads `watched` together."""
+    first, reasons = keys[0], []
+    for index, layer in enumerate(keys):
+        if (layer.layout, layer.tensor.dtype, layer.kv_heads) != (first.layout, first.tensor.dtype, first.kv_heads):
+            reasons.append(f"layer {index} has another layout, type or number of KV heads than layer 0")
+        if layer.tensor.device != first.tensor.device:
+            reasons.append(f"layer {index} is on {layer.tensor.device}, layer 0 on {first.tensor.device}")
+        if layer.sinks is not None and len(layer.sinks) != total_query_heads:
+            reasons.append(f"layer {index} has {len(layer.sinks)} learned sinks for {total_query_heads} query heads")
+    if total_query_heads % first.kv_heads:
+        reasons.append(f"{total_query_heads} query heads do not divide among {first.kv_heads} KV heads")
+    if not watched or len(set(watched)) < len(watched) or not set(watched) <= set(range(total_query_heads)):
+        reasons.append(f"query_heads {list(watched)} must be distinct and among {total_query_heads}")
+    return reasons
 
 
 def _check_logits(scale: float, softcap: float, sinks: torch.Tensor | None, kv_heads: int) -> None:
