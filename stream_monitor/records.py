@@ -140,6 +140,14 @@ class RowLedger(msgspec.Struct):
     discarded: dict[str, int] = {}
 
 
+class QueueState(msgspec.Struct):
+    """`summary.proto` QueueState."""
+
+    name: str
+    size: int
+    capacity: int
+
+
 class Ledger(msgspec.Struct):
     """`summary.proto` Ledger."""
 
@@ -149,6 +157,10 @@ class Ledger(msgspec.Struct):
     estimate_seconds: float = 0.0
     fault: str = ""
     refused_arguments: dict[str, int] = {}
+    key_bytes: int = 0
+    record_bytes: int = 0
+    sent: int = 0
+    queues: list[QueueState] = []
 
 
 class Audit(msgspec.Struct):

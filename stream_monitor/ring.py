@@ -3,7 +3,7 @@
 The writer never waits and makes no system call: a full ring loses its oldest records, and the reader learns from the
 numbers in each record exactly how many records and rows it lost. Layout, all little-endian:
 
-    0      uint64 words: the writer's (`_MAGIC` .. `_CHUNK_ROWS`), and the reader's `_ATTEMPTED`
+    0      uint64 words: the writer's (`_MAGIC` .. `_CHUNK_ROWS`), and the reader's `_ATTEMPTED`, `_SENT`
     4096   consumer slots 0 and 1, 16 KiB each: where the reader will resume, written alternately
     36864  data, `capacity` bytes; a byte's place is its monotone position modulo `capacity`
 
@@ -26,7 +26,8 @@ MEMORY_NAME = "stream-monitor-ring"
 """As it shows in /proc/PID/fd and /proc/PID/maps, after `memfd:`."""
 _MAGIC_VALUE = 0x676E69526E6F4D53  # b"SMonRing"
 _VERSION = 1
-_MAGIC, _FORMAT, _CAPACITY, _CLOSED, _HEAD, _TAIL, _SEQUENCE, _TOKEN_ROWS, _CHUNK_ROWS, _ATTEMPTED = range(10)
+_MAGIC, _FORMAT, _CAPACITY, _CLOSED, _HEAD, _TAIL, _SEQUENCE, _TOKEN_ROWS, _CHUNK_ROWS = range(9)
+_ATTEMPTED, _SENT = range(9, 11)
 _SLOT_BYTES = 16384
 _SLOTS = (4096, 4096 + _SLOT_BYTES)
 _DATA = 4096 + 2 * _SLOT_BYTES
@@ -241,9 +242,14 @@ class RingReader:
         return first if first == Mark(*(self._words[word] for word in order)) else None
 
     @property
-    def unread_share(self) -> float:
-        """Share of the ring that is written and not read yet."""
-        return (self._words[_HEAD] - max(self._mark.position, self._words[_TAIL])) / self._capacity
+    def capacity(self) -> int:
+        """Bytes of records that the ring holds."""
+        return self._capacity
+
+    @property
+    def unread(self) -> int:
+        """Bytes that are written and not read yet."""
+        return max(0, self._words[_HEAD] - max(self._mark.position, self._words[_TAIL]))
 
     def commit(self, mark: Mark, state: bytes) -> None:
         """Keep in the ring where a reader that takes over after a crash resumes, and `state`, at most STATE_BYTES.
@@ -274,6 +280,15 @@ class RingReader:
     @attempted.setter
     def attempted(self, sequence: int) -> None:
         self._words[_ATTEMPTED] = sequence
+
+    @property
+    def sent(self) -> int:
+        """Summaries that readers of this ring handed to the stream, those sent again included; kept for successors."""
+        return int(self._words[_SENT])
+
+    @sent.setter
+    def sent(self, count: int) -> None:
+        self._words[_SENT] = count
 
     @property
     def closed_by_writer(self) -> bool:

@@ -16,7 +16,7 @@ from stream_monitor.engine.estimator import Estimator
 from stream_monitor.engine.ledger import count, snapshot
 from stream_monitor.engine.requests import RequestTable, RowLabel
 from stream_monitor.engine.steps import Job, LayerTap, StepSlot
-from stream_monitor.records import Ledger, RequestFinished, RequestStarted, TokenRun
+from stream_monitor.records import Ledger, QueueState, RequestFinished, RequestStarted, TokenRun
 
 log = logging.getLogger("vllm.stream_monitor")
 
@@ -68,6 +68,7 @@ class Capture:
         self._block_tokens = block_tokens
         self._connector = connector
         self._taps = taps
+        self._slots = len(slots)
         self._free: deque[StepSlot] = deque(slots)
         self._table = table
         self._generations = generations
@@ -234,6 +235,7 @@ class Capture:
         self._estimator.submit(self._job(current.number, current.forward_end_ns, current.slot))
 
     def _job(self, step: int, wall_time_ns: int, slot: StepSlot | None) -> Job:
+        self._ledger.queues = [QueueState("estimator", self._slots - len(self._free), self._slots)]
         job = Job(
             step,
             wall_time_ns,

@@ -36,6 +36,7 @@ class Estimator:
         summary: output arrays for as many rows as a slot holds.
         generations: bumped by the runner thread.
         heads_per_row: watched (layer, head) pairs, the ledger's unit.
+        head_key_bytes: bytes of one key of one KV head.
         audit_every: recompute one (layer, row, head) exactly every so many searched steps; 0 never.
         cpus: CPUs to run on; empty leaves the affinity alone.
         release: called with a slot once its content is not needed.
@@ -49,6 +50,7 @@ class Estimator:
         summary: BlockSummary,
         generations: BlockGenerations,
         heads_per_row: int,
+        head_key_bytes: int,
         ring: RingWriter,
         audit_every: int,
         cpus: set[int],
@@ -60,6 +62,7 @@ class Estimator:
         self._summary = summary
         self._generations = generations
         self._heads = heads_per_row
+        self._head_key_bytes = head_key_bytes
         self._ring = ring
         self._audit_every = audit_every
         self._cpus = cpus
@@ -140,6 +143,8 @@ class Estimator:
         status = self._search.run(queries, tables, contexts, self._summary, self._generations.of_block, taken)
         self._ledger.estimate_seconds += time.perf_counter() - begin
         self._ledger.estimates += 1
+        keys = self._summary.keys_read[:, :rows].sum(dtype=np.float64) * self._summary.unobserved_lse.shape[2]
+        self._ledger.key_bytes += int(keys) * self._head_key_bytes
         raced = [labels[row] for row in range(rows) if status[row] == ROW_RACED]
         invalid = [labels[row] for row in range(rows) if status[row] == ROW_INVALID]
         count(self._ledger, raced, "raced", "", self._heads)
@@ -183,8 +188,10 @@ class Estimator:
             finished=job.finished,
             audits=audits,
         )
-        written = record.ledger
-        if not self._ring.write(encode(record), written.token_rows.captured, written.chunk_rows.captured):
+        written, encoded = record.ledger, encode(record)
+        if self._ring.write(encoded, written.token_rows.captured, written.chunk_rows.captured):
+            self._ledger.record_bytes += len(encoded)
+        else:
             count(self._ledger, labels, "captured", "", -self._heads)
             count(self._ledger, labels, "dropped", "record_too_large", self._heads)
 

@@ -174,6 +174,7 @@ class Installation:
             BlockSummary.allocate(len(watched), rows, len(watched[0].query_heads), fitting),
             generations,
             heads_per_row,
+            keys[0].layout.head_dim * keys[0].tensor.element_size(),
             self._ring,
             settings.audit_every,
             self._free_cpus(),

@@ -30,6 +30,9 @@ def merged(runner: Ledger, estimator: Ledger) -> Ledger:
         estimate_seconds=runner.estimate_seconds + estimator.estimate_seconds,
         fault=runner.fault or estimator.fault,
         refused_arguments=dict(runner.refused_arguments),
+        key_bytes=runner.key_bytes + estimator.key_bytes,
+        record_bytes=runner.record_bytes + estimator.record_bytes,
+        queues=runner.queues,
     )
 
 

@@ -27,7 +27,7 @@ from stream_monitor.publisher.ledger import (
     outgoing,
     reason_of_refusal,
 )
-from stream_monitor.records import Ledger, StepRecord, decode
+from stream_monitor.records import Ledger, QueueState, StepRecord, decode
 from stream_monitor.ring import Mark, Record, RingReader
 
 WAITING_BYTES = 8 << 20
@@ -89,7 +89,7 @@ class Backlog:
         """
         for count in range(most):
             while self._waiting_bytes >= WAITING_BYTES:
-                if self._reader.unread_share < RING_SHARE:
+                if self._reader.unread < RING_SHARE * self._reader.capacity:
                     return count
                 self._drop_oldest()
             record = self._reader.read()
@@ -161,7 +161,16 @@ class Backlog:
         self._cursor += 1
         self._sent_losses += entry.losses
         self._last_sent = outgoing(entry.record.ledger, entry.mark, self._sent_losses)
-        return entry, self._last_sent
+        return entry, self._with_own_counts(self._last_sent)
+
+    def _with_own_counts(self, ledger: Ledger) -> Ledger:
+        self._reader.sent += 1
+        queues = [
+            *ledger.queues,
+            QueueState("ring", self._reader.unread, self._reader.capacity),
+            QueueState("backlog", self._waiting_bytes, WAITING_BYTES),
+        ]
+        return msgspec.structs.replace(ledger, sent=self._reader.sent, queues=queues)
 
     def _fresh(self) -> Entry | None:
         full = self._attempted_bytes >= WINDOW_BYTES or len(self._attempted) >= WINDOW_ENTRIES

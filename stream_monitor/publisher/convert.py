@@ -127,6 +127,10 @@ def _ledger(ledger: Ledger) -> pb.Ledger:
         estimate_seconds=ledger.estimate_seconds,
         fault=ledger.fault,
         refused_arguments=ledger.refused_arguments,
+        key_bytes=ledger.key_bytes,
+        record_bytes=ledger.record_bytes,
+        sent=ledger.sent,
+        queues=(pb.QueueState(name=queue.name, size=queue.size, capacity=queue.capacity) for queue in ledger.queues),
     )
 
 

@@ -445,8 +445,39 @@ class RowCount(_message.Message):
 Global___RowCount: _TypeAlias = RowCount  # noqa: Y015
 
 @_typing.final
+class QueueState(_message.Message):
+    """A place where steps wait, when the message was made."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    CAPACITY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """estimator  steps taken in the forward pass and not yet searched
+    ring       bytes written to the ring and not read by the publisher
+    backlog    bytes that the publisher holds and has not sent; beyond its capacity rows are dropped
+    """
+    size: _builtins.int
+    capacity: _builtins.int
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        size: _builtins.int = ...,
+        capacity: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity", b"capacity", "name", b"name", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueueState: _TypeAlias = QueueState  # noqa: Y015
+
+@_typing.final
 class Ledger(_message.Message):
-    """Cumulative since the engine started; receivers take the newest and never add two. When nothing is in flight,
+    """Cumulative since the engine started, queues apart; receivers take the newest and never add two. When nothing is in flight,
     expected = captured + sampled_out + dropped + raced + refused + discarded, for tokens and for chunks alike.
     """
 
@@ -478,11 +509,23 @@ class Ledger(_message.Message):
     ESTIMATE_SECONDS_FIELD_NUMBER: _builtins.int
     FAULT_FIELD_NUMBER: _builtins.int
     REFUSED_ARGUMENTS_FIELD_NUMBER: _builtins.int
+    KEY_BYTES_FIELD_NUMBER: _builtins.int
+    RECORD_BYTES_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
+    QUEUES_FIELD_NUMBER: _builtins.int
     estimates: _builtins.int
     """Estimator calls, and their summed run time."""
     estimate_seconds: _builtins.float
     fault: _builtins.str
     """Non-empty when a fault turned capture off: one sentence for people."""
+    key_bytes: _builtins.int
+    """Bytes of keys and block summaries that the searches read, at the size of the KV cache's keys; what a search reads once
+    for several query heads counts once.
+    """
+    record_bytes: _builtins.int
+    """Bytes of the records written to the ring."""
+    sent: _builtins.int
+    """Summaries handed to the stream, this one included; one that is sent again counts again."""
     @_builtins.property
     def token_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowCount]:
         """Rows from which a token was sampled: phases PREFILL_END and DECODE."""
@@ -495,6 +538,10 @@ class Ledger(_message.Message):
     def refused_arguments(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """Arguments of requests that were not honoured, by "name:reason", such as "stream_monitor_untrusted:malformed"."""
 
+    @_builtins.property
+    def queues(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueueState]:
+        """At most one entry a name."""
+
     def __init__(
         self,
         *,
@@ -504,10 +551,14 @@ class Ledger(_message.Message):
         estimate_seconds: _builtins.float = ...,
         fault: _builtins.str = ...,
         refused_arguments: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        key_bytes: _builtins.int = ...,
+        record_bytes: _builtins.int = ...,
+        sent: _builtins.int = ...,
+        queues: _abc.Iterable[Global___QueueState] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_rows", b"chunk_rows", "estimate_seconds", b"estimate_seconds", "estimates", b"estimates", "fault", b"fault", "refused_arguments", b"refused_arguments", "token_rows", b"token_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_rows", b"chunk_rows", "estimate_seconds", b"estimate_seconds", "estimates", b"estimates", "fault", b"fault", "key_bytes", b"key_bytes", "queues", b"queues", "record_bytes", b"record_bytes", "refused_arguments", b"refused_arguments", "sent", b"sent", "token_rows", b"token_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

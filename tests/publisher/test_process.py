@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from stream_monitor.publisher import launch
+from stream_monitor.publisher.backlog import WAITING_BYTES
 from stream_monitor.publisher.launch import PublisherProcess
 from stream_monitor.ring import MEMORY_NAME
 from tests.publisher.fakes import INFO, Monitor, Worker, check_ledger, wait_until
@@ -227,6 +228,34 @@ def test_a_publisher_that_is_killed_is_replaced_and_nothing_is_lost_or_counted_t
     tokens, _ = check_ledger(monitor, worker)
     assert tokens["refused/quota"] == 3 * HEADS
     assert not any(key.startswith("dropped") for key in tokens)
+
+
+def test_what_was_sent_and_what_waits_is_told_and_outlives_the_publisher(
+    worker: Worker, monitor: Monitor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "FIRST_RESTART", 0.05)
+    monitor.verdict = lambda summary: grpc.StatusCode.UNAVAILABLE if summary.sequence not in monitor.accepted else None
+    publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
+    publisher.start()
+    for _ in range(30):
+        worker.step()
+    wait_until(lambda: monitor.answers["UNAVAILABLE"] > 1)
+    assert publisher.pid is not None
+    os.kill(publisher.pid, signal.SIGKILL)
+    wait_until(lambda: publisher.poll() and publisher.restarts == 1)
+    monitor.verdict = lambda summary: None
+    wait_until(lambda: 30 in monitor.accepted)
+    publisher.stop(15)
+    told = [monitor.accepted[sequence].ledger for sequence in sorted(monitor.accepted)]
+    assert [ledger.sent for ledger in told] == sorted({ledger.sent for ledger in told})
+    assert told[-1].sent > 30 + monitor.answers["UNAVAILABLE"]
+    for ledger in told:
+        queues = {queue.name: queue for queue in ledger.queues}
+        assert queues["ring"].capacity == 1 << 20
+        assert queues["backlog"].capacity == WAITING_BYTES
+        assert all(queue.size <= queue.capacity for queue in queues.values())
+    # While the first of them were sent, the others waited.
+    assert max(queue.size for ledger in told for queue in ledger.queues if queue.name == "backlog") > 0
 
 
 def test_interrupts_leave_it_running(worker: Worker, monitor: Monitor, publisher: PublisherProcess) -> None:
