@@ -79,8 +79,9 @@ protos-check: $(INSTALLED) ## fail if the committed generated code is not what p
 		&& diff -r -x __pycache__ -x __init__.py "$$folder/stream_monitor/v1alpha1" stream_monitor/v1alpha1 \
 		|| { echo "make: generated code and protos/ differ; run make protos" >&2; exit 1; }
 
-docs: $(INSTALLED) ## write docs/configuration.md anew from the settings
+docs: $(INSTALLED) ## write docs/configuration.md and docs/metrics.md anew from the code
 	$(BIN)/python docs/configuration.py > docs/configuration.md
+	$(BIN)/python docs/metrics.py > docs/metrics.md
 
 demo: install weights ## a real engine, a monitor and live reasoning on one screen (ONCE=1: ends by itself)
 	@$(BIN)/python -m stream_monitor.demo --model $(MODEL) $(if $(ONCE),--once)

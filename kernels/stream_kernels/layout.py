@@ -197,9 +197,7 @@ class DeviceKeys:
         return stored.view(self.tensor.dtype).flatten(0, 1).double()
 
 
-def layer_refusals(
-    keys: Sequence[PagedKeys | DeviceKeys], total_query_heads: int, watched: Sequence[int]
-) -> list[str]:
+def layer_refusals(keys: Sequence[PagedKeys | DeviceKeys], total_query_heads: int, watched: Sequence[int]) -> list[str]:
     """Every reason why one search cannot take these layers (at least one) and the query heads `watched` together."""
     first, reasons = keys[0], []
     for index, layer in enumerate(keys):

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from prometheus_client.parser import text_string_to_metric_families
 
-# Counters of the monitor; see monitor/metrics.py. Fates have one sample per outcome and reason.
+# Counters of the monitor; see monitor/metric_table.py. Fates have one sample per outcome and reason.
 EXPECTED = "stream_monitor_rows_expected_total"
 FATES = "stream_monitor_rows_total"
 # While the engine decodes, the last rows are still on their way; afterwards the account closes within seconds.

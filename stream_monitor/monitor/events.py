@@ -60,6 +60,11 @@ class Subscriber:
         self._woken.set()
         return kept
 
+    @property
+    def waiting(self) -> int:
+        """Events queued and not yet handed out, those of a resumption left aside."""
+        return len(self._queue)
+
     def close(self) -> None:
         """End the subscription; what waits is still handed out."""
         self.closed = True

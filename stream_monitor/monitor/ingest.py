@@ -5,10 +5,11 @@ import time
 
 import grpc
 
+from stream_monitor.monitor import identity
 from stream_monitor.monitor.faults import Fault, Refusal
 from stream_monitor.monitor.ledger import RankLedger
 from stream_monitor.monitor.merge import Merger, Part
-from stream_monitor.monitor.metrics import Metrics
+from stream_monitor.monitor.metrics import Metrics, exemplar
 from stream_monitor.monitor.pipeline import Pipeline
 from stream_monitor.monitor.ranks import Rank, RankBook
 from stream_monitor.monitor.rows import check_audits, decode
@@ -90,6 +91,7 @@ class Ingest:
         if rank not in opened:
             opened.add(rank)
             self.ranks.opened(rank)
+            self.metrics.know(rank.labels)
         if summary.sequence <= last.get(rank, 0):
             raise Fault(
                 grpc.StatusCode.OUT_OF_RANGE,
@@ -105,7 +107,7 @@ class Ingest:
             rank.lost_messages += summary.sequence - rank.sequence - 1
         rank.sequence = summary.sequence
         _account(rank.ledger, summary)
-        self._observe(rank, summary)
+        self._observe(part)
         for step in self.merger.add(part):
             self.pipeline.apply(step)
         self.metrics.messages.labels("accepted", "").inc()
@@ -120,11 +122,14 @@ class Ingest:
         summary.ClearField("rows")
         return Part(rank, summary, rows, time.monotonic(), size)
 
-    def _observe(self, rank: Rank, summary: summary_pb2.StepSummary) -> None:
+    def _observe(self, part: Part) -> None:
+        rank, summary = part.rank, part.summary
         for audit in summary.audits:
             self.metrics.recall.labels(*rank.labels).observe(audit.recall)
         if summary.wall_time_ns > 0:
-            self.metrics.delay.labels(*rank.labels).observe(max(0.0, time.time() - summary.wall_time_ns / 1e9))
+            delay = max(0.0, time.time() - summary.wall_time_ns / 1e9)
+            named = exemplar(identity.parse(part.rows[0].request_id).external_id) if part.rows else None
+            self.metrics.step_delay.labels(*rank.labels).observe(delay, named)
 
 
 def _account(ledger: RankLedger, summary: summary_pb2.StepSummary) -> None:

@@ -8,7 +8,7 @@ leaves in its rank's order. With one rank everything passes straight through.
 from collections import deque
 from dataclasses import dataclass, field
 
-from stream_monitor.monitor.ranks import Rank, rank_name
+from stream_monitor.monitor.ranks import Labels, Rank, rank_name
 from stream_monitor.monitor.rows import Row
 from stream_monitor.v1alpha1 import summary_pb2
 
@@ -67,6 +67,15 @@ class Merger:
         ready = [step for engine in self._engines.values() for step in self._ready(engine, now)]
         self._engines = {key: engine for key, engine in self._engines.items() if engine.waiting}
         return ready
+
+    def waiting(self) -> dict[Labels, int]:
+        """Bytes of messages that wait for other ranks: of the fullest engine of each label pair."""
+        found: dict[Labels, int] = {}
+        for engine in self._engines.values():
+            part = next((queue[0] for queue in engine.ranks.values() if queue), None)
+            if part is not None:
+                found[part.rank.labels] = max(found.get(part.rank.labels, 0), engine.waiting)
+        return found
 
     def _ready(self, engine: _Engine, now: float) -> list[MergedStep]:
         ready: list[MergedStep] = []

@@ -2,12 +2,15 @@
 
 import time
 
+import numpy as np
+
 from stream_monitor.anchors.matrix import ANCHOR_GAP
 from stream_monitor.monitor import views
 from stream_monitor.monitor.calibration import Calibration, capture_id
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.merge import MergedStep
-from stream_monitor.monitor.metrics import Metrics
+from stream_monitor.monitor.metrics import ROLES, Metrics, exemplar
+from stream_monitor.monitor.outcomes import known_request
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import NOT_SENT, TokenText, Vocabularies
 from stream_monitor.monitor.trace import RequestTrace
@@ -40,10 +43,11 @@ class Pipeline:
 
         def trace_of(request_id: str) -> RequestTrace:
             if request_id not in touched:
-                touched[request_id] = calibrated(self.store.find_or_late(instance, request_id, labels, now))
+                touched[request_id] = seen(self.store.find_or_late(instance, request_id, labels, now))
             return touched[request_id]
 
-        def calibrated(trace: RequestTrace) -> RequestTrace:
+        def seen(trace: RequestTrace) -> RequestTrace:
+            trace.last_seen_ns = now
             if not trace.capture:
                 trace.capture = capture_id(first.rank.engine)
                 trace.panel = self.calibration.panel(first.rank.engine.model_name, trace.capture)
@@ -51,14 +55,14 @@ class Pipeline:
             return trace
 
         for started in (started for part in step.parts for started in part.summary.started):
-            trace = calibrated(self.store.begin(instance, started.request_id, labels, now))
+            trace = seen(self.store.begin(instance, started.request_id, labels, now))
             new = trace.joined_late
             touched[started.request_id] = trace
             trace.start(started)
             if new:
                 self.metrics.requests_started.labels(*labels).inc()
                 if trace.refused_reason:
-                    self.metrics.requests_refused.labels(*labels).inc()
+                    self.metrics.requests_refused.labels(*labels, known_request(trace.refused_reason)).inc()
                 self._progress(trace, monitor_pb2.EVENT_KIND_REQUEST_STARTED, now)
         if first.summary.step:
             self.metrics.steps.labels(*labels, "partial" if step.missing else "complete").inc()
@@ -79,11 +83,10 @@ class Pipeline:
             # The end of a request that was never seen leaves nothing to keep. Where one rank sees the tokens, only that
             # one knows how many there were.
             if held is not None and not held.finished and held.token_source in (None, source):
-                touched[finished.request_id] = held
+                touched[finished.request_id] = seen(held)
                 held.finish(finished.total_tokens)
                 ended.append(held)
         for trace in touched.values():
-            trace.last_seen_ns = now
             self._score(trace, now)
         for trace in ended:
             self.metrics.requests_finished.labels(*labels).inc()
@@ -106,17 +109,22 @@ class Pipeline:
             self.metrics.sentences.labels(*trace.labels).inc()
             for kind, verdict in trace.panel.verdicts.items():
                 self.metrics.verdicts.labels(*trace.labels, kind.value, verdict.value).inc()
+            named = exemplar(trace.identity.external_id)
             if row.rows:
-                self.metrics.unobserved.labels(*trace.labels).observe(row.unobserved)
+                self.metrics.unobserved.labels(*trace.labels).observe(row.unobserved, named)
+            for role, share in enumerate(np.bincount(seen.roles[mass.columns], mass.shares)):
+                self.metrics.anchor_mass.labels(*trace.labels, ROLES[role]).inc(share)
             for alarm in alarms:
                 finding = views.alarm_event(trace, index, alarm, row.unobserved, now)
                 trace.findings.append(finding)
                 trace.finding_count += 1
                 name = monitor_pb2.EventKind.Name(finding.kind).removeprefix("EVENT_KIND_")
                 severity = monitor_pb2.Severity.Name(finding.severity).removeprefix("SEVERITY_").lower()
-                self.metrics.events.labels(*trace.labels, name, severity).inc()
+                self.metrics.events.labels(*trace.labels, name, severity).inc(exemplar=named)
                 self.log.publish(finding)
             self.log.publish(views.sentence_event(trace, index, mass, row.unobserved, now))
+            delay = (time.time_ns() - trace.closed_ns(index)) / 1e9
+            self.metrics.event_delay.labels(*trace.labels).observe(max(0.0, delay), named)
 
     def _progress(self, trace: RequestTrace, kind: monitor_pb2.EventKind.ValueType, now: int) -> None:
         self.log.publish(views.progress_event(trace, kind, now))

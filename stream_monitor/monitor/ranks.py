@@ -1,7 +1,8 @@
 """Which engine ranks there are, what each has said last, and which of its rows were discarded here."""
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from stream_monitor.monitor.faults import Refusal, invalid
 from stream_monitor.monitor.ledger import RankLedger, add_cells
@@ -18,6 +19,30 @@ MAX_LABELS = 1024
 OTHER: Labels = ("other", "other")
 MAX_RETIRED = 65_536
 """Retired ranks whose return is still recognised."""
+
+
+@dataclass(slots=True)
+class Totals:
+    """Cumulative counts of ranks, the rows apart: as in `summary.proto` Ledger, and messages that never arrived."""
+
+    estimates: int = 0
+    estimate_seconds: float = 0.0
+    key_bytes: int = 0
+    record_bytes: int = 0
+    sent: int = 0
+    lost_messages: int = 0
+    arguments: Counter[str] = field(default_factory=Counter)
+
+    def add(self, rank: "Rank") -> None:
+        """Add what `rank` counted."""
+        newest = rank.ledger.newest
+        self.estimates += newest.estimates
+        self.estimate_seconds += newest.estimate_seconds
+        self.key_bytes += newest.key_bytes
+        self.record_bytes += newest.record_bytes
+        self.sent += newest.sent
+        self.lost_messages += rank.lost_messages
+        self.arguments.update(newest.refused_arguments)
 
 
 def key_of(engine: summary_pb2.EngineInfo) -> RankKey:
@@ -69,6 +94,7 @@ class RankBook:
         self.limit = limit
         self.ranks: dict[RankKey, Rank] = {}
         self.retired: dict[Labels, Counter[tuple[str, str, str]]] = {}
+        self._retired_totals: dict[Labels, Totals] = {}
         self._retired_keys: deque[RankKey] = deque(maxlen=MAX_RETIRED)
         self._gone: set[RankKey] = set()
         self._labels: set[Labels] = set()
@@ -96,12 +122,21 @@ class RankBook:
         rank.streams += 1
         self.ranks[rank.key] = self.ranks.pop(rank.key, rank)
 
+    def totals(self, labels: Labels, ranks: Iterable[Rank]) -> Totals:
+        """The sum over `ranks`, which carry these labels, and over the ranks that did and were retired."""
+        gone = self._retired_totals.get(labels, Totals())
+        total = replace(gone, arguments=gone.arguments.copy())
+        for rank in ranks:
+            total.add(rank)
+        return total
+
     def _retire(self) -> None:
         stopped = next((rank for rank in self.ranks.values() if not rank.streams), None)
         if stopped is None:
             raise Refusal("too_many_ranks")
         del self.ranks[stopped.key]
         add_cells(self.retired.setdefault(stopped.labels, Counter()), stopped.ledger.cells())
+        self._retired_totals.setdefault(stopped.labels, Totals()).add(stopped)
         if len(self._retired_keys) == MAX_RETIRED:
             self._gone.discard(self._retired_keys[0])
         self._retired_keys.append(stopped.key)

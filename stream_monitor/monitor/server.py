@@ -20,6 +20,7 @@ from stream_monitor.monitor.merge import Merger
 from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.pipeline import Pipeline
 from stream_monitor.monitor.ranks import RankBook
+from stream_monitor.monitor.scrape import StateCollector
 from stream_monitor.monitor.service import MonitorService
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import Vocabularies
@@ -46,10 +47,12 @@ class MonitorServer:
         self.store = TraceStore(settings.max_traces, settings.max_trace_bytes, settings.max_sentences)
         self.log = EventLog(settings.event_log, settings.subscriber_queue, settings.max_subscribers)
         calibration = Calibration.read(settings.profiles, settings.false_alarm_rate)
-        self.metrics = Metrics(version, ranks, self.store, self.log, calibration)
+        merger = Merger(settings.merge_deadline_seconds)
+        self.metrics = Metrics()
+        self.metrics.registry.register(StateCollector(version, ranks, merger, self.store, self.log, calibration))
         self.ingest = Ingest(
             ranks,
-            Merger(settings.merge_deadline_seconds),
+            merger,
             Pipeline(self.store, self.log, self.metrics, calibration, Vocabularies.read(settings.tokenizers)),
             self.metrics,
             settings.max_message_bytes,

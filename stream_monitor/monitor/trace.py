@@ -28,7 +28,7 @@ MAX_PENDING_ROWS = 1024
 MAX_FINDINGS = 64
 """Findings kept with a trace, newest last; the event log has the others as long as it holds them."""
 
-_TRACE_BYTES, _SPAN_BYTES, _ROW_BYTES = 4096, 128, 560
+_TRACE_BYTES, _SPAN_BYTES, _ROW_BYTES = 4096, 136, 560
 """Sizes of the Python objects, by tracemalloc on 64-bit CPython 3.11, for the memory bound."""
 
 
@@ -86,6 +86,7 @@ class RequestTrace:
         self.bytes = _TRACE_BYTES
         self.token_source: Rank | None = None
         self._starts = array("q")
+        self._closed_ns = array("q")
         self._roles = bytearray()
         self._builder: SentenceBuilder | None = None
         self._pending: dict[int, Row] = {}
@@ -194,6 +195,10 @@ class RequestTrace:
             lag_shares=np.array([row.lag_mass / row.heads for row in rows]),
         )
 
+    def closed_ns(self, index: int) -> int:
+        """When the step ran that closed sentence `index`: Unix time in nanoseconds, by the engine host's clock."""
+        return self._closed_ns[index]
+
     def observation(self, index: int, row: SentenceRow) -> Observation:
         """What detectors are shown of sentence `index`, whose row of the matrix is `row`."""
         mass = SparseMass(row.columns.astype(np.int64), row.shares.copy())
@@ -285,6 +290,7 @@ class RequestTrace:
         else:
             self.spans.append(span)
             self._starts.append(span.start)
+            self._closed_ns.append(self.last_seen_ns)
             self._roles.append(span.role)
             self.bytes += _SPAN_BYTES
         for position in [p for p in self._pending if p < span.end]:
@@ -306,6 +312,7 @@ class RequestTrace:
         while len(self.spans) > keep:
             self.spans.pop()
             self._starts.pop()
+            self._closed_ns.pop()
             self._roles.pop()
             self.bytes -= _SPAN_BYTES
 

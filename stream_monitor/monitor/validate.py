@@ -19,6 +19,7 @@ MAX_RANKS = 4096
 MAX_POSITION = 1 << 28
 """Far beyond any context length; keeps hostile positions from becoming sizes."""
 MAX_LEDGER_CELLS = 64
+MAX_QUEUES = 16
 
 OUTCOMES = ("expected", "sampled_out", "captured", "dropped", "raced", "refused", "discarded")
 _REASON = re.compile(r"[a-z0-9_]{0,64}")
@@ -155,5 +156,7 @@ def _check_ledger(ledger: summary_pb2.Ledger) -> None:
         name, _, reason = key.partition(":")
         if not (name and reason and _REASON.fullmatch(name) and _REASON.fullmatch(reason)):
             raise invalid("value", "ledger: a refused argument is name:reason in lower snake case")
+    if len({queue.name for queue in ledger.queues}) != len(ledger.queues) or len(ledger.queues) > MAX_QUEUES:
+        raise invalid("limit", f"ledger.queues has more than {MAX_QUEUES} entries, or two of one name")
     if len(ledger.fault) > MAX_ID:
         raise invalid("limit", f"ledger.fault must have at most {MAX_ID} characters")

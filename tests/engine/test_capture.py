@@ -148,6 +148,8 @@ def test_a_busy_estimator_costs_rows_and_no_waiting():
     rig = Rig(slots=2, frees=False).arm()
     rig.run(5)
     assert rig.rows.dropped == {"estimator_busy": 3 * WATCHED}
+    waiting = [(queue.name, queue.size, queue.capacity) for job in rig.estimator.jobs for queue in job.ledger.queues]
+    assert waiting == [("estimator", 1, 2), ("estimator", 2, 2)]
     assert rig.rows.expected == 5 * WATCHED
 
 

@@ -20,6 +20,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor.listen import ListenError, prepare_unix
+from stream_monitor.monitor.metric_table import TABLE
 from stream_monitor.monitor.server import SERVICES, MonitorServer
 from stream_monitor.v1alpha1 import monitor_pb2
 from tests.monitor.conftest import Running
@@ -52,22 +53,7 @@ def test_http_speaks_both_formats(monitor: Running) -> None:
     families = {family.name: family for family in text_string_to_metric_families(open_metrics.text)}
     assert families["stream_monitor_rows"].type == "counter"
     labels = {label for family in families.values() for sample in family.samples for label in sample.labels}
-    assert labels <= {
-        "model_name",
-        "engine",
-        "phase",
-        "argument",
-        "outcome",
-        "reason",
-        "result",
-        "verdict",
-        "kind",
-        "severity",
-        "state",
-        "limit",
-        "version",
-        "le",
-    }
+    assert labels <= {label for definition in TABLE for label in definition.labels} | {"le"}
     assert all(name.startswith(("stream_monitor_", "process_")) for name in families)
 
 

@@ -1,0 +1,313 @@
+"""Every metric of the monitor: its name, type, labels and meaning, in one table. docs/metrics.md is written from it.
+
+Names are as Prometheus shows them: prefix `stream_monitor_`, base units, `_total` on counters. Request ids are never
+labels; `model_name` and `engine` are vLLM's own labels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+ENGINE = ("model_name", "engine")
+
+Kind = Literal["counter", "gauge", "histogram", "info"]
+
+
+@dataclass(frozen=True)
+class Definition:
+    """One metric.
+
+    Attributes:
+        section: heading of docs/metrics.md under which it stands.
+        name: with its suffix.
+        labels: all of them.
+        text: what it means; HELP of the exposition, and the page.
+        buckets: upper bounds of a histogram, +Inf left out.
+        exemplars: whether samples carry the id of a request, in OpenMetrics.
+    """
+
+    section: str
+    kind: Kind
+    name: str
+    labels: tuple[str, ...]
+    text: str
+    buckets: tuple[float, ...] = ()
+    exemplars: bool = False
+
+
+TABLE: list[Definition] = []
+"""All of them, in the order of the page."""
+
+
+def _define(
+    section: str,
+    kind: Kind,
+    name: str,
+    labels: tuple[str, ...],
+    text: str,
+    buckets: tuple[float, ...] = (),
+    exemplars: bool = False,
+) -> Definition:
+    definition = Definition(section, kind, f"stream_monitor_{name}", labels, text, buckets, exemplars)
+    TABLE.append(definition)
+    return definition
+
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 60.0)
+
+_S = "The account of rows"
+ROWS_EXPECTED = _define(
+    _S,
+    "counter",
+    "rows_expected_total",
+    (*ENGINE, "phase"),
+    "All rows of the watched layers and query heads since capture was armed.",
+)
+ROWS = _define(
+    _S,
+    "counter",
+    "rows_total",
+    (*ENGINE, "phase", "outcome", "reason"),
+    "What became of them, one outcome each. The sum is that of stream_monitor_rows_expected_total when nothing is in "
+    "flight.",
+)
+
+_S = "How good the capture is"
+RECALL = _define(
+    _S,
+    "histogram",
+    "audit_recall_ratio",
+    ENGINE,
+    "Of one row, layer and head in every `audit_every` searched steps, recomputed exactly: attention mass on the "
+    "blocks that the search kept over the mass on the best `top_k` blocks. The always-kept first and last blocks do "
+    "not count.",
+    (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.925, 0.95, 0.975, 0.99, 1.0),
+)
+UNOBSERVED = _define(
+    _S,
+    "histogram",
+    "unobserved_share_ratio",
+    ENGINE,
+    "Share of attention mass that lies in blocks which were not kept, as the search estimates it; mean of each output "
+    "sentence.",
+    (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0),
+    exemplars=True,
+)
+
+_S = "Requests, sentences, findings"
+REQUESTS_STARTED = _define(_S, "counter", "requests_started_total", ENGINE, "Requests seen to start.")
+REQUESTS_FINISHED = _define(_S, "counter", "requests_finished_total", ENGINE, "Requests seen to leave the engine.")
+REQUESTS_REFUSED = _define(
+    _S,
+    "counter",
+    "requests_refused_total",
+    (*ENGINE, "reason"),
+    "Of those started, requests that the engine does not capture, by why.",
+)
+REQUESTS_WITHOUT_TEXT = _define(
+    _S,
+    "counter",
+    "requests_without_text_total",
+    (*ENGINE, "reason"),
+    "Of those finished, requests whose sentences have no text although they should: `no_tokenizer` (token ids came, "
+    "`tokenizers` names none for the model), `tokenizer_mismatch` (the one it names is another model's), `not_sent` "
+    "(`tokenizers` is set, the engine's `send_token_ids` is not).",
+)
+REQUESTS_ACTIVE = _define(
+    _S, "gauge", "requests_active", ENGINE, "Requests that run now, as far as they were seen, on connected engines."
+)
+ARGUMENTS_REFUSED = _define(
+    _S,
+    "counter",
+    "request_arguments_refused_total",
+    (*ENGINE, "argument", "reason"),
+    "Entries of requests' `vllm_xargs` that were not honoured, by name and why.",
+)
+SENTENCES = _define(_S, "counter", "sentences_total", ENGINE, "Sentences of the output that were closed and scored.")
+SENTENCES_DROPPED = _define(
+    _S, "counter", "sentences_dropped_total", ENGINE, "Sentences beyond `max_sentences` of their request."
+)
+TOKENS_MISSING = _define(
+    _S,
+    "counter",
+    "tokens_missing_total",
+    ENGINE,
+    "Tokens that were never reported, so that sentence ends among them are unknown.",
+)
+ANCHOR_MASS = _define(
+    _S,
+    "counter",
+    "anchor_mass_total",
+    (*ENGINE, "role"),
+    "Attention of scored sentences on candidate anchors (sentences at least four back), summed, by role of the anchor. "
+    "Over stream_monitor_sentences_total: the mean share of attention; over the sum of all roles: what the output "
+    "rests on.",
+)
+VERDICTS = _define(
+    _S,
+    "counter",
+    "verdicts_total",
+    (*ENGINE, "kind", "verdict"),
+    "What each detector said of each scored sentence: `insufficient` (it abstains: too few captured rows, or nothing "
+    "to look at), `warm_up`, `steady` or `alarm`.",
+)
+EVENTS = _define(
+    _S,
+    "counter",
+    "events_total",
+    (*ENGINE, "kind", "severity"),
+    "Findings raised, by kind, such as ANCHOR_SHIFT.",
+    exemplars=True,
+)
+EVENT_DELAY = _define(
+    _S,
+    "histogram",
+    "event_delay_seconds",
+    ENGINE,
+    "From the engine step that closed a sentence, by the engine host's clock, until the sentence's events were "
+    "published, findings or none. Needs clocks that agree.",
+    _SECONDS,
+    exemplars=True,
+)
+PROFILE_MADE = _define(
+    _S,
+    "gauge",
+    "profile_timestamp_seconds",
+    ("model_name", "capture"),
+    "When the calibration profile of a model and capture was made, Unix time: `time()` less it is the profile's age.",
+)
+UNCALIBRATED = _define(
+    _S,
+    "counter",
+    "uncalibrated_requests_total",
+    ("model_name",),
+    "Requests of a model and capture without a profile: their findings have no known rate of false alarms.",
+)
+
+_S = "What it costs the engine"
+ESTIMATES = _define(
+    _S, "counter", "estimates_total", ENGINE, "Searches: one for all sampled rows, watched layers and heads of a step."
+)
+ESTIMATE_SECONDS = _define(
+    _S, "counter", "estimate_seconds_total", ENGINE, "Their run time, on a thread beside decoding."
+)
+KEY_BYTES = _define(
+    _S,
+    "counter",
+    "estimate_read_bytes_total",
+    ENGINE,
+    "Bytes of keys and block summaries that they read from the KV cache, at the size of its keys.",
+)
+RECORD_BYTES = _define(
+    _S,
+    "counter",
+    "estimate_written_bytes_total",
+    ENGINE,
+    "Bytes of the records that they wrote to the shared-memory ring.",
+)
+SUMMARY_BYTES = _define(
+    _S,
+    "gauge",
+    "block_summaries_bytes",
+    ENGINE,
+    "Engine memory that block summaries take, over all connected ranks. 0 under `descent` and `exact`.",
+)
+KV_TOKENS_LOST = _define(
+    _S,
+    "gauge",
+    "kv_cache_tokens_lost",
+    ENGINE,
+    "Tokens that the KV cache would hold more without block summaries, on the rank that lost most. 0 where the cache's "
+    "size was given and summaries came from free memory.",
+)
+
+_S = "Messages, queues and ranks"
+QUEUE_SIZE = _define(
+    _S,
+    "gauge",
+    "queue_size",
+    (*ENGINE, "queue"),
+    "What waits, on the rank whose queue is fullest, as of its newest message: `estimator` steps, `ring` bytes, "
+    "`backlog` bytes in the publisher, `merge` bytes of steps whose ranks have not all arrived.",
+)
+QUEUE_CAPACITY = _define(_S, "gauge", "queue_capacity", (*ENGINE, "queue"), "How much may, in the same unit.")
+SENT = _define(
+    _S,
+    "counter",
+    "messages_sent_total",
+    ENGINE,
+    "Messages that publishers sent, by their own count; one that is sent again counts again.",
+)
+MESSAGES = _define(
+    _S, "counter", "messages_total", ("outcome", "reason"), "Messages that arrived, by their fate and why."
+)
+MESSAGE_BYTES = _define(_S, "counter", "message_bytes_total", (), "Their size.")
+MESSAGES_LOST = _define(
+    _S,
+    "counter",
+    "messages_lost_total",
+    ENGINE,
+    "Numbers missing in a rank's sequence. Their rows are in the account as `dropped`.",
+)
+STEP_DELAY = _define(
+    _S,
+    "histogram",
+    "step_delay_seconds",
+    ENGINE,
+    "From the end of a step's forward pass, by the engine host's clock, until the monitor took it in. Needs clocks "
+    "that agree.",
+    _SECONDS,
+    exemplars=True,
+)
+STEPS = _define(
+    _S,
+    "counter",
+    "steps_total",
+    (*ENGINE, "result"),
+    "Engine steps with rows: `complete`, or `partial` where ranks were missing after `merge_deadline_seconds`.",
+)
+ENGINES_CONNECTED = _define(
+    _S, "gauge", "engines_connected", ENGINE, "Engines of which at least one rank has an open stream."
+)
+RANKS_CONNECTED = _define(_S, "gauge", "ranks_connected", ENGINE, "Engine ranks with an open stream.")
+RANKS_FAULTY = _define(
+    _S, "gauge", "ranks_faulty", ENGINE, "Of these, ranks whose capture a fault turned off; vLLM serves on."
+)
+ENGINE_INFO = _define(
+    _S,
+    "info",
+    "engine_info",
+    (*ENGINE, "vllm_version", "plugin_version", "strategy"),
+    "Always 1: what the connected ranks run.",
+)
+
+_S = "The monitor itself"
+TRACES = _define(_S, "gauge", "traces", ("state",), "Request traces held: `running`, `finished`.")
+TRACES_LIMIT = _define(_S, "gauge", "traces_limit", (), "How many may be, setting `max_traces`.")
+TRACES_BYTES = _define(_S, "gauge", "traces_bytes", (), "Their memory, estimated.")
+TRACES_BYTES_LIMIT = _define(
+    _S, "gauge", "traces_limit_bytes", (), "How much they may take, setting `max_trace_bytes`."
+)
+TRACES_EVICTED = _define(
+    _S,
+    "counter",
+    "traces_evicted_total",
+    ("limit",),
+    "Traces that made room, by the limit that was reached: `count` or `bytes`.",
+)
+TRACES_LATE = _define(_S, "counter", "traces_late_total", (), "Traces of requests whose start the monitor did not see.")
+TRACES_REPLACED = _define(_S, "counter", "traces_replaced_total", (), "Finished traces whose id was used again.")
+SUBSCRIBERS = _define(_S, "gauge", "subscribers", (), "Open subscriptions.")
+SUBSCRIBER_QUEUE = _define(
+    _S, "gauge", "subscriber_queue_events", (), "Events that wait for the subscriber that is furthest behind."
+)
+SUBSCRIBER_QUEUE_LIMIT = _define(
+    _S, "gauge", "subscriber_queue_limit_events", (), "How many may, setting `subscriber_queue`."
+)
+SUBSCRIBER_LOST = _define(
+    _S,
+    "counter",
+    "subscriber_events_lost_total",
+    (),
+    "Events lost to subscribers that read too slowly; each is told how many.",
+)
+BUILD_INFO = _define(_S, "info", "build_info", ("version",), "Always 1: the monitor's version.")
