@@ -1,4 +1,4 @@
-"""A host as a reader of the pages has it: default ports free, no network, a home, and a monitor that holds a request."""
+"""A host as a reader of the pages has it: default ports free, no network, a home, a monitor that holds a request."""
 
 import os
 import select
