@@ -83,7 +83,7 @@ def main(
     report.finish()
 
 
-class _Engine:
+class DrawnEngine:
     """One rank that sends what was drawn."""
 
     def __init__(self, seed: int) -> None:
@@ -186,7 +186,7 @@ def _monitor() -> Ingest:
 
 def _growing(sizes: tuple[int, ...], seed: int) -> Iterator[tuple[int, list[float]]]:
     """Processor seconds of each of `WINDOW` sentences of one request, once it has so many."""
-    engine, monitor = _Engine(seed), _Run(_monitor())
+    engine, monitor = DrawnEngine(seed), _Run(_monitor())
     monitor.take(engine.begin(["r"]))
     prompt = PROMPT_TOKENS // SENTENCE_TOKENS
     position = PROMPT_TOKENS
@@ -209,7 +209,7 @@ def _growing(sizes: tuple[int, ...], seed: int) -> Iterator[tuple[int, list[floa
 
 def _throughput(requests: int, seconds: float, seed: int) -> float:
     """Tokens per processor second of many requests at a time."""
-    engine, monitor = _Engine(seed), _Run(_monitor())
+    engine, monitor = DrawnEngine(seed), _Run(_monitor())
     names = [f"r{number}" for number in range(requests)]
     monitor.take(engine.begin(names))
     position, tokens, spent = PROMPT_TOKENS, 0, 0.0

@@ -26,7 +26,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Ru
     yield from starter(tmp_path_factory.mktemp("monitor"))
 
 
-@pytest.mark.parametrize("page", ["configuration", "metrics"])
+@pytest.mark.parametrize("page", ["configuration", "metrics", "wire"])
 def test_a_page_made_from_code_is_current(page: str) -> None:
     printed = subprocess.run(
         [sys.executable, f"docs/{page}.py"], cwd=ROOT, check=True, capture_output=True, text=True

@@ -1,0 +1,143 @@
+"""What a monitor holds of each request: memory, and bytes on the wire and in its store.
+
+A real `stream-monitor serve` takes in finished requests of drawn rows, as an engine at default settings sends them (see
+`benchmarks.anchor_cost`); then it is asked for its own figures. Each size has a monitor of its own.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+from urllib.request import ProxyHandler, build_opener
+
+import grpc
+import typer
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.anchor_cost import CAPTURE, HEADS, PROMPT_TOKENS, SENTENCE_TOKENS, DrawnEngine
+from benchmarks.report import Report, run
+from stream_monitor.v1alpha1 import ingest_pb2, summary_pb2
+
+SIZES = (500, 4_000)
+TOGETHER = 10
+"""Requests that run side by side, and so share messages."""
+
+Figures = dict[str, float]
+
+
+def main(
+    sizes: Annotated[list[int] | None, typer.Option(help="Output tokens of a request; may be repeated.")] = None,
+    requests: Annotated[int, typer.Option(min=TOGETHER, help="Requests of each size.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the rows.")] = 0,
+    full: Annotated[bool, typer.Option("--full", help="Five times as many requests.")] = False,
+) -> None:
+    """Bytes of a request in the monitor."""
+    count = requests * (5 if full else 1)
+    wanted = tuple(sizes or SIZES)
+    report = Report(
+        benchmark="monitor_size",
+        config={"sizes": list(wanted), "requests": count, "stride": CAPTURE.stride, "heads": HEADS, "full": full},
+        seed=seed,
+        n=count,
+    )
+    for size in wanted:
+        measured = _measure(size, count, seed)
+        report.figures |= {f"{name}/{size}": value for name, value in measured.items()}
+        print(
+            f"{size:>6,} output tokens: {measured['resident_bytes'] / 1024:7.1f} KiB resident, of which "
+            f"{measured['counted_bytes'] / 1024:7.1f} KiB counted as traces; {measured['wire_bytes'] / 1024:7.1f} KiB "
+            f"on the wire; {measured['stored_bytes'] / 1024:7.1f} KiB in the store"
+        )
+    report.figures["empty_resident_bytes"] = _measure(0, 0, seed)["resident_bytes"]
+    print(f"a monitor without requests: {report.figures['empty_resident_bytes'] / (1 << 20):.0f} MiB resident")
+    report.finish()
+
+
+def _measure(size: int, count: int, seed: int) -> Figures:
+    """Bytes of one request, by name; of the whole monitor if `count` is 0."""
+    with tempfile.TemporaryDirectory() as folder, _monitor(Path(folder)) as (ingest, metrics):
+        before = metrics()
+        if not count:
+            return {"resident_bytes": before["process_resident_memory_bytes"]}
+        _publish(ingest, size, count, seed)
+        after = metrics()
+        assert after["stream_monitor_traces"] == count, "traces were evicted: fewer requests, please"
+        grown = {
+            "resident_bytes": "process_resident_memory_bytes",
+            "counted_bytes": "stream_monitor_traces_bytes",
+            "wire_bytes": "stream_monitor_message_bytes_total",
+            "stored_bytes": "stream_monitor_store_bytes",
+        }
+        return {name: (after.get(metric, 0) - before.get(metric, 0)) / count for name, metric in grown.items()}
+
+
+@contextmanager
+def _monitor(folder: Path) -> Iterator[tuple[str, "Metrics"]]:
+    """A monitor process: its ingest address and its metrics."""
+    os.chmod(folder, 0o700)
+    ingest = f"unix:{folder}/ingest.sock"
+    command = [sys.executable, "-m", "stream_monitor", "serve", "--ingest", ingest]
+    command += ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("STREAM_MONITOR_")}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment | {"XDG_STATE_HOME": str(folder)}
+    )
+    try:
+        assert process.stdout is not None
+        yield ingest, Metrics(process.stdout.readline().split()[-1])
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+class Metrics:
+    """The monitor's metrics, each summed over its labels."""
+
+    def __init__(self, address: str) -> None:
+        self._url = f"http://{address}/metrics"
+        self._open = build_opener(ProxyHandler({})).open
+
+    def __call__(self) -> Figures:
+        """Once nothing changes any more: what was taken in is stored a little later."""
+        held: Figures = {}
+        while True:
+            before, held = held, {}
+            for family in text_string_to_metric_families(self._open(self._url).read().decode()):
+                for sample in family.samples:
+                    held[sample.name] = held.get(sample.name, 0) + sample.value
+            if before.get("stream_monitor_store_bytes") == held.get("stream_monitor_store_bytes") and before:
+                return held
+            time.sleep(1)
+
+
+def _publish(ingest: str, size: int, count: int, seed: int) -> None:
+    """`count` requests, each finished, `TOGETHER` at a time."""
+    engine = DrawnEngine(seed)
+
+    def messages() -> Iterator[bytes]:
+        for first in range(0, count, TOGETHER):
+            names = [f"chatcmpl-{number:08x}-aee6d49e" for number in range(first, min(first + TOGETHER, count))]
+            yield engine.begin(names)
+            for position in range(PROMPT_TOKENS, PROMPT_TOKENS + size, SENTENCE_TOKENS):
+                yield from engine.sentence(names, position)
+            total = PROMPT_TOKENS + -(-size // SENTENCE_TOKENS) * SENTENCE_TOKENS
+            ends = [summary_pb2.RequestFinished(request_id=name, total_tokens=total) for name in names]
+            yield engine.message({}, finished=ends)
+
+    with grpc.insecure_channel(ingest) as channel:
+        publish = channel.stream_stream(
+            "/stream_monitor.v1alpha1.IngestService/Publish",
+            request_serializer=None,
+            response_deserializer=ingest_pb2.PublishResponse.FromString,
+        )
+        for answer in publish(messages()):
+            assert answer.outcome == ingest_pb2.PUBLISH_OUTCOME_ACCEPTED, answer.reason
+
+
+if __name__ == "__main__":
+    run(main)
