@@ -139,7 +139,13 @@ class MonitorSettings(_Layered):
         "127.0.0.1:9750",
         description="Address for subscribers: host:port or unix:/path. It may be the same as ingest.",
     )
-    http: str = Field("127.0.0.1:9751", description="Address for /metrics, /healthz and /readyz: host:port.")
+    http: str = Field("127.0.0.1:9751", description="Address of the page, /metrics, /healthz and /readyz: host:port.")
+    http_hosts: str = Field(
+        "",
+        description="Host names by which browsers may ask for the page, separated by commas, beside localhost and "
+        "plain addresses: a name that is not known here could be another site's, pointed at this monitor.",
+    )
+    max_live_pages: int = Field(32, ge=1, description="Pages that are shown live at a time; each is a subscriber.")
     insecure: bool = Field(False, description="Listen beyond loopback without TLS.")
     profiles: str = Field(
         "", description="Files of `stream-monitor calibrate`, separated by commas; one per model and capture."

@@ -1,19 +1,17 @@
 """The two clients of the demo: one talks to vLLM as any OpenAI client would, one watches the monitor.
 
-They share nothing but request ids. Text never leaves the engine for the monitor; the demo, which asked the questions,
-holds prompt and answer itself and looks up there what the monitor names by token positions.
+They share nothing but request ids. What the monitor says of a sentence comes with its text, as the demo has the engine
+send token ids, which is off otherwise.
 """
 
 import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import numpy as np
 import openai
-from tokenizers import Tokenizer
 
 from stream_monitor.v1alpha1 import monitor_pb2 as pb
 from stream_monitor.v1alpha1.monitor_pb2_grpc import MonitorServiceStub
@@ -57,7 +55,6 @@ class Reply:
 
     id: str
     question: str
-    prompt_ids: list[int] = field(default_factory=list)
     output_ids: list[int] = field(default_factory=list)
     text: str = ""
     # The engine has sent all of it; the monitor has seen the end of it.
@@ -67,18 +64,6 @@ class Reply:
     newest: pb.Event | None = None
     findings: list[pb.Event] = field(default_factory=list)
     trace: pb.GetTraceResponse | None = None
-
-
-class Lookup:
-    """Finds the text of a span of token positions in what the demo itself sent and received."""
-
-    def __init__(self, model: Path) -> None:
-        self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-
-    def text(self, reply: Reply, sentence: pb.Sentence) -> str:
-        """The sentence in one line; empty if the answer has not come that far."""
-        ids = (reply.prompt_ids + reply.output_ids)[sentence.first_token : sentence.end_token]
-        return " ".join((sentence.text or self._tokenizer.decode(ids)).split())
 
 
 async def ask_all(engine: str, monitor: str, model_name: str, replies: Sequence[Reply]) -> None:
@@ -133,7 +118,7 @@ async def _cancel(task: "asyncio.Task[Any]") -> None:
 
 
 async def _ask(client: openai.AsyncOpenAI, model_name: str, reply: Reply) -> None:
-    """Stream one answer. `return_token_ids` is vLLM's addition: positions in a trace count these very tokens."""
+    """Stream one answer. `return_token_ids` is vLLM's addition: the monitor's account is of these very tokens."""
     stream = await client.chat.completions.create(
         model=model_name,
         messages=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": reply.question}],
@@ -144,7 +129,6 @@ async def _ask(client: openai.AsyncOpenAI, model_name: str, reply: Reply) -> Non
         extra_body={"return_token_ids": True},
     )
     async for chunk in stream:
-        reply.prompt_ids = (chunk.model_extra or {}).get("prompt_token_ids") or reply.prompt_ids
         for choice in chunk.choices:
             reply.output_ids += (choice.model_extra or {}).get("token_ids") or []
             reply.text += choice.delta.content or ""

@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from stream_monitor.config import PREFIX
-from stream_monitor.demo.client import QUESTIONS, DemoError, Lookup, Reply, ask_all
+from stream_monitor.demo.client import QUESTIONS, DemoError, Reply, ask_all
 from stream_monitor.demo.ledger import settled_ledger
 from stream_monitor.demo.processes import Child, Children
 from stream_monitor.demo.screen import Screen
@@ -72,18 +72,18 @@ def _run(console: Console, children: Children, folder: Path, model: Path, *, onc
         _fetch(model)
     at = _free_addresses(folder)
     with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as progress:
-        monitor = _start_monitor(children, folder, at)
+        monitor = _start_monitor(children, folder, at, model)
         _wait(progress, "Starting the monitor", monitor, f"http://{at.http}/readyz", MONITOR_READY_SECONDS)
         engine = _start_engine(children, folder, at, model)
         what = f"Starting vLLM with {MODEL_NAME} (about 40 s)"
         _wait(progress, what, engine, f"{at.engine}/health", ENGINE_READY_SECONDS)
-    lookup = Lookup(model)
-    replies = _ask(console, at, lookup, [Reply(f"demo-{i}", question) for i, question in enumerate(QUESTIONS, 1)])
+    console.print(f"Open in a browser on this machine, and watch: [bold]http://{at.http}/[/]\n", highlight=False)
+    replies = _ask(console, at, [Reply(f"demo-{i}", question) for i, question in enumerate(QUESTIONS, 1)])
     if once:
         _print_account(at, replies)
         return
-    while question := _next_question(console):
-        replies += _ask(console, at, lookup, [Reply(f"demo-{len(replies) + 1}", question)])
+    while question := _next_question(console, at):
+        replies += _ask(console, at, [Reply(f"demo-{len(replies) + 1}", question)])
 
 
 def _fetch(model: Path) -> None:
@@ -93,8 +93,9 @@ def _fetch(model: Path) -> None:
         raise DemoError("there are no weights to serve (the line above says why)")
 
 
-def _start_monitor(children: Children, folder: Path, at: Addresses) -> Child:
+def _start_monitor(children: Children, folder: Path, at: Addresses, model: Path) -> Child:
     settings = {PREFIX + "INGEST": at.ingest, PREFIX + "GRPC": at.grpc, PREFIX + "HTTP": at.http}
+    settings[PREFIX + "TOKENIZERS"] = str(model.resolve())
     return children.start("the monitor", [COMMAND, "serve"], folder / "monitor.log", os.environ | settings)
 
 
@@ -104,6 +105,8 @@ def _start_engine(children: Children, folder: Path, at: Addresses, model: Path) 
     command += ["--max-model-len", "4096", "--max-num-seqs", "8", "--enforce-eager"]
     settings = {
         PREFIX + "TARGET": at.ingest,
+        # Off by default. Here the text is the visitor's own and stays on this machine.
+        PREFIX + "SEND_TOKEN_IDS": "true",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         # The demo needs no network once it has the weights, and reports to nobody.
         "HF_HUB_OFFLINE": "1",
@@ -138,8 +141,8 @@ def _answers(url: str) -> bool:
     return False
 
 
-def _ask(console: Console, at: Addresses, lookup: Lookup, replies: list[Reply]) -> list[Reply]:
-    screen = Screen(replies, lookup)
+def _ask(console: Console, at: Addresses, replies: list[Reply]) -> list[Reply]:
+    screen = Screen(replies)
     asking = ask_all(at.engine, at.grpc, MODEL_NAME, replies)
     if console.is_terminal:
         with Live(screen, console=console, refresh_per_second=FRAMES_PER_SECOND):
@@ -152,8 +155,12 @@ def _ask(console: Console, at: Addresses, lookup: Lookup, replies: list[Reply]) 
     return replies
 
 
-def _next_question(console: Console) -> str:
-    console.print("\nAsk something that needs a few steps of thought; an empty line or Ctrl-C ends the demo.")
+def _next_question(console: Console, at: Addresses) -> str:
+    console.print(
+        "\nAsk something that needs a few steps of thought; an empty line or Ctrl-C ends the demo, and the page at "
+        f"http://{at.http}/ with it.",
+        highlight=False,
+    )
     try:
         return console.input("[bold]> [/]").strip()
     except EOFError:

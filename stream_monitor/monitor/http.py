@@ -1,4 +1,4 @@
-"""HTTP for machines: /metrics for Prometheus, /healthz and /readyz for whoever restarts us."""
+"""HTTP: /metrics for Prometheus, /healthz and /readyz for whoever restarts us, and the page for people."""
 
 import contextlib
 import socket
@@ -10,11 +10,12 @@ from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp
 
 
-def application(registry: CollectorRegistry, ready: Callable[[], bool]) -> Starlette:
-    """The routes. `ready` says whether the monitor takes in messages."""
+def application(registry: CollectorRegistry, ready: Callable[[], bool], page: ASGIApp) -> Starlette:
+    """The routes. `ready` says whether the monitor takes in messages; `page` answers all that is not for machines."""
 
     async def metrics(request: Request) -> Response:
         # On the event loop (async), like everything that touches the monitor's state.
@@ -28,7 +29,12 @@ def application(registry: CollectorRegistry, ready: Callable[[], bool]) -> Starl
         return PlainTextResponse("ready\n") if ready() else PlainTextResponse("not ready\n", 503)
 
     return Starlette(
-        routes=[Route("/metrics", metrics), Route("/healthz", healthz), Route("/readyz", readyz)],
+        routes=[
+            Route("/metrics", metrics),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Mount("/", page),
+        ],
     )
 
 

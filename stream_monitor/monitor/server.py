@@ -18,6 +18,9 @@ from stream_monitor.monitor.ingest import Ingest
 from stream_monitor.monitor.listen import SOCKET_UMASK, ListenError, bind_tcp, check_exposure, prepare_unix
 from stream_monitor.monitor.merge import Merger
 from stream_monitor.monitor.metrics import Metrics
+from stream_monitor.monitor.page.api import Api
+from stream_monitor.monitor.page.live import Live
+from stream_monitor.monitor.page.routes import page
 from stream_monitor.monitor.pipeline import Pipeline
 from stream_monitor.monitor.ranks import RankBook
 from stream_monitor.monitor.scrape import StateCollector
@@ -57,6 +60,12 @@ class MonitorServer:
             self.metrics,
             settings.max_message_bytes,
         )
+        self.service = MonitorService(self.store, self.log)
+        self.page = page(
+            Api(self.service, ranks, version, text=bool(settings.tokenizers)),
+            Live(self.service, settings.max_live_pages),
+            filter(None, map(str.strip, settings.http_hosts.split(","))),
+        )
         self.health = health.aio.HealthServicer()
         self.ready = False
         self._servers: list[grpc.aio.Server] = []
@@ -93,7 +102,7 @@ class MonitorServer:
             await self.health.set(name, health_pb2.HealthCheckResponse.SERVING)
         for server in self._servers:
             await server.start()
-        self._http = HttpServer(application(self.metrics.registry, lambda: self.ready), bound)
+        self._http = HttpServer(application(self.metrics.registry, lambda: self.ready, self.page), bound)
         self._tasks = [asyncio.create_task(self._http.serve([bound])), asyncio.create_task(self._flush())]
         while not self._http.started:
             await asyncio.sleep(0.005)
@@ -152,7 +161,7 @@ class MonitorServer:
         server.add_generic_rpc_handlers((self.ingest.handler(),))
 
     def _add_monitor(self, server: grpc.aio.Server) -> None:
-        monitor_pb2_grpc.add_MonitorServiceServicer_to_server(MonitorService(self.store, self.log), server)
+        monitor_pb2_grpc.add_MonitorServiceServicer_to_server(self.service, server)
 
     async def _flush(self) -> None:
         while True:

@@ -24,7 +24,6 @@ from stream_monitor.v1alpha1 import monitor_pb2 as pb
 from stream_monitor.v1alpha1 import monitor_pb2_grpc, summary_pb2
 
 FAULT = os.environ.get("FAKE_FAULT", "")
-PROMPT_IDS = list(range(10, 20))
 OUTPUT_IDS = list(range(20, 32))
 METRICS = """\
 # TYPE stream_monitor_rows_expected_total counter
@@ -33,7 +32,7 @@ stream_monitor_rows_expected_total{phase="token"} 40
 stream_monitor_rows_total{phase="token",outcome="captured",reason=""} 10
 stream_monitor_rows_total{phase="token",outcome="sampled_out",reason=""} 30
 """
-USER = pb.Sentence(index=1, role=summary_pb2.ROLE_USER, first_token=4, end_token=10)
+USER = pb.Sentence(index=1, role=summary_pb2.ROLE_USER, first_token=4, end_token=10, text=" How old\nis Anna?")
 ANSWER = pb.Sentence(index=2, role=summary_pb2.ROLE_ANSWER, first_token=10, end_token=22)
 
 
@@ -62,7 +61,6 @@ async def chat(request: Request) -> Response:
     async def chunks() -> AsyncIterator[str]:
         head = {"id": f"chatcmpl-{request.headers['X-Request-Id']}", "object": "chat.completion.chunk", "created": 0}
         head["model"] = "m"
-        yield f"data: {json.dumps(head | {'choices': [], 'prompt_token_ids': PROMPT_IDS})}\n\n"
         for token in OUTPUT_IDS:
             choice = {"index": 0, "delta": {"content": f"t{token} "}, "token_ids": [token], "finish_reason": None}
             yield f"data: {json.dumps(head | {'choices': [choice]})}\n\n"

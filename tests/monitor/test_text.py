@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from stream_monitor.cli import app
@@ -24,28 +24,13 @@ from stream_monitor.monitor.text import (
     Vocabulary,
     one_line,
 )
-from stream_monitor.records import Role
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 from tests.monitor.conftest import Running
+from tests.monitor.spoken import Speech, byte_level, packed
 from tests.monitor.synthetic import Engine, Look, finished
 
-CORPUS = ["So it must be seven. Wait, no: 3 + 4 = 7!\n\nAnna is older than Ben."] * 4
 CHAT = "<|im_start|>user\nHow old is Anna?<|im_end|>\n<|im_start|>assistant\n"
 CHAT += "Anna is seven. Ben is a 👩‍🚀 of 中国. So it is."
-
-
-def byte_level(folder: Path) -> Path:
-    """A byte-level BPE tokenizer as those of GPT-2, Llama 3 and Qwen."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
-    )
-    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder / "tokenizer.json"
 
 
 def sentence_piece(folder: Path) -> Path:
@@ -79,10 +64,6 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def chat_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return byte_level(tmp_path_factory.mktemp("chat"))
-
-
-def packed(ids: list[int]) -> bytes:
-    return np.array(ids, "<u4").tobytes()
 
 
 @settings(deadline=None, max_examples=60)
@@ -196,39 +177,12 @@ def test_a_terminal_is_given_nothing_to_obey() -> None:
 
 # The whole monitor
 
-FLAGS = {".": 1, "\n": 2 | 8 | 128, " ": 2}
-
-
-def flags_of(tokenizer: Tokenizer, ids: list[int]) -> bytes:
-    """The flags an engine sends, for what stands in CHAT."""
-    added = tokenizer.get_added_tokens_decoder()
-    texts = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
-    ends = [FLAGS["."] * text.endswith((".", "?")) for text in texts]
-    begins = [FLAGS.get(text[:1], 0) if text[:1] in " \n" else 0 for text in texts]
-    return bytes(64 if token in added else a | b for token, a, b in zip(ids, ends, begins, strict=True))
-
 
 def talk(monitor: Running, file: Path, name: str, with_ids: bool = True) -> monitor_pb2.GetTraceResponse:
-    """CHAT as one request: its first part the prompt, the rest sampled token by token; the last look at the first."""
-    tokenizer = Tokenizer.from_file(str(file))
-    ids = tokenizer.encode(CHAT).ids
-    flags = flags_of(tokenizer, ids)
-    cut = len(tokenizer.encode(CHAT[: CHAT.index("Anna is")]).ids)
-    started = summary_pb2.RequestStarted(
-        request_id=name,
-        prompt_tokens=cut,
-        role_starts=np.array([0], "<u4").tobytes(),
-        roles=bytes([Role.USER]),
-        prompt_flags=flags[:cut],
-        prompt_token_ids=packed(ids[:cut]) if with_ids else b"",
-    )
-    engine = Engine()
-    summaries = [engine.summary(started=[started])]
-    for at in range(cut, len(ids)):
-        run = summary_pb2.TokenRun(request_id=name, first_position=at, flags=flags[at : at + 1])
-        run.token_ids = packed([ids[at]]) if with_ids else b""
-        summaries.append(engine.summary([Look(name, at, 3)], tokens=[run]))
-    monitor.publish([*summaries, engine.summary(finished=[finished(name, len(ids))])])
+    """CHAT as one request."""
+    prompt, said = CHAT[: CHAT.index("Anna is seven")], CHAT[CHAT.index("Anna is seven") :]
+    speech = Speech(file, name, prompt, with_ids=with_ids)
+    monitor.publish([*speech.start(), *speech.say(said), *speech.finish()])
     return monitor.api.GetTrace(monitor_pb2.GetTraceRequest(request_id=name))
 
 

@@ -1,0 +1,66 @@
+"""The page's addresses."""
+
+from collections.abc import Iterable
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from stream_monitor.monitor.page.api import Api
+from stream_monitor.monitor.page.guard import Guard
+from stream_monitor.monitor.page.live import Live
+
+VIEWS = ("/", "/events", "/trace")
+"""Addresses of one and the same document; its script shows what the address names."""
+
+
+def page(api: Api, live: Live, hosts: Iterable[str]) -> Guard:
+    """The page, guarded. `hosts`: names by which browsers may ask for it, beside localhost and plain addresses."""
+    static = Path(str(resources.files("stream_monitor.monitor.page"))) / "static"
+
+    async def document(_: Request) -> Response:
+        return FileResponse(static / "index.html", headers=_REVALIDATE)
+
+    async def plotly(_: Request) -> Response:
+        script = plotly_script()
+        # Without it the page says what is missing and does without charts.
+        return FileResponse(script, headers=_REVALIDATE) if script else Response(_NO_PLOTLY, media_type=_SCRIPT)
+
+    routes: list[BaseRoute] = [Route(view, document) for view in VIEWS]
+    routes += [
+        Route("/api/requests", api.requests),
+        Route("/api/trace", api.trace),
+        Route("/api/status", api.status),
+        Route("/api/events", live.events),
+        Route("/static/plotly.js", plotly),
+        Mount("/static", _Static(directory=static)),
+    ]
+    return Guard(Starlette(routes=routes), hosts)
+
+
+def plotly_script() -> Path | None:
+    """Plotly's script inside the installed package; None without the extra `page`."""
+    found = find_spec("plotly")
+    if found is None or found.origin is None:
+        return None
+    script = Path(found.origin).parent / "package_data" / "plotly.min.js"
+    return script if script.is_file() else None
+
+
+class _Static(StaticFiles):
+    """Files that a browser keeps, and asks about each time: another version of the monitor has others."""
+
+    def file_response(self, *args: object, **more: object) -> Response:
+        response = super().file_response(*args, **more)  # type: ignore[arg-type]
+        response.headers.update(_REVALIDATE)
+        return response
+
+
+_REVALIDATE = {"cache-control": "no-cache"}
+_SCRIPT = "text/javascript"
+_NO_PLOTLY = "// The package plotly is not installed on the monitor's host: pip install 'stream-monitor[page]'\n"
