@@ -3,7 +3,9 @@
 import math
 
 from stream_monitor.anchors.page_hinkley import RiseDetector
+from stream_monitor.anchors.reference import Reference, Stratum
 from stream_monitor.anchors.verdict import Verdict
+from stream_monitor.records import Role
 
 _LEAST_SHARE = 1e-4
 """A smaller share of the mass on candidates counts as this: its logarithm would be noise."""
@@ -27,6 +29,8 @@ class PromptDetachment(RiseDetector):
         Captured rows a sentence needs.
     min_mass
         Share of attention that candidates must hold.
+    reference
+        Of a profile: values are then standardised by it, and `delta` and `threshold` are in standard deviations.
 
     Examples
     --------
@@ -45,14 +49,25 @@ class PromptDetachment(RiseDetector):
         threshold: float = 4.0,
         min_rows: int = 2,
         min_mass: float = 0.02,
+        reference: Reference | None = None,
     ) -> None:
         super().__init__(warm_up, delta, threshold)
         self.warm_up = warm_up
         self.min_rows = min_rows
         self.min_mass = min_mass
+        self.normal = reference
+        self.fall = 0.0
         self._scored = 0
 
-    def update(self, prompt: float, candidates: float, tokens: float, rows: int) -> Verdict:
+    def update(
+        self,
+        prompt: float,
+        candidates: float,
+        tokens: float,
+        rows: int,
+        support: int = 0,
+        role: int = Role.REASONING,
+    ) -> Verdict:
         """Take in one sentence.
 
         Args:
@@ -60,10 +75,14 @@ class PromptDetachment(RiseDetector):
             candidates: the same on all candidates, the prompt included.
             tokens: share of the candidates' tokens that are the prompt's.
             rows: captured rows the sentence has.
+            support: number of the candidates.
+            role: `summary.proto` Role of the sentence.
         """
         if rows < self.min_rows or candidates < self.min_mass or not 0 < tokens < 1:
             return Verdict.INSUFFICIENT
-        self._test.update(-math.log(max(prompt / candidates, _LEAST_SHARE) / tokens))
+        self.fall = -math.log(max(prompt / candidates, _LEAST_SHARE) / tokens)
+        stratum = Stratum.of(rows, support, role)
+        self._test.update(self.normal.standardise(self.fall, stratum) if self.normal else self.fall)
         self._scored += 1
         if self.drift_detected:
             self._scored = 0

@@ -4,6 +4,7 @@ A block's mass goes whole to the sentence that holds its strongest key: an even 
 sentences that matter. What the search did not observe is kept beside and never renormalised away.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -61,25 +62,31 @@ def forced_block_ids(positions: Positions, block_size: int, sink: int, recent: i
     return np.concatenate([np.where(first < blocks, first, -1), np.where(last >= sink, last, -1)], axis=1)
 
 
-def sum_by_key(keys: Positions, mass: Mass) -> tuple[Positions, NDArray[np.float32]]:
-    """Join equal keys: keys [n], mass [n] -> ascending distinct keys [m], their summed mass float32 [m]."""
-    distinct, inverse = np.unique(keys, return_inverse=True)
-    return distinct, np.bincount(inverse, mass, len(distinct)).astype(np.float32)
+def sum_by_key(keys: Positions, mass: Mass) -> tuple[Positions, NDArray[np.float32], Positions]:
+    """Join equal keys: keys [n], mass [n] -> ascending distinct keys [m], their summed mass float32 [m], and the place
+    of each of the n among the distinct ones."""
+    distinct, places = np.unique(keys, return_inverse=True)
+    return distinct, np.bincount(places, mass, len(distinct)).astype(np.float32), places
 
 
-def fold(
-    keys: NDArray[np.uint32], mass: NDArray[np.float32], starts: Positions
-) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Mass at ascending token positions -> mass in sentences, given each sentence's first position.
+def sentences_of(keys: NDArray[np.uint32], starts: Positions) -> Positions:
+    """The sentence of each token position, given each sentence's first position.
 
-    >>> columns, shares = fold(np.array([3, 9, 40], np.uint32), np.float32([0.2, 0.3, 0.5]), np.array([0, 8, 16]))
-    >>> columns.tolist(), [round(float(share), 2) for share in shares]
-    ([0, 1, 2], [0.2, 0.3, 0.5])
+    >>> sentences_of(np.array([3, 9, 40], np.uint32), np.array([0, 8, 16])).tolist()
+    [0, 1, 2]
     """
-    columns = np.searchsorted(starts, keys, side="right") - 1
+    return np.searchsorted(starts, keys, side="right") - 1
+
+
+def fold(columns: Positions, mass: NDArray[np.float32]) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Join equal sentences, which stand together: ascending numbers [n], mass [n] -> distinct ones, summed mass.
+
+    >>> columns, shares = fold(np.array([0, 1, 1]), np.float32([0.2, 0.3, 0.5]))
+    >>> columns.tolist(), [round(float(share), 2) for share in shares]
+    ([0, 1], [0.2, 0.8])
+    """
     if not len(columns):
         return columns.astype(np.uint32), mass
-    # Keys ascend and so do their sentences: equal ones stand together.
     first = np.ones(len(columns), bool)
     np.not_equal(columns[1:], columns[:-1], out=first[1:])
     firsts = first.nonzero()[0]
@@ -103,4 +110,37 @@ def vertical_scores(
     count[: max(0, size - ANCHOR_GAP)] = later[ANCHOR_GAP:]
     scores = np.full(size, np.nan)
     np.divide(total, count, out=scores, where=count > 0)
+    return scores
+
+
+def proximity_corrected(
+    rows: NDArray[np.uint32], columns: NDArray[np.uint32], shares: Mass, observed: NDArray[np.bool_]
+) -> Mass:
+    """What each sentence got from observed sentences `ANCHOR_GAP` or more later, over what it would have got if only
+    the distance counted: near sentences are read more, whatever they say. NaN without such sentences.
+
+    What a distance gets is taken from the same matrix: the mean share of all pairs whose distance is as large, to a
+    factor of two.
+
+    Args:
+        rows, columns, shares, observed: see `vertical_scores`.
+    """
+    size = len(observed)
+    distance = rows.astype(np.int64) - columns
+    far = distance >= ANCHOR_GAP
+    got = np.bincount(columns[far], shares[far], size)
+    before = np.concatenate([[0], np.cumsum(observed)])
+    edges = [ANCHOR_GAP]
+    while edges[-1] < size:
+        edges.append(2 * edges[-1])
+    expected = np.zeros(size)
+    places = np.arange(size)
+    for low, high in pairwise(edges):
+        # Observed sentences that look at each from such a distance.
+        lookers = before[np.minimum(places + high, size)] - before[np.minimum(places + low, size)]
+        here = far & (distance >= low) & (distance < high)
+        if pairs := lookers.sum():
+            expected += lookers * (shares[here].sum() / pairs)
+    scores = np.full(size, np.nan)
+    np.divide(got, expected, out=scores, where=expected > 0)
     return scores

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.detachment import PromptDetachment
+from stream_monitor.anchors.heads import Head
 from stream_monitor.anchors.lock import AnchorLock
 from stream_monitor.anchors.matrix import ANCHOR_GAP, SparseMass
 from stream_monitor.anchors.profile import Profile
+from stream_monitor.anchors.reference import Stratum
 from stream_monitor.anchors.shift import AnchorShift
 from stream_monitor.anchors.untrusted import UntrustedAnchor
 from stream_monitor.anchors.verdict import Verdict
@@ -28,6 +30,8 @@ class Kind(StrEnum):
     UNTRUSTED_ANCHOR = "untrusted_anchor"
 
 
+TOLERATED = 0.5
+"""Rise of a standardised statistic's mean that is tolerated, standard deviations."""
 _LOOKED_BACK = 64
 """Scored sentences that an alarm may have begun before."""
 _NOTHING = SparseMass.of(np.zeros(0))
@@ -118,7 +122,8 @@ class Panel:
     """The detectors of one request.
 
     Without a profile each has a threshold of its own, chosen by hand, and no p-value. With one, a finding is raised
-    where so high a score is rarer than the rate divided among the kinds that were not raised yet (Holm's procedure).
+    where so high a score is rarer than the rate divided among the kinds that were not raised yet (Holm's procedure);
+    kinds that cannot be raised, by the profile or because the request has nothing untrusted, take no part of it.
     A request's highest scores are kept apart from the alarms, which begin some detectors anew.
 
     Args:
@@ -127,14 +132,16 @@ class Panel:
 
     Attributes:
         verdicts: of the newest sentence.
+        values: of the newest sentence, what the detectors that a profile has references for were shown, with its
+            stratum.
         highest: of the request so far.
     """
 
     def __init__(self, profile: Profile | None = None, rate: float = 0.01) -> None:
         self.profile = profile
         self.rate = rate
-        self.shift = AnchorShift()
-        self.detachment = PromptDetachment()
+        self.shift = self._new_shift()
+        self.detachment = self._new_detachment()
         self.lock = AnchorLock()
         self.untrusted = UntrustedAnchor()
         self._detectors: dict[Kind, _Detector] = {
@@ -144,9 +151,11 @@ class Panel:
             Kind.ANCHOR_LOCK: self.lock,
         }
         self.verdicts: dict[Kind, Verdict] = {}
+        self.values: dict[Kind, tuple[Stratum, float]] = {}
         self.highest = {kind: Highest() for kind in Kind}
-        self._unbroken_shift = AnchorShift(threshold=math.inf)
-        self._unbroken_detachment = PromptDetachment(threshold=math.inf)
+        self._unbroken_shift = self._new_shift()
+        self._unbroken_detachment = self._new_detachment()
+        self._unbroken_shift.threshold = self._unbroken_detachment.threshold = math.inf
         self._unbroken: dict[Kind, _Detector] = {
             Kind.ANCHOR_SHIFT: self._unbroken_shift,
             Kind.PROMPT_DETACHMENT: self._unbroken_detachment,
@@ -155,6 +164,11 @@ class Panel:
         self._prompt: _Prompt | None = None
         self._begins = {kind: _Begins() for kind in Kind}
         self._set_thresholds()
+
+    @property
+    def receivers(self) -> tuple[Head, ...]:
+        """Heads whose attention counts; all alike if empty."""
+        return self.profile.receivers if self.profile else ()
 
     def fresh(self) -> "Panel":
         """The same, of a request that begins anew."""
@@ -167,7 +181,8 @@ class Panel:
         prompt = self._prompt_of(seen)
         user = float(far.shares[seen.roles[far.columns] == Role.USER].sum())
         tokens = min(1.0, prompt.user_tokens / max(1, int(seen.starts[limit])))
-        told = (user, far.total, tokens, seen.rows)
+        role = int(seen.roles[seen.index])
+        told = (user, far.total, tokens, seen.rows, limit, role)
         near = _candidates(seen, limit)
         untrusted = seen.roles[near.columns] == Role.UNTRUSTED
         self.verdicts = {
@@ -177,12 +192,17 @@ class Panel:
                 near.total if prompt.untrusted else 0.0,
                 seen.rows,
             ),
-            Kind.ANCHOR_SHIFT: self.shift.update(far, limit, seen.rows),
+            Kind.ANCHOR_SHIFT: self.shift.update(far, limit, seen.rows, role),
             Kind.PROMPT_DETACHMENT: self.detachment.update(*told),
             Kind.ANCHOR_LOCK: self.lock.update(seen.lags, seen.lag_shares),
         }
-        self._unbroken_shift.update(far, limit, seen.rows)
+        self._unbroken_shift.update(far, limit, seen.rows, role)
         self._unbroken_detachment.update(*told)
+        shown = {Kind.ANCHOR_SHIFT: self.shift.divergence, Kind.PROMPT_DETACHMENT: self.detachment.fall}
+        stratum = Stratum.of(seen.rows, limit, role)
+        self.values = {
+            kind: (stratum, value) for kind, value in shown.items() if self.verdicts[kind] is not Verdict.INSUFFICIENT
+        }
         alarms = []
         for kind, verdict in self.verdicts.items():
             if verdict is Verdict.INSUFFICIENT:
@@ -196,6 +216,14 @@ class Panel:
             self._set_thresholds()
         return alarms
 
+    def _new_shift(self) -> AnchorShift:
+        reference = self.profile.reference(Kind.ANCHOR_SHIFT) if self.profile else None
+        return AnchorShift(delta=TOLERATED, reference=reference) if reference else AnchorShift()
+
+    def _new_detachment(self) -> PromptDetachment:
+        reference = self.profile.reference(Kind.PROMPT_DETACHMENT) if self.profile else None
+        return PromptDetachment(delta=TOLERATED, reference=reference) if reference else PromptDetachment()
+
     def _prompt_of(self, seen: Observation) -> "_Prompt":
         """Looked at once: it does not change while the output grows."""
         if self._prompt is None:
@@ -203,6 +231,7 @@ class Panel:
             count = int(output[0]) if len(output) else seen.index
             roles, tokens = seen.roles[:count], np.diff(seen.starts[: count + 1])
             self._prompt = _Prompt(int(tokens[roles == Role.USER].sum()), bool((roles == Role.UNTRUSTED).any()))
+            self._set_thresholds()
         return self._prompt
 
     def _note(self, kind: Kind, index: int) -> None:
@@ -238,7 +267,10 @@ class Panel:
     def _set_thresholds(self) -> None:
         if self.profile is None:
             return
-        left = max(1, len(Kind) - len(self._raised))
+        possible = {kind for kind in Kind if self.profile.can_raise(kind)}
+        if self._prompt is not None and not self._prompt.untrusted:
+            possible -= {Kind.UNTRUSTED_ANCHOR}
+        left = max(1, len(possible - self._raised))
         for kind in Kind:
             self._detectors[kind].threshold = self.profile.threshold(kind, self.rate / left)
 

@@ -9,10 +9,13 @@ import json
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-VERSION = 1
+from stream_monitor.anchors.heads import NO_RECEIVERS, Head, Receivers
+from stream_monitor.anchors.reference import Moments, Reference
+
+VERSION = 2
 
 
 class ProfileError(ValueError):
@@ -30,6 +33,10 @@ class Profile:
         requests: n, requests it was made from.
         trimmed: highest scores left out per detector, as live traffic may hold what is looked for.
         highest: detector to the requests' highest scores, ascending, at most n.
+        receivers: (layer, query head) of the receiver heads, most peaked first; the scores are of these heads alone.
+            Empty: of all heads alike.
+        reliability: of the heads' kurtosis between two halves of the requests, see `heads.Receivers`; None if unknown.
+        references: detector to stratum to (number, mean, standard deviation) of its statistic, see `reference.py`.
     """
 
     model_name: str
@@ -38,6 +45,14 @@ class Profile:
     requests: int
     trimmed: int
     highest: Mapping[str, tuple[float, ...]]
+    receivers: tuple[Head, ...] = ()
+    reliability: float | None = None
+    references: Mapping[str, Mapping[str, Moments]] = field(default_factory=dict)
+
+    def reference(self, kind: str) -> Reference | None:
+        """What this detector's statistic is compared with; None where it is taken as it is."""
+        moments = self.references.get(kind)
+        return Reference(moments) if moments else None
 
     def p_value(self, kind: str, score: float) -> float:
         """Of a score by this detector, among the requests that it could score; 1 if it could score none."""
@@ -51,13 +66,18 @@ class Profile:
         allowed = math.floor(rate * (len(scores) + 1) + 1e-9) - 1
         return scores[-1 - allowed] if 0 <= allowed < len(scores) else math.inf
 
+    def can_raise(self, kind: str) -> bool:
+        """Whether this detector could score any request: else it is never raised and takes no part of the rate."""
+        return bool(self.highest.get(kind))
+
     def check(self, rate: float) -> None:
-        """Raises ProfileError where the profile is too small for a rate, divided among its detectors."""
-        least = math.ceil(len(self.highest) / rate - 1e-9) - 1
+        """Raises ProfileError where the profile is too small for a rate, divided among the detectors it can raise."""
+        count = max(1, sum(map(self.can_raise, self.highest)))
+        least = math.ceil(count / rate - 1e-9) - 1
         if self.requests - self.trimmed < least:
             raise ProfileError(
                 f"the profile of {self.model_name} is made from {self.requests - self.trimmed} requests; a rate of "
-                f"{rate:g} for {len(self.highest)} detectors needs {least}"
+                f"{rate:g} for {count} detectors needs {least}"
             )
 
     def write(self, path: Path) -> None:
@@ -77,7 +97,15 @@ class Profile:
             if version != VERSION:
                 raise ProfileError(f"{path} is a profile of version {version}; this program reads {VERSION}")
             highest = {kind: tuple(map(float, scores)) for kind, scores in content.pop("highest").items()}
-            found = cls(highest=highest, **content)
+            receivers = tuple((int(layer), int(head)) for layer, head in content.pop("receivers"))
+            references = {
+                kind: {
+                    name: (int(count), float(mean), float(deviation))
+                    for name, (count, mean, deviation) in known.items()
+                }
+                for kind, known in content.pop("references").items()
+            }
+            found = cls(highest=highest, receivers=receivers, references=references, **content)
         except OSError as error:
             raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -91,6 +119,8 @@ class Profile:
         ordered = all(list(scores) == sorted(scores) for scores in self.highest.values())
         numbers = all(math.isfinite(score) for scores in self.highest.values() for score in scores)
         few = all(len(scores) <= self.requests - self.trimmed for scores in self.highest.values())
+        moments = [one for known in self.references.values() for one in known.values()]
+        numbers &= all(math.isfinite(mean) and 0 <= deviation < math.inf for _, mean, deviation in moments)
         named = isinstance(self.model_name, str) and isinstance(self.capture, str)
         if not (ordered and numbers and few and named and 0 <= self.trimmed <= self.requests):
             raise ProfileError(f"{path} was changed by hand: its numbers do not fit each other")
@@ -103,6 +133,8 @@ def make_profile(
     highest: Mapping[str, Sequence[float]],
     requests: int,
     trim: float = 0.0,
+    receivers: Receivers = NO_RECEIVERS,
+    references: Mapping[str, Mapping[str, Moments]] | None = None,
 ) -> Profile:
     """From the highest scores of n requests.
 
@@ -112,6 +144,7 @@ def make_profile(
         requests: n, all of them.
         trim: share of the requests whose scores are left out, the highest of each detector: live traffic is not known
             to be without cause.
+        receivers, references: that the scores were made with.
 
     Raises:
         ProfileError: there are no requests, or `trim` is out of its range.
@@ -122,4 +155,5 @@ def make_profile(
         raise ProfileError(f"trim is {trim}; valid: 0 to below 0.5")
     cut = math.floor(trim * requests)
     kept = {kind: tuple(sorted(map(float, scores))[: max(0, len(scores) - cut)]) for kind, scores in highest.items()}
-    return Profile(model_name, capture, made_unix, requests, cut, kept)
+    reliability = receivers.reliability if math.isfinite(receivers.reliability) else None
+    return Profile(model_name, capture, made_unix, requests, cut, kept, receivers.heads, reliability, references or {})

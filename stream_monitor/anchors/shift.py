@@ -4,7 +4,9 @@ import numpy as np
 
 from stream_monitor.anchors.matrix import Mass, Positions, SparseMass
 from stream_monitor.anchors.page_hinkley import RiseDetector
+from stream_monitor.anchors.reference import Reference, Stratum
 from stream_monitor.anchors.verdict import Verdict
+from stream_monitor.records import Role
 
 _LEAST = 1e-300
 """Halved, a smaller share may be 0, and it adds nothing."""
@@ -51,6 +53,8 @@ class AnchorShift(RiseDetector):
     min_mass
         Share of attention that candidates must hold before normalising it means anything; also the part of that mass
         which must lie on the common support.
+    reference
+        Of a profile: divergences are then standardised by it, and `delta` and `threshold` are in standard deviations.
 
     Examples
     --------
@@ -72,25 +76,28 @@ class AnchorShift(RiseDetector):
         threshold: float = 0.5,
         min_rows: int = 2,
         min_mass: float = 0.02,
+        reference: Reference | None = None,
     ) -> None:
         super().__init__(warm_up, delta, threshold)
         self.warm_up = warm_up
         self.weight = weight
         self.min_rows = min_rows
         self.min_mass = min_mass
+        self.normal = reference
         self.divergence = 0.0
         self.entering = 0.0
         self.reference = self.before = SparseMass.of(np.zeros(0))
         self._known = 0
         self._scored = 0
 
-    def update(self, mass: SparseMass, candidates: int, rows: int) -> Verdict:
+    def update(self, mass: SparseMass, candidates: int, rows: int, role: int = Role.REASONING) -> Verdict:
         """Take in one sentence; `before` is the reference it was compared with.
 
         Args:
             mass: share of the sentence's attention on each earlier sentence.
             candidates: number of the sentences it may rest on; all columns are below it.
             rows: captured rows the sentence has.
+            role: `summary.proto` Role of the sentence.
         """
         total = mass.total
         if rows < self.min_rows or total < self.min_mass:
@@ -109,7 +116,8 @@ class AnchorShift(RiseDetector):
             return Verdict.INSUFFICIENT
         _, one, other = _side_by_side(ours, theirs)
         self.divergence = jensen_shannon(one / shared, other / held)
-        self._test.update(self.divergence)
+        stratum = Stratum.of(rows, candidates, role)
+        self._test.update(self.normal.standardise(self.divergence, stratum) if self.normal else self.divergence)
         self._scored += 1
         if self.drift_detected:
             self.reference = current

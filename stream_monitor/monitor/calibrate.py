@@ -1,13 +1,20 @@
 """`stream-monitor calibrate`: a profile from the requests that a running monitor holds."""
 
 import time
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from stream_monitor.anchors.panel import Kind
-from stream_monitor.anchors.profile import Profile, ProfileError, make_profile
-from stream_monitor.monitor.client import all_requests, asking
-from stream_monitor.v1alpha1 import monitor_pb2
+import grpc
+import numpy as np
+
+from stream_monitor.anchors.calibration import Served, calibrated
+from stream_monitor.anchors.heads import HeadShares
+from stream_monitor.anchors.profile import Profile, ProfileError
+from stream_monitor.monitor.client import DEADLINE_SECONDS, all_requests, asking
+from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
+
+MOST_REQUESTS = 4096
+"""Newest requests that a profile is made of: their attention by head is held in memory, some 200 kB each."""
 
 
 def calibrate(target: str, out: Path, model_name: str, trim: float) -> str:
@@ -24,24 +31,19 @@ def calibrate(target: str, out: Path, model_name: str, trim: float) -> str:
         ProfileError: there is nothing to calibrate from, or the requests are of several models or captures.
     """
     with asking(target) as service:
-        requests = [info for info in all_requests(service, model_name) if _is_whole(info)]
-    kinds = sorted({(info.model_name, info.capture) for info in requests})
-    if len(kinds) > 1:
-        models = sorted({name for name, _ in kinds})
-        raise ProfileError(
-            f"the monitor holds requests of several models ({', '.join(models)}); name one with --model-name"
-            if len(models) > 1
-            else f"{models[0]} is captured in {len(kinds)} ways; restart the monitor after a change of the capture"
-        )
+        infos = [info for info in all_requests(service, model_name) if _is_whole(info)][:MOST_REQUESTS]
+        kinds = sorted({(info.model_name, info.capture) for info in infos})
+        if len(kinds) > 1:
+            models = sorted({name for name, _ in kinds})
+            raise ProfileError(
+                f"the monitor holds requests of several models ({', '.join(models)}); name one with --model-name"
+                if len(models) > 1
+                else f"{models[0]} is captured in {len(kinds)} ways; restart the monitor after a change of the capture"
+            )
+        requests = [request for info in infos if (request := _asked(service, info)) is not None]
     if not requests:
         raise ProfileError("the monitor holds no finished request that was captured; send it some traffic first")
-    highest: dict[str, list[float]] = defaultdict(list)
-    for info in requests:
-        for score in info.scores:
-            name = monitor_pb2.EventKind.Name(score.kind).removeprefix("EVENT_KIND_")
-            highest[Kind[name].value].append(score.highest)
-    every = {kind.value: highest[kind.value] for kind in Kind}
-    profile = make_profile(*kinds[0], int(time.time()), every, len(requests), trim)
+    profile = calibrated(*kinds[0], int(time.time()), requests, trim)
     profile.write(out)
     return _told(profile, out)
 
@@ -56,17 +58,52 @@ def _is_whole(info: monitor_pb2.RequestInfo) -> bool:
     )
 
 
+def _asked(service: monitor_pb2_grpc.MonitorServiceStub, info: monitor_pb2.RequestInfo) -> Served | None:
+    """What the monitor holds of a request; None if it is gone by now."""
+    asked = monitor_pb2.GetTraceRequest(
+        request_id=info.key.request_id, engine_instance=info.key.engine_instance, with_heads=True
+    )
+    try:
+        return served(service.GetTrace(asked, timeout=DEADLINE_SECONDS))
+    except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.NOT_FOUND:
+            return None
+        raise
+
+
+def served(trace: monitor_pb2.GetTraceResponse) -> Served:
+    """A trace that was asked for with its heads, as calibration takes it."""
+    rows = np.frombuffer(trace.captured_rows, "<u4").astype(np.int64)
+    of_entry = np.frombuffer(trace.head_row, "<u4")
+    columns = np.frombuffer(trace.head_column, "<u4")
+    heads = np.frombuffer(trace.head_index, np.uint8)
+    shares = np.frombuffer(trace.head_share, "<f4")
+    output = [one.index for one in trace.sentences if one.first_token >= trace.info.prompt_tokens and rows[one.index]]
+    edges = np.searchsorted(of_entry, [*output, len(rows)])
+    lock = [one.highest for one in trace.info.scores if one.kind == monitor_pb2.EVENT_KIND_ANCHOR_LOCK]
+    return Served(
+        heads=[(one.head.layer, one.head.query_head) for one in trace.heads],
+        roles=np.array([one.role for one in trace.sentences], np.uint8),
+        starts=np.array([one.first_token for one in trace.sentences], np.int64),
+        rows=rows,
+        shares=[
+            (index, HeadShares(heads[start:end], columns[start:end], shares[start:end]))
+            for index, start, end in zip(output, edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+        ],
+        lock=lock[0] if lock else None,
+    )
+
+
 def _told(profile: Profile, out: Path) -> str:
-    used = profile.requests - profile.trimmed
     lines = [f"{out}: {profile.model_name}, capture {profile.capture}, {profile.requests} requests"]
+    lines += [_heads_told(profile)]
     for kind, scores in profile.highest.items():
         lines.append(
             f"  {kind}: {len(scores)} requests could be scored, the highest {scores[-1]:.3g}"
             if scores
             else f"  {kind}: no request could be scored; it will not be raised"
         )
-    least = len(profile.highest) / (used + 1)
-    lines.append(f"the lowest false_alarm_rate that these requests can tell of is {least:.2g}")
+    lines.append(f"the lowest false_alarm_rate that these requests can tell of is {_lowest_rate(profile):.2g}")
     if profile.trimmed:
         lines.append(
             f"the {profile.trimmed} highest scores of each detector are left out: live traffic may hold what is looked "
@@ -75,3 +112,18 @@ def _told(profile: Profile, out: Path) -> str:
     else:
         lines.append("nothing is left out: if some of these requests hold what is looked for, findings will be missed")
     return "\n".join(lines)
+
+
+def _lowest_rate(profile: Profile) -> float:
+    detectors: Sequence[str] = [kind for kind in profile.highest if profile.can_raise(kind)]
+    return len(detectors) / (profile.requests - profile.trimmed + 1)
+
+
+def _heads_told(profile: Profile) -> str:
+    if profile.reliability is None:
+        return "  heads: the requests are too short or too few to tell receiver heads; all count alike"
+    alike = f"between two halves of the requests the heads' kurtosis correlates with {profile.reliability:.2f}"
+    if not profile.receivers:
+        return f"  heads: {alike}, too little to choose by; all count alike"
+    named = ", ".join(f"{layer}.{head}" for layer, head in profile.receivers)
+    return f"  heads: {alike}; {len(profile.receivers)} receiver heads count (layer.head): {named}"

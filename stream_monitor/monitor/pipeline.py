@@ -101,7 +101,8 @@ class Pipeline:
     def _score(self, trace: RequestTrace, now: int) -> None:
         for index in trace.settle():
             row = trace.sentence_row(index)
-            seen = trace.observation(index, row)
+            shares = trace.close_heads(index)
+            seen = trace.observation(index, row, shares)
             alarms = trace.panel.update(seen)
             mass = seen.mass.before(index - ANCHOR_GAP + 1)
             heaviest = views.anchors(trace, mass)[:1]
@@ -115,7 +116,7 @@ class Pipeline:
             for role, share in enumerate(np.bincount(seen.roles[mass.columns], mass.shares)):
                 self.metrics.anchor_mass.labels(*trace.labels, ROLES[role]).inc(share)
             for alarm in alarms:
-                finding = views.alarm_event(trace, index, alarm, row.unobserved, now)
+                finding = views.alarm_event(trace, index, alarm, shares, row.unobserved, now)
                 trace.findings.append(finding)
                 trace.finding_count += 1
                 name = monitor_pb2.EventKind.Name(finding.kind).removeprefix("EVENT_KIND_")

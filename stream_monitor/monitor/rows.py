@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,25 @@ ROUNDING = 0.05
 """How far kept + forced + unobserved + learned sink may be from 1: float16 logarithms are off by up to 0.4% each."""
 
 
+class HeadEntries(NamedTuple):
+    """A row's mass, head by head: n entries.
+
+    Attributes:
+        heads: uint16 [n], places among the (layer, head) pairs of the row's sources, in their order.
+        places: uint32 [n], places in the row's `keys`; once the row is folded, numbers of sentences.
+        mass: float32 [n].
+    """
+
+    heads: NDArray[np.uint16]
+    places: NDArray[np.uint32]
+    mass: NDArray[np.float32]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the three arrays."""
+        return self.heads.nbytes + self.places.nbytes + self.mass.nbytes
+
+
 @dataclass(slots=True)
 class Row:
     """One query token, summed (not averaged) over the layers and heads of the ranks that reported it.
@@ -35,6 +54,7 @@ class Row:
         heads: (layer, head) pairs summed.
         sources: who reported it: (rank, heads), the unit of the ledger.
         sink: mass on the first token, summed over heads: the attention sink.
+        by_head: which head gave how much to which key; None once its sentence was scored.
         lag, lag_mass: tokens back to the key at least `MIN_LAG` back that got most mass, the first tokens aside, and
             that mass; 0 if there is none. Of two ranks' shares of a row the heavier one's.
     """
@@ -51,6 +71,12 @@ class Row:
     sink: float = 0.0
     lag: int = 0
     lag_mass: float = 0.0
+    by_head: HeadEntries | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Of its arrays."""
+        return self.keys.nbytes + self.mass.nbytes + (self.by_head.nbytes if self.by_head else 0)
 
     def shares_source(self, other: "Row") -> bool:
         """Whether one rank reported both, so that they are one row sent twice and not two parts of a row."""
@@ -58,10 +84,18 @@ class Row:
 
     def joined(self, other: "Row") -> "Row":
         """This row with another rank's share of it added."""
-        keys, mass = sum_by_key(
+        keys, mass, places = sum_by_key(
             np.concatenate([self.keys, other.keys]).astype(np.int64),
             np.concatenate([self.mass, other.mass]).astype(np.float64),
         )
+        by_head = None
+        if self.by_head and other.by_head:
+            ours, theirs = self.by_head, other.by_head
+            by_head = HeadEntries(
+                np.concatenate([ours.heads, theirs.heads + np.uint16(self.heads)]),
+                places[np.concatenate([ours.places, theirs.places + len(self.keys)])].astype(np.uint32),
+                np.concatenate([ours.mass, theirs.mass]),
+            )
         return Row(
             self.request_id,
             self.position,
@@ -74,6 +108,7 @@ class Row:
             self.sources + other.sources,
             self.sink + other.sink,
             *max((self.lag, self.lag_mass), (other.lag, other.lag_mass), key=lambda far: far[1]),
+            by_head,
         )
 
 
@@ -129,8 +164,13 @@ def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tupl
         raise invalid("value", "rows: kept, forced, unobserved and learned sink shares do not sum to 1")
     # One sort for all rows: the row number stands above the bits of the position.
     row_of = np.broadcast_to(np.arange(count)[:, None, None, None], keys.shape)
-    combined, mass = sum_by_key(row_of[used] * MAX_POSITION + keys[used], shares[used])
+    rows_used, shares_used = row_of[used], shares[used]
+    combined, mass, places = sum_by_key(rows_used * MAX_POSITION + keys[used], shares_used)
     edges = np.searchsorted(combined, np.arange(count + 1) * MAX_POSITION)
+    heads = np.arange(lead[1] * lead[2], dtype=np.uint16).reshape(lead[1], lead[2], 1)
+    heads_used = np.broadcast_to(heads, keys.shape)[used]
+    places -= edges[rows_used]
+    ends = np.concatenate([[0], np.cumsum(used.sum(axis=(1, 2, 3)))])
     distinct = (combined % MAX_POSITION).astype(np.uint32)
     rest_of = rest.sum(axis=(1, 2))
     return [
@@ -146,6 +186,11 @@ def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tupl
                 float(rest_of[row]),
                 lead[1] * lead[2],
                 sources,
+                by_head=HeadEntries(
+                    heads_used[ends[row] : ends[row + 1]].copy(),
+                    places[ends[row] : ends[row + 1]].astype(np.uint32),
+                    shares_used[ends[row] : ends[row + 1]].astype(np.float32),
+                ),
             )
         )
         for row in range(count)

@@ -79,7 +79,7 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION, f"{len(found)} traces carry {request.request_id!r}: {keys}"
             )
-        return views.full(found[0])
+        return views.full(found[0], request.with_heads)
 
     async def ListRequests(
         self, request: monitor_pb2.ListRequestsRequest, context: Context

@@ -8,18 +8,19 @@ replace the one it repeats.
 import bisect
 from array import array
 from collections import deque
-from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from stream_monitor.anchors.matrix import SparseMass, fold
+from stream_monitor.anchors.heads import HeadShares, weights
+from stream_monitor.anchors.matrix import fold, sentences_of
 from stream_monitor.anchors.panel import Observation, Panel
 from stream_monitor.anchors.sentences import SentenceBuilder, Span, coarsen, prompt_sentences
 from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.ledger import CHUNK, TOKEN
 from stream_monitor.monitor.ranks import Labels, Rank
+from stream_monitor.monitor.request_heads import RequestHeads, fold_entries
 from stream_monitor.monitor.rows import Row
+from stream_monitor.monitor.sentence_row import SentenceRow
 from stream_monitor.monitor.text import TokenText
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 
@@ -30,27 +31,6 @@ MAX_FINDINGS = 64
 
 _TRACE_BYTES, _SPAN_BYTES, _ROW_BYTES = 4096, 136, 560
 """Sizes of the Python objects, by tracemalloc on 64-bit CPython 3.11, for the memory bound."""
-
-
-@dataclass(slots=True)
-class SentenceRow:
-    """One row of the sentence matrix: the mean over the rows captured in a sentence.
-
-    Attributes:
-        columns: uint32 [n], sentences that got mass, ascending. shares: float64 [n].
-        unobserved: mean share the search did not observe; NaN without rows.
-        rows: captured rows.
-        sink: mean share on the first token, which is in `shares` too.
-        lags: int64 [rows], and lag_shares: float64 [rows], see `Row`.
-    """
-
-    columns: NDArray[np.uint32]
-    shares: NDArray[np.float64]
-    unobserved: float
-    rows: int
-    sink: float
-    lags: NDArray[np.int64]
-    lag_shares: NDArray[np.float64]
 
 
 class RequestTrace:
@@ -83,7 +63,8 @@ class RequestTrace:
         self.text = TokenText()
         self.capture = ""
         self.top_anchor: tuple[int, float] | None = None
-        self.bytes = _TRACE_BYTES
+        self.heads = RequestHeads()
+        self._bytes = _TRACE_BYTES
         self.token_source: Rank | None = None
         self._starts = array("q")
         self._closed_ns = array("q")
@@ -95,6 +76,11 @@ class RequestTrace:
         self._newest_row = -1
         self._settled = 0
         self._prompt_split = False
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all of it, estimated."""
+        return self._bytes + self.heads.bytes
 
     @property
     def missing_tokens(self) -> int:
@@ -127,7 +113,7 @@ class RequestTrace:
         assert self._builder is not None
         before = self._builder.end
         if len(self.spans) < self.max_sentences:
-            self.bytes += self.text.put(run.first_position, run.token_ids, run.flags)
+            self._bytes += self.text.put(run.first_position, run.token_ids, run.flags)
         for span in self._builder.extend(run.first_position, run.flags):
             self._close(span)
         self.output_tokens += min(len(run.flags), self._builder.end - before)
@@ -176,10 +162,8 @@ class RequestTrace:
 
     def sentence_row(self, index: int) -> SentenceRow:
         """Row `index` of the sentence matrix, averaged over the heads of each row, then over the rows."""
-        span = self.spans[index]
-        low, high = (bisect.bisect_left(self._positions, edge) for edge in (span.start, span.end))
         sums = np.zeros(index + 1)
-        rows = [row for position in self._positions[low:high] if (row := self._kept[position][0]).heads]
+        rows = self._rows_of(index)
         for row in rows:
             _, columns, mass = self._kept[row.position]
             sums[np.frombuffer(columns, np.uint32)] += np.frombuffer(mass, np.float32) / row.heads
@@ -199,14 +183,24 @@ class RequestTrace:
         """When the step ran that closed sentence `index`: Unix time in nanoseconds, by the engine host's clock."""
         return self._closed_ns[index]
 
-    def observation(self, index: int, row: SentenceRow) -> Observation:
-        """What detectors are shown of sentence `index`, whose row of the matrix is `row`."""
-        mass = SparseMass(row.columns.astype(np.int64), row.shares.copy())
-        if len(row.columns) and row.columns[0] == 0:
-            mass.shares[0] = max(0.0, mass.shares[0] - row.sink)
+    def _rows_of(self, index: int) -> list[Row]:
+        """Kept rows of a sentence, by position."""
+        span = self.spans[index]
+        low, high = (bisect.bisect_left(self._positions, edge) for edge in (span.start, span.end))
+        return [row for position in self._positions[low:high] if (row := self._kept[position][0]).heads]
+
+    def close_heads(self, index: int) -> HeadShares:
+        """Join what the rows of a settled sentence say of the heads, once; the rows keep only their sums."""
+        rows = self._rows_of(index)
+        self._bytes -= sum(row.by_head.nbytes for row in rows if row.by_head)
+        return self.heads.close(index, rows)
+
+    def observation(self, index: int, row: SentenceRow, shares: HeadShares) -> Observation:
+        """What detectors are shown of sentence `index`: its row of the matrix, and its shares by head, of which the
+        profile's receiver heads count, or all alike."""
         return Observation(
             index=index,
-            mass=mass,
+            mass=shares.mean_over(weights(self.heads.heads, self.panel.receivers)),
             # Copies: what is lent out could not grow.
             roles=np.frombuffer(self._roles, np.uint8)[: index + 1].copy(),
             starts=np.frombuffer(self._starts, np.int64)[: index + 1].copy(),
@@ -222,7 +216,7 @@ class RequestTrace:
         return [position for position, _ in pairs], [attempt for _, attempt in pairs]
 
     def _take_prompt_text(self, started: summary_pb2.RequestStarted) -> None:
-        self.bytes += self.text.put(0, started.prompt_token_ids, started.prompt_flags)
+        self._bytes += self.text.put(0, started.prompt_token_ids, started.prompt_flags)
 
     def _split_prompt(self, started: summary_pb2.RequestStarted, keep: int) -> None:
         """Sentences of the prompt, from the end of the first `keep` sentences held."""
@@ -263,15 +257,22 @@ class RequestTrace:
             return
         else:
             self._pending[row.position] = row
-            self.bytes += _ROW_BYTES + row.keys.nbytes + row.mass.nbytes
+            self._bytes += _ROW_BYTES + row.nbytes
         self.token_rows += row.token
 
     def _fold(self, row: Row) -> None:
-        columns, mass = fold(row.keys, row.mass, np.frombuffer(self._starts, np.int64))
+        of_keys = sentences_of(row.keys, np.frombuffer(self._starts, np.int64))
+        scored = self.spans[self._settled - 1].end if self._settled else 0
+        if row.by_head and row.position >= scored:
+            row.by_head = fold_entries(row.by_head, of_keys, bool(len(row.keys) and row.keys[0] == 0))
+        else:
+            # Its sentence was scored before, or is the prompt's.
+            row.by_head = None
+        columns, mass = fold(of_keys, row.mass)
         row.keys, row.mass = _NO_KEYS, _NO_MASS
         self._kept[row.position] = (row, columns.tobytes(), mass.tobytes())
         bisect.insort(self._positions, row.position)
-        self.bytes += _ROW_BYTES + columns.nbytes + mass.nbytes
+        self._bytes += _ROW_BYTES + row.nbytes + columns.nbytes + mass.nbytes
 
     def _join(self, held: Row, row: Row) -> None:
         folded = self._kept.get(row.position)
@@ -281,6 +282,7 @@ class RequestTrace:
             _, columns, mass = folded
             held.keys = np.frombuffer(self._starts, np.int64)[np.frombuffer(columns, np.uint32)].astype(np.uint32)
             held.mass = np.frombuffer(mass, np.float32)
+            held.by_head = None
         self._insert(held.joined(row))
 
     def _close(self, span: Span) -> None:
@@ -292,7 +294,7 @@ class RequestTrace:
             self._starts.append(span.start)
             self._closed_ns.append(self.last_seen_ns)
             self._roles.append(span.role)
-            self.bytes += _SPAN_BYTES
+            self._bytes += _SPAN_BYTES
         for position in [p for p in self._pending if p < span.end]:
             if full:
                 self._remove(position, "sentence_limit")
@@ -303,7 +305,7 @@ class RequestTrace:
         """Forget everything from position `end` on; the sentence that holds it is open again."""
         self._discard_from(end, "readded")
         self._drop_spans(sum(span.end <= end for span in self.spans))
-        self.bytes += self.text.cut(end)
+        self._bytes += self.text.cut(end)
         self._newest_row = min(self._newest_row, end - 1)
         # Sentences the reference knows may be gone.
         self.panel, self.top_anchor = self.panel.fresh(), None
@@ -314,7 +316,8 @@ class RequestTrace:
             self._starts.pop()
             self._closed_ns.pop()
             self._roles.pop()
-            self.bytes -= _SPAN_BYTES
+            self._bytes -= _SPAN_BYTES
+        self.heads.drop_from(keep)
 
     def _discard_from(self, end: int, reason: str = "past_end") -> None:
         for position in self._positions[bisect.bisect_left(self._positions, end) :]:
@@ -328,11 +331,11 @@ class RequestTrace:
     def _pop(self, position: int) -> Row:
         row = self._pending.pop(position, None)
         if row is not None:
-            self.bytes -= _ROW_BYTES + row.keys.nbytes + row.mass.nbytes
+            self._bytes -= _ROW_BYTES + row.nbytes
         else:
             row, columns, mass = self._kept.pop(position)
             del self._positions[bisect.bisect_left(self._positions, position)]
-            self.bytes -= _ROW_BYTES + len(columns) + len(mass)
+            self._bytes -= _ROW_BYTES + row.nbytes + len(columns) + len(mass)
         self.token_rows -= row.token
         return row
 

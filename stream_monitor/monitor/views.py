@@ -2,8 +2,10 @@
 
 import numpy as np
 
+from stream_monitor.anchors.heads import HeadShares
 from stream_monitor.anchors.matrix import SparseMass, vertical_scores
 from stream_monitor.anchors.panel import Alarm, Kind
+from stream_monitor.monitor.head_views import add_heads, carriers
 from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.text import shortened
 from stream_monitor.monitor.trace import RequestTrace
@@ -74,15 +76,15 @@ def info(trace: RequestTrace) -> monitor_pb2.RequestInfo:
     )
 
 
-def full(trace: RequestTrace) -> monitor_pb2.GetTraceResponse:
-    """The whole trace with its matrix."""
+def full(trace: RequestTrace, with_heads: bool = False) -> monitor_pb2.GetTraceResponse:
+    """The whole trace with its matrix, and that of every head if asked for."""
     rows = [trace.sentence_row(index) for index in range(len(trace.spans))]
     row_index = np.repeat(np.arange(len(rows), dtype=np.uint32), [len(row.columns) for row in rows])
     columns = np.concatenate([np.zeros(0, np.uint32), *(row.columns for row in rows)])
     shares = np.concatenate([np.zeros(0), *(row.shares for row in rows)])
     captured = np.array([row.rows for row in rows], "<u4")
     positions, attempts = trace.token_row_keys()
-    return monitor_pb2.GetTraceResponse(
+    response = monitor_pb2.GetTraceResponse(
         info=info(trace),
         sentences=[whole_sentence(trace, index) for index in range(len(trace.spans))],
         matrix_row=row_index.astype("<u4").tobytes(),
@@ -95,6 +97,8 @@ def full(trace: RequestTrace) -> monitor_pb2.GetTraceResponse:
         row_attempts=np.array(attempts, "<u4").tobytes(),
         events=trace.findings,
     )
+    add_heads(trace, response, with_heads)
+    return response
 
 
 def event_ids(event: monitor_pb2.Event) -> frozenset[str]:
@@ -135,8 +139,10 @@ def sentence_event(
     return event
 
 
-def alarm_event(trace: RequestTrace, index: int, alarm: Alarm, unobserved: float, now_ns: int) -> monitor_pb2.Event:
-    """A finding at sentence `index`, right after the detectors took it in."""
+def alarm_event(
+    trace: RequestTrace, index: int, alarm: Alarm, shares: HeadShares, unobserved: float, now_ns: int
+) -> monitor_pb2.Event:
+    """A finding at sentence `index`, which has these shares by head, right after the detectors took it in."""
     event = sentence_event(trace, index, alarm.now, unobserved, now_ns)
     event.kind = getattr(monitor_pb2, f"EVENT_KIND_{alarm.kind.name}")
     event.severity = monitor_pb2.SEVERITY_WARNING
@@ -145,6 +151,8 @@ def alarm_event(trace: RequestTrace, index: int, alarm: Alarm, unobserved: float
     if alarm.p_value is not None:
         event.p_value = alarm.p_value
     event.began.CopyFrom(sentence(trace, alarm.began))
+    moved_to = np.array(sorted(anchor.sentence.index for anchor in event.to_anchors), np.int64)
+    event.heads.extend(carriers(trace, alarm, moved_to, shares))
     event.summary = _summary(event, index, alarm)
     return event
 

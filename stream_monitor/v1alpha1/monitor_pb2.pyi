@@ -194,6 +194,57 @@ class Anchor(_message.Message):
 Global___Anchor: _TypeAlias = Anchor  # noqa: Y015
 
 @_typing.final
+class Head(_message.Message):
+    """One query head of a watched layer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    QUERY_HEAD_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    query_head: _builtins.int
+    """Counted over the whole layer, all ranks together."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        query_head: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "query_head", b"query_head"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Head: _TypeAlias = Head  # noqa: Y015
+
+@_typing.final
+class HeadShare(_message.Message):
+    """What a head has to do with an event."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    share: _builtins.float
+    """Its part of what is said of all heads, in [0, 1]."""
+    @_builtins.property
+    def head(self) -> Global___Head: ...
+    def __init__(
+        self,
+        *,
+        head: Global___Head | None = ...,
+        share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "share", b"share"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeadShare: _TypeAlias = HeadShare  # noqa: Y015
+
+@_typing.final
 class Event(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -213,6 +264,7 @@ class Event(_message.Message):
     UNOBSERVED_SHARE_FIELD_NUMBER: _builtins.int
     P_VALUE_FIELD_NUMBER: _builtins.int
     BEGAN_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
     kind: Global___EventKind.ValueType
     severity: Global___Severity.ValueType
     external_id: _builtins.str
@@ -252,6 +304,13 @@ class Event(_message.Message):
     def began(self) -> Global___Sentence:
         """The sentence where it began, at or before `sentence`."""
 
+    @_builtins.property
+    def heads(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadShare]:
+        """The heads that carry it, heaviest first, at most 5. ANCHOR_SHIFT: by how much more each reads `to_anchors` than it
+        did in the sentences before. PROMPT_DETACHMENT: by how much less it reads the user's prompt. The others: by how much
+        it reads `to_anchors`.
+        """
+
     def __init__(
         self,
         *,
@@ -271,10 +330,11 @@ class Event(_message.Message):
         unobserved_share: _builtins.float = ...,
         p_value: _builtins.float | None = ...,
         began: Global___Sentence | None = ...,
+        heads: _abc.Iterable[Global___HeadShare] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "key", b"key", "p_value", b"p_value", "sentence", b"sentence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "engine", b"engine", "external_id", b"external_id", "from_anchors", b"from_anchors", "key", b"key", "kind", b"kind", "model_name", b"model_name", "p_value", b"p_value", "score", b"score", "sentence", b"sentence", "severity", b"severity", "summary", b"summary", "threshold", b"threshold", "to_anchors", b"to_anchors", "unobserved_share", b"unobserved_share", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "engine", b"engine", "external_id", b"external_id", "from_anchors", b"from_anchors", "heads", b"heads", "key", b"key", "kind", b"kind", "model_name", b"model_name", "p_value", b"p_value", "score", b"score", "sentence", b"sentence", "severity", b"severity", "summary", b"summary", "threshold", b"threshold", "to_anchors", b"to_anchors", "unobserved_share", b"unobserved_share", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__p_value: _TypeAlias = _typing.Literal["p_value"]  # noqa: Y015
     _WhichOneofArgType__p_value: _TypeAlias = _typing.Literal["_p_value", b"_p_value"]  # noqa: Y015
@@ -396,27 +456,61 @@ class GetTraceRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     ENGINE_INSTANCE_FIELD_NUMBER: _builtins.int
     SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
+    WITH_HEADS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Internal or external request id."""
     engine_instance: _builtins.str
     """Narrow the choice where request_id alone is ambiguous."""
     sample_index: _builtins.int
+    with_heads: _builtins.bool
+    """Send the sentence matrix of every head too."""
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         engine_instance: _builtins.str = ...,
         sample_index: _builtins.int | None = ...,
+        with_heads: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_sample_index", b"_sample_index", "sample_index", b"sample_index"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sample_index", b"_sample_index", "engine_instance", b"engine_instance", "request_id", b"request_id", "sample_index", b"sample_index"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sample_index", b"_sample_index", "engine_instance", b"engine_instance", "request_id", b"request_id", "sample_index", b"sample_index", "with_heads", b"with_heads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__sample_index: _TypeAlias = _typing.Literal["sample_index"]  # noqa: Y015
     _WhichOneofArgType__sample_index: _TypeAlias = _typing.Literal["_sample_index", b"_sample_index"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_index) -> _WhichOneofReturnType__sample_index | None: ...
 
 Global___GetTraceRequest: _TypeAlias = GetTraceRequest  # noqa: Y015
+
+@_typing.final
+class TraceHead(_message.Message):
+    """One watched head over the whole trace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEAD_FIELD_NUMBER: _builtins.int
+    KURTOSIS_FIELD_NUMBER: _builtins.int
+    RECEIVER_FIELD_NUMBER: _builtins.int
+    kurtosis: _builtins.float
+    """Excess kurtosis (Fisher, biased) of its vertical scores over the output's sentences; NaN with fewer than 12 of them."""
+    receiver: _builtins.bool
+    """Whether it is a receiver head of this model's profile."""
+    @_builtins.property
+    def head(self) -> Global___Head: ...
+    def __init__(
+        self,
+        *,
+        head: Global___Head | None = ...,
+        kurtosis: _builtins.float = ...,
+        receiver: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["head", b"head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["head", b"head", "kurtosis", b"kurtosis", "receiver", b"receiver"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceHead: _TypeAlias = TraceHead  # noqa: Y015
 
 @_typing.final
 class GetTraceResponse(_message.Message):
@@ -433,6 +527,13 @@ class GetTraceResponse(_message.Message):
     ROW_POSITIONS_FIELD_NUMBER: _builtins.int
     ROW_ATTEMPTS_FIELD_NUMBER: _builtins.int
     EVENTS_FIELD_NUMBER: _builtins.int
+    HEADS_FIELD_NUMBER: _builtins.int
+    RECEIVER_SCORE_FIELD_NUMBER: _builtins.int
+    CORRECTED_SCORE_FIELD_NUMBER: _builtins.int
+    HEAD_ROW_FIELD_NUMBER: _builtins.int
+    HEAD_COLUMN_FIELD_NUMBER: _builtins.int
+    HEAD_INDEX_FIELD_NUMBER: _builtins.int
+    HEAD_SHARE_FIELD_NUMBER: _builtins.int
     matrix_row: _builtins.bytes
     """The sentence matrix in coordinate form: n entries, query sentence row[i] gave share[i] of its mass to sentence
     column[i]. uint32[n], uint32[n], float32[n]. Shares of a row and its unobserved share sum to 1; what
@@ -450,6 +551,22 @@ class GetTraceResponse(_message.Message):
     """uint32[m], ascending: positions of the kept rows from which a token was sampled."""
     row_attempts: _builtins.bytes
     """uint32[m]: their attempts."""
+    receiver_score: _builtins.bytes
+    """float32[sentences]: vertical score by the receiver heads of the profile, by all heads where it names none, from the
+    output's sentences, the mass on the first token (attention sink) left out; NaN without such.
+    """
+    corrected_score: _builtins.bytes
+    """float32[sentences]: the same corrected for proximity, over what a sentence gets that is looked at from the same
+    distances, on average in this trace: 1 is as much as any other. NaN without.
+    """
+    head_row: _builtins.bytes
+    """With GetTraceRequest.with_heads, in coordinate form: n entries, in query sentence head_row[i], head head_index[i]
+    (place in `heads`) gave head_share[i] of its mass to sentence head_column[i], the first token left out. uint32[n],
+    uint32[n], uint8[n], float32[n]. Sentences of the output alone.
+    """
+    head_column: _builtins.bytes
+    head_index: _builtins.bytes
+    head_share: _builtins.bytes
     @_builtins.property
     def info(self) -> Global___RequestInfo: ...
     @_builtins.property
@@ -457,6 +574,10 @@ class GetTraceResponse(_message.Message):
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]:
         """The newest 64 findings."""
+
+    @_builtins.property
+    def heads(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceHead]:
+        """Heads that are told apart: all watched ones, at most 256."""
 
     def __init__(
         self,
@@ -472,10 +593,17 @@ class GetTraceResponse(_message.Message):
         row_positions: _builtins.bytes = ...,
         row_attempts: _builtins.bytes = ...,
         events: _abc.Iterable[Global___Event] | None = ...,
+        heads: _abc.Iterable[Global___TraceHead] | None = ...,
+        receiver_score: _builtins.bytes = ...,
+        corrected_score: _builtins.bytes = ...,
+        head_row: _builtins.bytes = ...,
+        head_column: _builtins.bytes = ...,
+        head_index: _builtins.bytes = ...,
+        head_share: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["info", b"info"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["captured_rows", b"captured_rows", "events", b"events", "info", b"info", "matrix_column", b"matrix_column", "matrix_row", b"matrix_row", "matrix_share", b"matrix_share", "row_attempts", b"row_attempts", "row_positions", b"row_positions", "sentences", b"sentences", "unobserved_share", b"unobserved_share", "vertical_score", b"vertical_score"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["captured_rows", b"captured_rows", "corrected_score", b"corrected_score", "events", b"events", "head_column", b"head_column", "head_index", b"head_index", "head_row", b"head_row", "head_share", b"head_share", "heads", b"heads", "info", b"info", "matrix_column", b"matrix_column", "matrix_row", b"matrix_row", "matrix_share", b"matrix_share", "receiver_score", b"receiver_score", "row_attempts", b"row_attempts", "row_positions", b"row_positions", "sentences", b"sentences", "unobserved_share", b"unobserved_share", "vertical_score", b"vertical_score"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_monitor.anchors.matrix import SparseMass, fold, forced_block_ids, sum_by_key, vertical_scores
+from stream_monitor.anchors.matrix import SparseMass, fold, forced_block_ids, sentences_of, sum_by_key, vertical_scores
 
 SEEDS = st.integers(0, 1 << 16)
 
@@ -13,8 +13,8 @@ SEEDS = st.integers(0, 1 << 16)
 def test_folding_loses_no_mass(seed: int) -> None:
     generator = np.random.default_rng(seed)
     starts = np.unique(np.append(0, generator.integers(1, 200, 12)))
-    keys, mass = sum_by_key(generator.integers(0, 250, 60), generator.random(60))
-    columns, shares = fold(keys.astype(np.uint32), mass, starts)
+    keys, mass, _ = sum_by_key(generator.integers(0, 250, 60), generator.random(60))
+    columns, shares = fold(sentences_of(keys.astype(np.uint32), starts), mass)
     expected = np.zeros(len(starts))
     for key, value in zip(keys, mass, strict=True):
         expected[max(j for j, start in enumerate(starts) if start <= key)] += value
@@ -25,7 +25,7 @@ def test_folding_loses_no_mass(seed: int) -> None:
 
 
 def test_folding_nothing() -> None:
-    columns, shares = fold(np.zeros(0, np.uint32), np.zeros(0, np.float32), np.array([0, 4]))
+    columns, shares = fold(np.zeros(0, np.int64), np.zeros(0, np.float32))
     assert len(columns) == len(shares) == 0
 
 

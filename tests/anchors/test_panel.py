@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from stream_monitor.anchors.detachment import PromptDetachment
+from stream_monitor.anchors.heads import Receivers
 from stream_monitor.anchors.lock import AnchorLock
 from stream_monitor.anchors.matrix import SparseMass
 from stream_monitor.anchors.panel import Kind, Observation, Panel
@@ -183,10 +184,25 @@ def test_holms_procedure_divides_the_rate_among_what_was_not_raised() -> None:
     assert panel.shift.threshold == panel.lock.threshold == third < quarter
 
 
+def test_what_a_request_cannot_show_takes_no_part_of_the_rate() -> None:
+    """Without an untrusted stretch three kinds share it."""
+    scores = {kind.value: np.linspace(0, 1, 399).tolist() for kind in Kind}
+    panel = Panel(profile(scores, 399), rate=0.03)
+    seen = observation(PROMPT, STEADY)
+    roles = np.where(seen.roles == Role.UNTRUSTED, Role.USER, seen.roles)
+    panel.update(replace(seen, roles=roles))
+    assert panel.shift.threshold == panel.profile.threshold("anchor_shift", 0.01)
+
+
 def test_a_rate_that_so_few_requests_cannot_tell_of_is_refused() -> None:
+    scored = {kind.value: [1.0] for kind in Kind}
     with pytest.raises(ProfileError, match=r"made from 398 requests; a rate of 0.01 for 4 detectors needs 399"):
-        profile({}, 398).check(0.01)
-    profile({}, 399).check(0.01)
+        profile(scored, 398).check(0.01)
+    profile(scored, 399).check(0.01)
+    # One that could score nothing is never raised and takes no part of the rate.
+    profile(scored | {"untrusted_anchor": []}, 299).check(0.01)
+    with pytest.raises(ProfileError, match="for 3 detectors needs 299"):
+        profile(scored | {"untrusted_anchor": []}, 298).check(0.01)
     assert profile({"anchor_shift": [1.0] * 398}, 398).threshold("anchor_shift", 0.0025) == math.inf
 
 
@@ -196,7 +212,15 @@ def test_the_highest_scores_are_trimmed() -> None:
 
 
 def test_a_profile_survives_its_file(tmp_path: Path) -> None:
-    made = profile({"anchor_shift": [3.0, 1.0]}, 4)
+    made = make_profile(
+        "m",
+        "c",
+        1,
+        {"anchor_shift": [3.0, 1.0]},
+        4,
+        receivers=Receivers(((3, 1), (5, 0)), 0.9, np.zeros(4)),
+        references={"anchor_shift": {"all": (40, 0.2, 0.1)}},
+    )
     made.write(tmp_path / "p.json")
     assert Profile.read(tmp_path / "p.json") == made
 
@@ -206,11 +230,13 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     [
         ("nonsense", "is not a profile; `stream-monitor calibrate` makes one"),
         ("[]", "is not a profile"),
-        ('{"version": 1}', "is not a profile"),
-        ('{"version": 7}', "is a profile of version 7; this program reads 1"),
+        ('{"version": 2}', "is not a profile"),
+        ('{"version": 1}', "is a profile of version 1; this program reads 2"),
         ({"requests": 1}, "was changed by hand"),
         ({"highest": {"anchor_shift": [2.0, 1.0]}}, "was changed by hand"),
         ({"highest": {"anchor_shift": [math.nan]}}, "was changed by hand"),
+        ({"references": {"anchor_shift": {"all": [30, math.inf, 1.0]}}}, "was changed by hand"),
+        ({"receivers": [1, 2]}, "is not a profile"),
         ({"surprise": 1}, "is not a profile"),
     ],
 )

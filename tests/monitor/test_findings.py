@@ -1,6 +1,7 @@
 """Every kind of finding over a real socket, calibration from a monitor's own requests, and `explain`."""
 
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -125,8 +126,9 @@ def test_a_profile_made_of_a_monitors_requests_calibrates_the_next(
     [({"requests": 40}, "a rate of 0.01 for 4 detectors needs 399"), ({"version": 9}, "profile of version 9")],
 )
 def test_a_profile_that_cannot_serve_is_one_line(changes: dict[str, int], message: str, tmp_path: Path) -> None:
-    content = {"version": 1, "model_name": "m", "capture": "c", "made_unix": 1, "requests": 400, "trimmed": 0}
-    highest = {kind.value: [] for kind in Kind}
+    content = {"version": 2, "model_name": "m", "capture": "c", "made_unix": 1, "requests": 400, "trimmed": 0}
+    content |= {"receivers": [], "reliability": None, "references": {}}
+    highest = {kind.value: [1.0] for kind in Kind}
     (tmp_path / "p.json").write_text(json.dumps(content | {"highest": highest} | changes))
     code, _, errors = run("serve", "--profiles", tmp_path / "p.json", "--ingest", f"unix:{tmp_path / 'i.sock'}")
     assert code == 2
@@ -151,3 +153,61 @@ def test_a_request_is_explained(monitor: Running) -> None:
     assert (code, "no trace of request 'nobody'" in errors) == (2, True)
     code, _, errors = run("explain", "shift", "--target", "127.0.0.1:1")
     assert (code, "no monitor at 127.0.0.1:1" in errors) == (2, True)
+
+
+def by_head(rank: Engine, name: str, targets: list[np.ndarray]) -> list[summary_pb2.StepSummary]:
+    """Like `request`, each (layer, head) with a target of its own: [2, 2] for each sentence."""
+    summaries = [rank.summary(started=[started(name)])]
+    position = 48
+    for target in targets:
+        summaries.append(rank.summary(tokens=[tokens(name, position)]))
+        summaries += [rank.summary([Look(name, position + offset, by_head=target)]) for offset in (0, 2, 4)]
+        position += len(SENTENCE)
+    return [*summaries, rank.summary(finished=[finished(name, position)])]
+
+
+def test_the_heads_that_carry_a_finding_are_named(monitor: Running) -> None:
+    """Three of four heads move; the matrix of every head is there if asked for."""
+    before, after = np.full((2, 2), 28), np.array([[28, 40], [40, 40]])
+    monitor.publish(by_head(Engine(), "moved", [before] * 14 + [after] * 8))
+    asked = monitor_pb2.GetTraceRequest(request_id="moved", with_heads=True)
+    trace = monitor.api.GetTrace(asked)
+    (event,) = [event for event in trace.events if event.kind == monitor_pb2.EVENT_KIND_ANCHOR_SHIFT]
+    carrying = {(one.head.layer, one.head.query_head): one.share for one in event.heads}
+    assert carrying == pytest.approx({(3, 1): 1 / 3, (5, 0): 1 / 3, (5, 1): 1 / 3}, abs=0.02)
+    assert [(one.head.layer, one.head.query_head) for one in trace.heads] == [(3, 0), (3, 1), (5, 0), (5, 1)]
+    assert not any(one.receiver for one in trace.heads)
+    row, column = (np.frombuffer(part, "<u4") for part in (trace.head_row, trace.head_column))
+    head, share = np.frombuffer(trace.head_index, np.uint8), np.frombuffer(trace.head_share, "<f4")
+    last = (row == row.max()) & (head == 1)
+    assert dict(zip(column[last].tolist(), share[last].tolist(), strict=True))[40 // 6] == pytest.approx(0.5, abs=0.01)
+    # All heads alike are the whole matrix.
+    whole = np.frombuffer(trace.matrix_row, "<u4") == row.max()
+    assert share[row == row.max()].sum() / 4 == pytest.approx(np.frombuffer(trace.matrix_share, "<f4")[whole].sum())
+    assert not monitor.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="moved")).head_row
+
+
+def test_heads_of_two_ranks_are_told_apart(monitor: Running) -> None:
+    instance = str(uuid.uuid4())
+    ranks = [
+        Engine(
+            engine(
+                instance, heads=(0, 1), tensor_parallel_size=2, tensor_parallel_rank=number, first_query_head=2 * number
+            )
+        )
+        for number in (0, 1)
+    ]
+    for one, other in zip(*(request(rank, "split", [28 + 12 * n] * 20) for n, rank in enumerate(ranks)), strict=True):
+        monitor.publish([one])
+        monitor.publish([other])
+    trace = monitor.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="split", with_heads=True))
+    heads = [(one.head.layer, one.head.query_head) for one in trace.heads]
+    assert sorted(heads) == [(layer, head) for layer in (3, 5) for head in range(4)]
+    index, column, share = (
+        np.frombuffer(trace.head_index, np.uint8),
+        *(np.frombuffer(part, kind) for part, kind in ((trace.head_column, "<u4"), (trace.head_share, "<f4"))),
+    )
+    for place, (_, head) in enumerate(heads):
+        there = (index == place) & (column == (28 if head < 2 else 40) // 6)
+        assert share[there] == pytest.approx(0.5, abs=0.01)
+        assert there.any()

@@ -1,0 +1,118 @@
+"""Stretches of recorded reasoning as requests: as they are, with a neutral sentence put in, and joined with another."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from benchmarks.recording import Recorder
+from stream_monitor.anchors.sentences import SentenceBuilder, Span
+from stream_monitor.records import TokenFlag
+from stream_monitor.tracing.texts import Text
+
+SENTENCES = 26
+"""Of reasoning in a request."""
+CUT = (14, 19)
+"""Sentences before what is put in or joined: from, to (the latter not included)."""
+NEUTRAL = " Let me pause here for a moment before I go on."
+LONGEST_PROMPT = 512
+"""Tokens; texts with a longer one are left out, as all requests are to be alike in length."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A request: a problem, and reasoning about it.
+
+    Attributes:
+        text: name of the trace that it is from.
+        problem: number of the problem, traces of one having one number.
+        ids: prompt and reasoning; prompt_tokens: of the prompt.
+        at: token where what was put in or joined begins; None where nothing was.
+    """
+
+    text: str
+    problem: int
+    ids: list[int]
+    prompt_tokens: int
+    at: int | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One stretch as it is, with a neutral sentence, and joined with a stretch about another problem."""
+
+    calm: Stretch
+    neutral: Stretch
+    joined: Stretch
+
+
+@dataclass(frozen=True)
+class _Trace:
+    name: str
+    problem: int
+    prompt: list[int]
+    sentences: list[list[int]]
+
+    def windows(self) -> int:
+        return len(self.sentences) // SENTENCES
+
+    def window(self, number: int) -> list[list[int]]:
+        return self.sentences[number * SENTENCES : (number + 1) * SENTENCES]
+
+
+def families(recorder: Recorder, texts: Sequence[Text], most: int, seed: int) -> Iterator[Family]:
+    """At most `most` of each text, from stretches that do not overlap."""
+    traces = list(_traces(recorder, texts))
+    neutral = recorder.model.tokenizer(NEUTRAL, add_special_tokens=False)["input_ids"]
+    for trace in traces:
+        others = [other for other in traces if other.problem != trace.problem]
+        for number in range(min(most, trace.windows())):
+            draw = random.Random(f"{seed} {trace.name} {number}")
+            sentences = trace.window(number)
+            cut = draw.randrange(*CUT)
+            head = [*trace.prompt, *_joined(sentences[:cut])]
+            other = draw.choice(others)
+            tail = _tail(recorder, other, draw, SENTENCES - cut)
+
+            def stretch(ids: list[int], at: int | None, trace: _Trace = trace) -> Stretch:
+                return Stretch(trace.name, trace.problem, ids, len(trace.prompt), at)
+
+            rest = _joined(sentences[cut:])
+            yield Family(
+                calm=stretch([*head, *rest], None),
+                neutral=stretch([*head, *neutral, *rest], len(head)),
+                joined=stretch([*head, *tail], len(head)),
+            )
+
+
+def _traces(recorder: Recorder, texts: Sequence[Text]) -> Iterator[_Trace]:
+    tokenizer = recorder.model.tokenizer
+    problems: dict[str, int] = {}
+    for text in texts:
+        prompt = tokenizer(text.prompt)["input_ids"]
+        if not prompt or len(prompt) > LONGEST_PROMPT:
+            continue
+        ids = tokenizer(text.reasoning, add_special_tokens=False)["input_ids"]
+        spans = _sentences(recorder, ids)
+        number = problems.setdefault(text.prompt, len(problems))
+        yield _Trace(text.name, number, prompt, [ids[span.start : span.end] for span in spans])
+
+
+def _sentences(recorder: Recorder, ids: list[int]) -> list[Span]:
+    builder = SentenceBuilder(0)
+    return [*builder.extend(0, recorder.flags[np.array(ids)].tobytes()), *builder.finish(len(ids))]
+
+
+def _tail(recorder: Recorder, other: _Trace, draw: random.Random, count: int) -> list[int]:
+    """So many sentences of another trace, from one that begins with white space, so that it stays a sentence."""
+    begins = TokenFlag.BEGINS_SPACE | TokenFlag.BEGINS_NEWLINE
+    firsts = [
+        place for place in range(len(other.sentences) - count + 1) if recorder.flags[other.sentences[place][0]] & begins
+    ]
+    first = draw.choice(firsts)
+    return _joined(other.sentences[first : first + count])
+
+
+def _joined(sentences: Sequence[Sequence[int]]) -> list[int]:
+    return [token for sentence in sentences for token in sentence]

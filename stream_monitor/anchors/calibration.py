@@ -1,0 +1,124 @@
+"""A profile from requests that were served: which heads count, what is usual, and how high scores get without cause.
+
+The detectors are run again over what was kept of each request, so that the thresholds are those of the very scores that
+the profile will bring about: first with all heads, to choose the receiver heads; then with these, to learn what is
+usual; then against that, for the highest scores.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_monitor.anchors.heads import (
+    LEAST_SENTENCES,
+    Head,
+    HeadShares,
+    Receivers,
+    choose_receivers,
+    excess_kurtosis,
+    vertical_scores_by_head,
+    weights,
+)
+from stream_monitor.anchors.matrix import Mass
+from stream_monitor.anchors.panel import Kind, Observation, Panel
+from stream_monitor.anchors.profile import Profile, make_profile
+from stream_monitor.anchors.reference import Moments, Stratum, measure
+from stream_monitor.records import Role
+
+_NO_LAGS = np.zeros(0, np.int64)
+_OUTPUT = (Role.REASONING, Role.ANSWER)
+
+
+@dataclass(frozen=True)
+class Served:
+    """One finished request.
+
+    Attributes:
+        heads: that were told apart.
+        roles: uint8 [sentences]. starts: int64 [sentences], first token of each. rows: int64 [sentences], captured.
+        shares: number and shares of each sentence of the output that was captured, ascending.
+        lock: highest score of ANCHOR_LOCK, which does not depend on heads; None if it could score nothing.
+    """
+
+    heads: Sequence[Head]
+    roles: NDArray[np.uint8]
+    starts: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    shares: Sequence[tuple[int, HeadShares]]
+    lock: float | None
+
+    def observations(self, receivers: Sequence[Head]) -> Iterator[Observation]:
+        """What the detectors were shown, by these heads, or by all alike where none of them is there."""
+        chosen = weights(self.heads, receivers)
+        for index, found in self.shares:
+            yield Observation(
+                index=index,
+                mass=found.mean_over(chosen),
+                roles=self.roles[: index + 1],
+                starts=self.starts[: index + 1],
+                rows=int(self.rows[index]),
+                lags=_NO_LAGS,
+                lag_shares=np.zeros(0),
+            )
+
+    def kurtosis(self) -> Mass:
+        """Of each head's vertical scores over the sentences of the output; NaN where they are too few."""
+        scores = vertical_scores_by_head(self.shares, len(self.heads), len(self.roles))
+        return output_kurtosis(scores, self.roles)
+
+
+def output_kurtosis(scores: Mass, roles: NDArray[np.uint8]) -> Mass:
+    """Excess kurtosis of vertical scores [heads, sentences] over those of the output, float64 [heads]; NaN where fewer
+    than `LEAST_SENTENCES` have one."""
+    output = scores[:, np.isin(roles, _OUTPUT)]
+    if not output.size or np.isfinite(output[0]).sum() < LEAST_SENTENCES:
+        return np.full(len(scores), np.nan)
+    return excess_kurtosis(output)
+
+
+def receivers_of(requests: Sequence[Served]) -> Receivers:
+    """The receiver heads that the requests show."""
+    heads = sorted({head for request in requests for head in request.heads})
+    places = {head: place for place, head in enumerate(heads)}
+    kurtosis = np.full((len(requests), len(heads)), np.nan)
+    for number, request in enumerate(requests):
+        kurtosis[number, [places[head] for head in request.heads]] = request.kurtosis()
+    return choose_receivers(heads, kurtosis)
+
+
+def calibrated(model_name: str, capture: str, made_unix: int, requests: Sequence[Served], trim: float = 0.0) -> Profile:
+    """The profile of these requests. Raises ProfileError, see `make_profile`."""
+    receivers = receivers_of(requests)
+    usual = make_profile(model_name, capture, made_unix, {}, max(1, len(requests)), receivers=receivers)
+    references = _references(requests, usual)
+    draft = make_profile(
+        model_name, capture, made_unix, {}, max(1, len(requests)), receivers=receivers, references=references
+    )
+    highest: dict[str, list[float]] = {kind.value: [] for kind in Kind}
+    for request in requests:
+        for kind, score in _highest(request, draft).items():
+            highest[kind.value].append(score)
+    return make_profile(model_name, capture, made_unix, highest, len(requests), trim, receivers, references)
+
+
+def _references(requests: Sequence[Served], profile: Profile) -> dict[str, dict[str, Moments]]:
+    values: dict[Kind, list[tuple[Stratum, float]]] = {}
+    for request in requests:
+        panel = Panel(profile)
+        for seen in request.observations(profile.receivers):
+            panel.update(seen)
+            for kind, value in panel.values.items():
+                values.setdefault(kind, []).append(value)
+    return {kind.value: measure(found) for kind, found in values.items()}
+
+
+def _highest(request: Served, profile: Profile) -> dict[Kind, float]:
+    panel = Panel(profile)
+    for seen in request.observations(profile.receivers):
+        panel.update(seen)
+    found = {kind: highest.score for kind, highest in panel.highest.items() if highest.sentence >= 0}
+    if request.lock is not None:
+        found[Kind.ANCHOR_LOCK] = request.lock
+    return found

@@ -1,0 +1,95 @@
+"""A trace head by head, as messages of `monitor.proto`."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_monitor.anchors.calibration import output_kurtosis
+from stream_monitor.anchors.heads import HeadShares, weights
+from stream_monitor.anchors.matrix import Mass, Positions, proximity_corrected, vertical_scores
+from stream_monitor.anchors.panel import Alarm, Kind
+from stream_monitor.monitor.trace import RequestTrace
+from stream_monitor.records import Role
+from stream_monitor.v1alpha1 import monitor_pb2
+
+Numbers = NDArray[np.uint32]
+
+MOST_CARRIERS = 5
+_LOOKED_BACK = 64
+"""Sentences before a finding that say what a head read until then."""
+
+
+def add_heads(trace: RequestTrace, response: monitor_pb2.GetTraceResponse, with_matrix: bool) -> None:
+    """What `GetTraceResponse` says of heads."""
+    receivers = set(trace.panel.receivers)
+    roles = np.array([span.role for span in trace.spans], np.uint8)
+    every = output_kurtosis(trace.heads.vertical_scores(len(trace.spans)), roles)
+    for head, kurtosis in zip(trace.heads.heads, every, strict=True):
+        response.heads.append(monitor_pb2.TraceHead(head=_head(*head), kurtosis=kurtosis, receiver=head in receivers))
+    rows, columns, shares, observed = _receiver_matrix(trace)
+    response.receiver_score = vertical_scores(rows, columns, shares, observed).astype("<f4").tobytes()
+    response.corrected_score = proximity_corrected(rows, columns, shares, observed).astype("<f4").tobytes()
+    if with_matrix:
+        kept = trace.heads.sentences()
+        numbers = np.array([index for index, _ in kept], "<u4")
+        response.head_row = np.repeat(numbers, [len(found.columns) for _, found in kept]).astype("<u4").tobytes()
+        response.head_column = b"".join(found.columns.astype("<u4").tobytes() for _, found in kept)
+        response.head_index = b"".join(found.heads.tobytes() for _, found in kept)
+        response.head_share = b"".join(found.shares.astype("<f4").tobytes() for _, found in kept)
+
+
+def _receiver_matrix(trace: RequestTrace) -> tuple[Numbers, Numbers, Mass, NDArray[np.bool_]]:
+    """The sentence matrix of the output's sentences by the heads that count, in coordinate form."""
+    chosen = weights(trace.heads.heads, trace.panel.receivers)
+    observed = np.zeros(len(trace.spans), bool)
+    rows, columns, shares = [], [], []
+    for index, found in trace.heads.sentences():
+        mass = found.mean_over(chosen)
+        rows.append(np.full(len(mass.columns), index, np.uint32))
+        columns.append(mass.columns.astype(np.uint32))
+        shares.append(mass.shares)
+        observed[index] = True
+    nothing = np.zeros(0, np.uint32)
+    return (
+        np.concatenate([nothing, *rows]),
+        np.concatenate([nothing, *columns]),
+        np.concatenate([np.zeros(0), *shares]),
+        observed,
+    )
+
+
+def carriers(trace: RequestTrace, alarm: Alarm, anchors: Positions, shares: HeadShares) -> list[monitor_pb2.HeadShare]:
+    """The heads that carry a finding; see `Event.heads`.
+
+    Args:
+        trace: with the sentences before the finding's and that one, `shares`, as the newest.
+        alarm: the finding.
+        anchors: its `to_anchors`, numbers of sentences, ascending.
+        shares: of its sentence.
+    """
+    count = len(trace.heads.heads)
+    if alarm.kind is Kind.PROMPT_DETACHMENT:
+        prompt = trace.spans[: trace.prompt_sentences]
+        user = np.array([index for index, span in enumerate(prompt) if span.role == Role.USER], np.int64)
+        part = (_before(trace, user, count) - shares.on(user, count)).sum(1)
+    elif alarm.kind is Kind.ANCHOR_SHIFT:
+        part = np.maximum(shares.on(anchors, count) - _before(trace, anchors, count), 0).sum(1)
+    else:
+        part = shares.on(anchors, count).sum(1)
+    part = np.maximum(part, 0)
+    total = part.sum()
+    heaviest = np.argsort(-part, kind="stable")[:MOST_CARRIERS]
+    return [
+        monitor_pb2.HeadShare(head=_head(*trace.heads.heads[place]), share=part[place] / total)
+        for place in heaviest.tolist()
+        if part[place] > 0
+    ]
+
+
+def _before(trace: RequestTrace, columns: Positions, count: int) -> Mass:
+    """Each head's mean share on each of these sentences, of the sentences before the newest: [count, columns]."""
+    seen = [found.on(columns, count) for _, found in trace.heads.newest(_LOOKED_BACK + 1)[:-1]]
+    return np.mean(seen, axis=0) if seen else np.zeros((count, len(columns)))
+
+
+def _head(layer: int, query_head: int) -> monitor_pb2.Head:
+    return monitor_pb2.Head(layer=layer, query_head=query_head)
