@@ -24,6 +24,7 @@ from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.pipeline import Pipeline
 from stream_monitor.monitor.ranks import Rank, RankBook
 from stream_monitor.monitor.store import TraceStore
+from stream_monitor.monitor.text import Vocabularies
 from stream_monitor.v1alpha1 import ingest_pb2, summary_pb2
 
 CAPTURE = CaptureSettings()
@@ -179,8 +180,8 @@ def _monitor() -> Ingest:
     store = TraceStore(settings.max_traces, settings.max_trace_bytes, settings.max_sentences)
     log = EventLog(settings.event_log, settings.subscriber_queue, settings.max_subscribers)
     calibration = Calibration()
-    metrics = Metrics("benchmark", ranks, store, log, calibration)
-    pipeline = Pipeline(store, log, metrics, calibration)
+    metrics = Metrics()
+    pipeline = Pipeline(store, log, metrics, calibration, Vocabularies({}))
     return Ingest(ranks, Merger(settings.merge_deadline_seconds), pipeline, metrics, settings.max_message_bytes)
 
 

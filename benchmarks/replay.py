@@ -13,6 +13,7 @@ from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.pipeline import Pipeline
 from stream_monitor.monitor.ranks import RankBook
 from stream_monitor.monitor.store import TraceStore
+from stream_monitor.monitor.text import Vocabularies
 from stream_monitor.monitor.trace import RequestTrace
 from stream_monitor.tracing.model import TracedModel
 from stream_monitor.v1alpha1 import ingest_pb2
@@ -42,8 +43,8 @@ def show(recording: Recording, calibration: Calibration | None = None) -> Reques
     ranks = RankBook(settings.max_engines)
     store = TraceStore(settings.max_traces, settings.max_trace_bytes, settings.max_sentences)
     log = EventLog(settings.event_log, settings.subscriber_queue, settings.max_subscribers)
-    metrics = Metrics("replay", ranks, store, log, calibration)
-    pipeline = Pipeline(store, log, metrics, calibration)
+    metrics = Metrics()
+    pipeline = Pipeline(store, log, metrics, calibration, Vocabularies({}))
     ingest = Ingest(ranks, Merger(settings.merge_deadline_seconds), pipeline, metrics, 1 << 30)
     last: dict[Any, int] = {}
     opened: set[Any] = set()
