@@ -79,9 +79,10 @@ protos-check: $(INSTALLED) ## fail if the committed generated code is not what p
 		&& diff -r -x __pycache__ -x __init__.py "$$folder/stream_monitor/v1alpha1" stream_monitor/v1alpha1 \
 		|| { echo "make: generated code and protos/ differ; run make protos" >&2; exit 1; }
 
-docs: $(INSTALLED) ## write docs/configuration.md, docs/metrics.md and docs/wire.md anew from code and protos
+docs: $(INSTALLED) ## write the pages and the dashboard anew that are made from code and protos
 	$(BIN)/python docs/configuration.py > docs/configuration.md
 	$(BIN)/python docs/metrics.py > docs/metrics.md
+	$(BIN)/python deploy/grafana/dashboard.py > deploy/grafana/stream-monitor.json
 	$(BIN)/python docs/wire.py > docs/wire.md
 
 demo: install weights ## a real engine, a monitor and live reasoning on one screen (ONCE=1: ends by itself)

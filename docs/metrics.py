@@ -16,7 +16,8 @@ A request id is never a label. Where it says *exemplars*, OpenMetrics samples ca
 (`request_id`), which a Prometheus started with `--enable-feature=exemplar-storage` keeps and Grafana shows: from a
 strange sample to `stream-monitor explain REQUEST_ID`. Ids that do not fit the 128 characters of an exemplar are left
 out.
-"""
+
+[runbook.md](runbook.md) says which of these raise an alert, and what to do then."""
 
 ACCOUNT = """\
 One **row** is the last query token of one request in one engine step. It is counted once for each watched layer and

@@ -79,9 +79,8 @@ def test_queries_name_metrics_that_exist() -> None:
 
 def test_the_queries_of_the_runbook_can_be_parsed(tmp_path: Path) -> None:
     lines = [line for query in QUERIES for line in query.strip().splitlines()]
-    content = {
-        "groups": [{"name": "x", "rules": [{"record": f"x:{i}:y", "expr": line} for i, line in enumerate(lines)]}]
-    }
+    found = [{"record": f"x:{index}:y", "expr": line} for index, line in enumerate(lines)]
+    content = {"groups": [{"name": "runbook", "rules": found}]}
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(content))
     tool("promtool", "check", "rules", tmp_path / "rules.yaml")
     assert len(lines) > 20

@@ -1,0 +1,425 @@
+"""The four rows of the dashboard: what each panel asks and says."""
+
+from grafana_foundation_sdk.builders import stat, table, timeseries
+from panels import (
+    BY,
+    ENGINE,
+    MONITOR,
+    NAME,
+    OURS,
+    SOURCE,
+    Query,
+    curve,
+    number,
+    over,
+    over_sum,
+    quantile,
+    rate,
+    targets,
+)
+
+CAPTURED = rate("stream_monitor_rows_total", f'{OURS}, outcome="captured"')
+NOT_WANTED = (
+    f'sum {BY} (rate(stream_monitor_rows_total{{{OURS}, outcome="sampled_out"}}[$__rate_interval])'
+    f' or rate(stream_monitor_rows_total{{{OURS}, reason="client_disabled"}}[$__rate_interval])'
+    f' or rate(stream_monitor_rows_total{{{OURS}, outcome="discarded",'
+    ' reason=~"recomputed|stale|repeated|past_end|readded"}[$__rate_interval]))'
+)
+WANTED = f"({rate('stream_monitor_rows_expected_total')} - {NOT_WANTED})"
+"""As `engine:stream_monitor_rows_wanted:rate5m` in deploy/prometheus/recording.yaml."""
+SENTENCES = rate("stream_monitor_sentences_total")
+TOKENS = rate("vllm:generation_tokens_total", ENGINE)
+
+
+GREEN_BELOW = {"steps": ((None, "green"), (1.0, "red"))}
+GREEN_ABOVE_99 = {"steps": ((None, "red"), (0.99, "green"))}
+
+
+def seeing() -> list[stat.Panel | timeseries.Panel]:
+    """Row 1: whether what the rest shows can be believed."""
+    state = f"(sum({TOKENS}) > bool 0) + ((sum({TOKENS}) > bool 0) * (sum({CAPTURED}) == bool 0))"
+    return [
+        number(
+            "State",
+            "none",
+            "Seeing: vLLM generates and rows arrive. Blind: it generates and none does. No traffic: it does not.",
+            Query(state, "state"),
+            names={"0": ("No traffic", "blue"), "1": ("Seeing", "green"), "2": ("Blind", "red")},
+            alert="StreamMonitorBlind",
+            empty="No monitor",
+        ),
+        number(
+            "Coverage",
+            "percentunit",
+            "Of the rows that should be seen now, the part that is. Objective: 99%.",
+            Query(over(f"sum({CAPTURED})", f"sum({WANTED})"), "coverage"),
+            alert="StreamMonitorCoverageLow",
+            **GREEN_ABOVE_99,
+        ),
+        number(
+            "Windows that missed",
+            "percentunit",
+            "Of the five-minute windows in the range shown, the part with coverage below 99%. Objective: at most 0.5%.",
+            Query(f"avg(avg_over_time(engine:stream_monitor_coverage_missed:bool{{{ENGINE}}}[$__range]))", "missed"),
+            steps=((None, "green"), (0.005, "red")),
+            alert="StreamMonitorCoverageLow",
+        ),
+        number(
+            "Engines watched / serving",
+            "none",
+            "Engines with an open stream to a monitor, and engines of which vLLM's metrics are scraped.",
+            Query(f"sum(stream_monitor_engines_connected{{{OURS}}})", "watched"),
+            Query(f"count(vllm:num_requests_running{{{ENGINE}}})", "serving"),
+            alert="StreamMonitorEngineUnwatched",
+            empty="No engine",
+        ),
+        number(
+            "Events behind their sentence",
+            "s",
+            "99% of the events are published this soon after the step that closed their sentence. Objective: 2 s.",
+            Query(
+                "histogram_quantile(0.99, " + rate("stream_monitor_event_delay_seconds_bucket", by="by (le)") + ")",
+                "p99",
+            ),
+            steps=((None, "green"), (2.0, "red")),
+            alert="StreamMonitorEventsLate",
+        ),
+        number(
+            "Faulty ranks",
+            "none",
+            "Ranks that serve on with capture turned off by a fault.",
+            Query(f"sum(stream_monitor_ranks_faulty{{{OURS}}})", "faulty"),
+            alert="StreamMonitorCaptureFaulty",
+            empty="No engine",
+            **GREEN_BELOW,
+        ),
+        curve(
+            "Coverage by engine",
+            "percentunit",
+            "Captured rows over rows that should be seen.",
+            Query(over(CAPTURED, WANTED)),
+            most=1,
+            alert="StreamMonitorCoverageLow",
+        ),
+        curve(
+            "What becomes of rows",
+            "cps",
+            "Rows x layers x query heads per second by outcome; those left out by the stride are not shown.",
+            Query(rate("stream_monitor_rows_total", f'{OURS}, outcome!="sampled_out"', "by (outcome)"), "{{outcome}}"),
+            stacked=True,
+        ),
+        curve(
+            "Rows not seen, by reason",
+            "cps",
+            "Dropped, raced and refused rows per second.",
+            Query(
+                rate("stream_monitor_rows_total", f'{OURS}, outcome=~"dropped|raced|refused"', "by (outcome, reason)")
+                + " > 0",
+                "{{outcome}} {{reason}}",
+            ),
+            stacked=True,
+            alert="StreamMonitorRowsDropped",
+        ),
+        curve(
+            "How full queues are",
+            "percentunit",
+            "Size over capacity of the fullest rank: estimator, ring, publisher's backlog, merge; and of subscribers.",
+            Query(
+                f"max by (queue) (stream_monitor_queue_size{{{OURS}}} / (stream_monitor_queue_capacity{{{OURS}}} > 0))",
+                "{{queue}}",
+            ),
+            Query(
+                f"max(stream_monitor_subscriber_queue_events{{{MONITOR}}}"
+                f" / (stream_monitor_subscriber_queue_limit_events{{{MONITOR}}} > 0))",
+                "subscriber",
+            ),
+            most=1,
+            alert="StreamMonitorQueueFilling",
+        ),
+        curve(
+            "Delay",
+            "s",
+            "From the engine's step until the monitor took it in (step), and until the events of a sentence that it "
+            "closed were published (event).",
+            Query(quantile(0.5, "stream_monitor_event_delay_seconds"), f"event p50 {NAME}"),
+            Query(quantile(0.99, "stream_monitor_event_delay_seconds"), f"event p99 {NAME}", exemplars=True),
+            Query(quantile(0.99, "stream_monitor_step_delay_seconds"), f"step p99 {NAME}", exemplars=True),
+            alert="StreamMonitorEventsLate",
+        ),
+        curve(
+            "Messages",
+            "mps",
+            "Sent by publishers' own count, and what became of them here. Sent and received part where messages are "
+            "sent again.",
+            Query(rate("stream_monitor_messages_sent_total", by=""), "sent"),
+            Query(rate("stream_monitor_messages_total", MONITOR, "by (outcome, reason)"), "{{outcome}} {{reason}}"),
+            alert="StreamMonitorMessagesRefused",
+        ),
+        curve(
+            "Audit recall",
+            "percentunit",
+            "Of rows recomputed exactly: attention on the blocks that the search kept over that on the best ones. "
+            "Mean, and the lowest twentieth.",
+            Query(
+                over(rate("stream_monitor_audit_recall_ratio_sum"), rate("stream_monitor_audit_recall_ratio_count")),
+                f"mean {NAME}",
+            ),
+            Query(quantile(0.05, "stream_monitor_audit_recall_ratio"), f"p5 {NAME}"),
+            most=1,
+            alert="StreamMonitorAuditRecallLow",
+        ),
+        curve(
+            "Steps",
+            "ops",
+            "Engine steps with rows: complete, or partial where ranks were missing.",
+            Query(rate("stream_monitor_steps_total", by="by (result)"), "{{result}}"),
+            stacked=True,
+        ),
+        curve(
+            "Requests refused, arguments refused, messages lost",
+            "cps",
+            "Requests that are not captured, entries of vllm_xargs that were not honoured, and gaps in sequences.",
+            Query(rate("stream_monitor_requests_refused_total", by="by (reason)") + " > 0", "request: {{reason}}"),
+            Query(
+                rate("stream_monitor_request_arguments_refused_total", by="by (argument, reason)") + " > 0",
+                "{{argument}}: {{reason}}",
+            ),
+            Query(rate("stream_monitor_messages_lost_total", by="") + " > 0", "messages lost"),
+        ),
+    ]
+
+
+def anchored() -> list[timeseries.Panel]:
+    """Row 2: what the output rests on."""
+    mass = "stream_monitor_anchor_mass_total"
+    return [
+        curve(
+            "Anchors by role",
+            "percentunit",
+            "Of the attention on candidate anchors (sentences at least four back), the part on each role.",
+            Query(over_sum(rate(mass, by="by (role)"), rate(mass, by="")), "{{role}}"),
+            stacked=True,
+            most=1,
+        ),
+        curve(
+            "Attention on anchors",
+            "percentunit",
+            "Mean share of a sentence's whole attention that lies on candidate anchors; the rest is near by, on the "
+            "first token, or not observed.",
+            Query(over(rate(mass), SENTENCES)),
+        ),
+        curve(
+            "Not observed",
+            "percentunit",
+            "Share of attention in blocks that were not kept, as estimated; mean of a sentence. Median and highest "
+            "tenth.",
+            Query(quantile(0.5, "stream_monitor_unobserved_share_ratio"), f"p50 {NAME}"),
+            Query(quantile(0.9, "stream_monitor_unobserved_share_ratio"), f"p90 {NAME}", exemplars=True),
+            most=1,
+            alert="StreamMonitorAuditRecallLow",
+        ),
+        curve(
+            "Requests",
+            "none",
+            "Running in the monitor's eyes, in vLLM's, and waiting there.",
+            Query(f"sum {BY} (stream_monitor_requests_active{{{OURS}}})", f"seen {NAME}"),
+            Query(f"sum {BY} (vllm:num_requests_running{{{ENGINE}}})", f"running {NAME}"),
+            Query(f"sum {BY} (vllm:num_requests_waiting{{{ENGINE}}})", f"waiting {NAME}"),
+        ),
+        curve(
+            "Sentences and tokens",
+            "cps",
+            "Sentences of the output closed and scored, and tokens that vLLM generates.",
+            Query(SENTENCES, f"sentences {NAME}"),
+            Query(TOKENS, f"tokens {NAME}"),
+        ),
+        curve(
+            "Requests started and finished",
+            "cps",
+            "As the monitor sees them.",
+            Query(rate("stream_monitor_requests_started_total", by=""), "started"),
+            Query(rate("stream_monitor_requests_finished_total", by=""), "finished"),
+        ),
+    ]
+
+
+def shifts() -> list[timeseries.Panel | stat.Panel]:
+    """Row 3: what the detectors say, and how far they may be believed."""
+    events, verdicts = "stream_monitor_events_total", "stream_monitor_verdicts_total"
+    return [
+        curve(
+            "Findings",
+            "cpm",
+            "Per minute, by kind. A finding is a signal, not a verdict.",
+            Query(f"60 * {rate(events, by='by (kind)')}", "{{kind}}", exemplars=True),
+            stacked=True,
+            alert="StreamMonitorEventRateAbnormal",
+        ),
+        curve(
+            "Findings per 1,000 sentences",
+            "none",
+            "By kind; does not move with traffic.",
+            Query(f"1000 * {over_sum(rate(events, by='by (kind)'), f'sum({SENTENCES})')}", "{{kind}}"),
+            alert="StreamMonitorEventRateAbnormal",
+        ),
+        curve(
+            "The last hour against the day before",
+            "none",
+            "Findings of the last hour, and those that its sentences would have raised at the rate of the day before.",
+            Query(f"sum by (kind) (engine_kind:stream_monitor_events:increase1h{{{ENGINE}}})", "{{kind}}"),
+            Query(f"sum by (kind) (engine_kind:stream_monitor_events_usual:increase1h{{{ENGINE}}})", "usual {{kind}}"),
+            alert="StreamMonitorEventRateAbnormal",
+        ),
+        curve(
+            "Abstentions",
+            "percentunit",
+            "Of the sentences scored, those that a detector says nothing of: too few captured rows, or nothing to look "
+            "at.",
+            Query(
+                over(
+                    rate(verdicts, f'{OURS}, verdict="insufficient"', "by (kind)"),
+                    rate(verdicts, by="by (kind)"),
+                ),
+                "{{kind}}",
+            ),
+            most=1,
+        ),
+        number(
+            "Untrusted anchors, last 15 min",
+            "none",
+            "Times that reasoning came to rest most on text labelled untrusted.",
+            Query(f'sum(increase({events}{{{OURS}, kind="UNTRUSTED_ANCHOR"}}[15m]))', "untrusted"),
+            alert="StreamMonitorUntrustedAnchor",
+            **GREEN_BELOW,
+        ),
+        number(
+            "Age of the oldest profile",
+            "s",
+            "Time since the oldest calibration profile was made.",
+            Query(
+                f'time() - min(stream_monitor_profile_timestamp_seconds{{{MONITOR}, model_name=~"$model_name"}})', "age"
+            ),
+            steps=((None, "green"), (30 * 86400.0, "red")),
+            alert="StreamMonitorProfileStale",
+            empty="No profile",
+        ),
+        number(
+            "Requests without a profile",
+            "percentunit",
+            "Of the requests that start, those whose findings have no known rate of false alarms.",
+            Query(
+                over(
+                    rate("stream_monitor_uncalibrated_requests_total", f'{MONITOR}, model_name=~"$model_name"', ""),
+                    rate("stream_monitor_requests_started_total", by=""),
+                ),
+                "uncalibrated",
+            ),
+            steps=((None, "green"), (0.01, "red")),
+            alert="StreamMonitorProfileMissing",
+            empty="None",
+        ),
+    ]
+
+
+def cost() -> list[timeseries.Panel | table.Panel]:
+    """Row 4: what it takes from the engine, and what the monitor needs itself."""
+    seconds = rate("stream_monitor_estimate_seconds_total")
+    versions = (
+        table.Panel()
+        .title("What runs")
+        .description("Versions of vLLM and of the plug-in, and the search, of connected engines.")
+        .datasource(SOURCE)
+        .unit("none")
+        .no_value("No engine")
+        .span(8)
+        .height(8)
+    )
+    info = (
+        f"count by (model_name, engine, vllm_version, plugin_version, strategy) (stream_monitor_engine_info{{{OURS}}})"
+    )
+    targets(versions, (Query(info, ""),), instant=True)
+    return [
+        curve(
+            "Searching",
+            "percentunit",
+            "Part of one CPU that the estimator thread is busy.",
+            Query(seconds),
+        ),
+        curve(
+            "Searching, per generated token",
+            "s",
+            "Estimator time over the tokens that vLLM generates. Beside decoding, not added to it.",
+            Query(over(seconds, TOKENS)),
+        ),
+        curve(
+            "One search",
+            "s",
+            "Mean time of a search: all sampled rows, layers and heads of a step.",
+            Query(over(seconds, rate("stream_monitor_estimates_total"))),
+        ),
+        curve(
+            "Bytes",
+            "Bps",
+            "Read from the KV cache, written to the ring, received by the monitor.",
+            Query(rate("stream_monitor_estimate_read_bytes_total"), f"read {NAME}"),
+            Query(rate("stream_monitor_estimate_written_bytes_total"), f"written {NAME}"),
+            Query(rate("stream_monitor_message_bytes_total", MONITOR, ""), "received"),
+        ),
+        curve(
+            "Time between tokens",
+            "s",
+            "vLLM's own figure, mean: what users would feel.",
+            Query(
+                over(
+                    rate("vllm:inter_token_latency_seconds_sum", ENGINE),
+                    rate("vllm:inter_token_latency_seconds_count", ENGINE),
+                )
+            ),
+        ),
+        curve(
+            "KV cache",
+            "percentunit",
+            "How full vLLM's cache is.",
+            Query(f"max {BY} (vllm:kv_cache_usage_perc{{{ENGINE}}})", f"used {NAME}"),
+            most=1,
+        ),
+        curve(
+            "Memory",
+            "bytes",
+            "Block summaries in the engine, traces in the monitor and their limit, and the monitor's process.",
+            Query(f"sum {BY} (stream_monitor_block_summaries_bytes{{{OURS}}})", f"summaries {NAME}"),
+            Query(f"sum(stream_monitor_traces_bytes{{{MONITOR}}})", "traces"),
+            Query(f"sum(stream_monitor_traces_limit_bytes{{{MONITOR}}})", "traces, limit"),
+            Query(f"sum(process_resident_memory_bytes{{{MONITOR}}})", "process"),
+        ),
+        curve(
+            "KV cache given up",
+            "none",
+            "Tokens that the cache would hold more without block summaries.",
+            Query(f"sum {BY} (stream_monitor_kv_cache_tokens_lost{{{OURS}}})"),
+        ),
+        curve(
+            "The monitor's CPU",
+            "percentunit",
+            "Part of one CPU.",
+            Query(rate("process_cpu_seconds_total", MONITOR, "by (instance)"), "{{instance}}"),
+        ),
+        curve(
+            "Traces and subscribers",
+            "none",
+            "Traces held by state, subscriptions open, traces that had to make room per minute.",
+            Query(f"sum by (state) (stream_monitor_traces{{{MONITOR}}})", "{{state}}"),
+            Query(f"sum(stream_monitor_subscribers{{{MONITOR}}})", "subscribers"),
+            Query(f"60 * {rate('stream_monitor_traces_evicted_total', MONITOR, 'by (limit)')}", "evicted: {{limit}}"),
+        ),
+        curve(
+            "Lost to subscribers, dropped sentences, missing tokens",
+            "cps",
+            "Events lost to slow subscribers; sentences beyond max_sentences; tokens that were never reported.",
+            Query(rate("stream_monitor_subscriber_events_lost_total", MONITOR, ""), "events lost"),
+            Query(rate("stream_monitor_sentences_dropped_total", by=""), "sentences dropped"),
+            Query(rate("stream_monitor_tokens_missing_total", by=""), "tokens missing"),
+            alert="StreamMonitorEventsLost",
+        ),
+        versions,
+    ]
