@@ -27,7 +27,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install tools weights test test-long lint format protos protos-check docs demo clean
+.PHONY: help install tools weights test test-long lint format protos protos-check docs manifests demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,9 @@ docs: $(INSTALLED) ## write the pages and the dashboard anew that are made from 
 	$(BIN)/python docs/metrics.py > docs/metrics.md
 	$(BIN)/python deploy/grafana/dashboard.py > deploy/grafana/stream-monitor.json
 	$(BIN)/python docs/wire.py > docs/wire.md
+
+manifests: $(INSTALLED) ## write deploy/kubernetes/base/prometheusrule.yaml anew from deploy/prometheus
+	$(BIN)/python deploy/kubernetes/prometheus_rule.py > deploy/kubernetes/base/prometheusrule.yaml
 
 demo: install weights ## a real engine, a monitor and live reasoning on one screen (ONCE=1: ends by itself)
 	@$(BIN)/python -m stream_monitor.demo --model $(MODEL) $(if $(ONCE),--once)

@@ -1,5 +1,8 @@
 """What the tests of `deploy/` share: the wheel, and the sidecar's environment made of it."""
 
+import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sidecar(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def open_folder() -> Iterator[Path]:
+    """A folder that other users may enter; pytest's own are closed to them."""
+    with tempfile.TemporaryDirectory(prefix="stream-monitor-") as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def sidecar(wheel: Path, open_folder: Path) -> Path:
     """The `bin` folder of an environment like that of the monitor's image."""
-    return install(wheel, tmp_path_factory.mktemp("sidecar") / "venv")
+    return install(wheel, open_folder / "venv")

@@ -1,8 +1,11 @@
 """The manifests, as `kubectl kustomize` builds them: valid for the current API, and meaning what they should."""
 
+import json
 import shutil
 import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -164,6 +167,15 @@ def test_settings_exist_and_are_sound(build: str, name: str, monkeypatch: pytest
             check_exposure("http", settings.http, False)
 
 
+@pytest.mark.parametrize(("build", "name"), [("base", "engine"), ("gpu", "engine"), ("fleet", "monitor")])
+def test_the_memory_limit_holds_what_the_settings_allow(build: str, name: str) -> None:
+    container = containers(pod(build, name))["monitor"]
+    traces = int(environment(build, container)["STREAM_MONITOR_MAX_TRACE_BYTES"])
+    limit = int(container["resources"]["limits"]["memory"].removesuffix("Gi")) << 30
+    # docs/sizing.md: resident memory over what is counted, and a monitor without traces.
+    assert limit >= 1.6 * traces + (74 << 20)
+
+
 @pytest.mark.parametrize(("build", "name"), every_pod())
 def test_volumes_are_there_and_used(build: str, name: str) -> None:
     template = pod(build, name)
@@ -203,6 +215,39 @@ def test_pod_monitors_name_ports_of_the_pods_they_select(build: str) -> None:
             assert endpoint["port"] in offered
             endpoints += 1
     assert endpoints == 2
+
+
+def test_the_rules_are_those_of_prometheus() -> None:
+    """Made from the same files; the Operator's resource has a rule file's content as its `spec`."""
+    printed = subprocess.run(
+        [sys.executable, KUBERNETES / "prometheus_rule.py"], check=True, capture_output=True, text=True
+    ).stdout
+    assert (KUBERNETES / "base" / "prometheusrule.yaml").read_text() == printed, "run make manifests"
+    for build in BUILDS:
+        rule = resource(build, "PrometheusRule", "stream-monitor")
+        assert rule["apiVersion"] == OPERATOR
+        assert set(rule["spec"]) == {"groups"}
+        files = sorted((ROOT / "deploy" / "prometheus").glob("*.yaml"))
+        assert rule["spec"]["groups"] == [
+            group for file in files for group in yaml.safe_load(file.read_text())["groups"]
+        ]
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed; make tools does it")
+def test_the_rules_of_the_operators_resource_are_rules(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(resource("base", "PrometheusRule", "stream-monitor")["spec"]))
+    done = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_grafana_finds_the_dashboard_by_its_label(build: str) -> None:
+    held = resource(build, "ConfigMap", "stream-monitor-dashboard")
+    assert held["metadata"]["labels"]["grafana_dashboard"] == "1"
+    dashboard = (ROOT / "deploy" / "grafana" / "stream-monitor.json").read_text()
+    assert held["data"] == {"stream-monitor.json": dashboard}
+    # What `kubectl apply` writes beside it into an annotation has to fit as well.
+    assert len(json.dumps(held)) < 256 << 10
 
 
 @pytest.mark.parametrize("build", BUILDS)
