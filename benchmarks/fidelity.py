@@ -2,10 +2,12 @@
 
 A number of 16 tokens is hidden in prose and asked for: so that all that is compared is the answer, and not what a model
 makes up behind it. The model, restricted to the kept blocks of each query block and head in every layer, decodes 16
-tokens, and the smallest k is found from which it repeats the dense model's (see
+tokens, and the smallest k is found from which it repeats the dense model's: the largest k is tried first, then what
+bisection asks for, and the smallest counts from which every larger k tried succeeds (see
 `stream_monitor/tracing/fidelity.py`). Beside it stands the paper's descent as far as it is public, which scores a
-branch by r keys of its centre block, with the same forced blocks. Pruned shares count forced blocks as kept. A method
-that fails at every k tried has pruned nothing.
+branch by r keys of its centre block, with the same forced blocks and the same k to choose from. Pruned shares count
+forced blocks as kept. A method that fails at the largest k has pruned nothing, and is tried at no other. What 2 tokens
+need is read off the same runs: an upper bound. Agreement and divergence are of 512 positions, spread evenly.
 """
 
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
+import torch
 import typer
 
 from benchmarks.report import Must, Report, bootstrap, run
@@ -36,8 +39,8 @@ METHODS: dict[str, tuple[SearchConfig, Reduction]] = {
 REDUCTIONS: dict[str, tuple[SearchConfig, Reduction]] = {"beam, mean": (BEAM, "mean"), "beam, union": (BEAM, "union")}
 """Other ways to take the rows of a query block together; union keeps up to 4 k blocks."""
 
-CANDIDATES = (24, 16, 8, 4, 2, 1)
-FULL_CANDIDATES = (96, 64, 48, 32, 24, 16, 12, 8, 6, 5, 4, 3, 2, 1)
+CANDIDATES = (1, 2, 3, 4, 6, 8, 12, 16)
+FULL_CANDIDATES = (*CANDIDATES, 24, 32, 48, 64, 96)
 LENGTHS, FULL_LENGTHS = (1_000,), (1_000, 4_000, 10_000, 20_000)
 DEPTHS, FULL_DEPTHS = (0.5,), (0.1, 0.5, 0.9)
 PRUNED_MUSTS = {10_000: 0.94, 20_000: 0.97}
@@ -45,6 +48,11 @@ PRUNED_MUSTS = {10_000: 0.94, 20_000: 0.97}
 
 PAPER_TOKENS = 2
 """Greedy tokens that the paper wants repeated."""
+
+COMPARED = 512
+"""Positions whose next-token distributions are compared."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,9 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Prompts per length and depth of the needle.")] = 2,
     seed: Annotated[int, typer.Option(help="Of the first prompt, and of the resamples.")] = 0,
     device: Annotated[str, typer.Option(help="Of torch.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help=f"Of the linear layers, dense and restricted alike: {' or '.join(DTYPES)}.")
+    ] = "float32",
     full: Annotated[
         bool, typer.Option("--full", help="1k to 20k tokens, three depths, every k and the reductions: hours on a CPU.")
     ] = False,
@@ -80,8 +91,10 @@ def main(
     depths = tuple(depth or (FULL_DEPTHS if full else DEPTHS))
     candidates = tuple(top_k or (FULL_CANDIDATES if full else CANDIDATES))
     methods = METHODS | REDUCTIONS if full else METHODS
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"dtype {dtype!r}; valid: {', '.join(DTYPES)}")
     try:
-        traced = load(str(model), device)
+        traced = load(str(model), device, DTYPES[dtype])
     except TracingError as error:
         raise typer.BadParameter(str(error)) from error
     if traced.limit is not None and max(lengths) + CONTINUATION > traced.limit:
@@ -98,7 +111,9 @@ def main(
             "sink_blocks": BEAM.sink_blocks,
             "recent_blocks": BEAM.recent_blocks,
             "reduction": {name: reduction for name, (_, reduction) in methods.items()},
+            "positions_compared": COMPARED,
             "device": device,
+            "dtype": dtype,
             "full": full,
         },
         seed=seed,
@@ -133,16 +148,16 @@ def _prompt(
         f"\n{len(ids):,} tokens, needle at {depth:.0%}, seed {seed}: {model.tokenizer.decode(dense.continuation)!r} "
         f"({time.monotonic() - began:.0f} s; the needle is {needle})\n"
         f"{'method':<15}{'k, 16 tokens':>13}{'k, 2 tokens':>12}{'pruned of causal':>18}{'of square':>11}"
-        f"{'agreement':>11}{'mean KL':>10}{'keys read':>11}{'seconds':>9}"
+        f"{'agreement':>11}{'mean KL':>10}{'keys read':>11}{'seconds':>9}  tokens repeated by k"
     )
     for name, (search, reduction) in methods.items():
         began = time.monotonic()
         # From as many blocks on as there are, nothing is left to prune.
         some = [k for k in candidates if k < len(ids) // BLOCK_SIZE]
-        tried = search_k(model, dense, search, some, reduction, PAPER_TOKENS)
+        tried = search_k(model, dense, search, some, reduction)
         k, paper_k = tried.smallest(CONTINUATION), tried.smallest(PAPER_TOKENS)
         best = tried.tried[max(tried.tried) if k is None else k]
-        far = divergence(model, dense, best)
+        far = divergence(model, dense, best, COMPARED)
         one = Found(
             k=k,
             paper_k=paper_k,
@@ -156,7 +171,8 @@ def _prompt(
         found[name].append(one)
         print(
             f"{name:<15}{k or 'none':>13}{paper_k or 'none':>12}{one.causal:>18.1%}{one.square:>11.1%}"
-            f"{one.agreement:>11.1%}{one.mean_kl:>10.4f}{one.keys_read:>11,.0f}{time.monotonic() - began:>9.0f}",
+            f"{one.agreement:>11.1%}{one.mean_kl:>10.4f}{one.keys_read:>11,.0f}{time.monotonic() - began:>9.0f}"
+            f"  {', '.join(f'{k}: {run.matched}' for k, run in sorted(tried.tried.items()))}",
             flush=True,
         )
 

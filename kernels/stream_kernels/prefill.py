@@ -204,9 +204,10 @@ def _strategy(prompt: Prompt, rows: int) -> Strategy:
             return search_beam(prompt, queries, rows, outside, position, end)
 
     else:
+        probe_keys = prompt.channels[..., probe_offsets(config)]
 
         def inner(queries: torch.Tensor, rows: int, outside: torch.Tensor, position: int, end: int) -> Leaves:
-            return _descend(prompt, queries, end)
+            return _descend(prompt, probe_keys, queries, end)
 
     def search(queries: torch.Tensor, rows: int, outside: torch.Tensor, position: int, end: int) -> Leaves:
         blocks = end - config.sink_blocks
@@ -329,16 +330,16 @@ def _read_all(prompt: Prompt, queries: torch.Tensor, end: int) -> Leaves:
     )
 
 
-def _descend(prompt: Prompt, queries: torch.Tensor, end: int) -> Leaves:
-    """`reference_descent.descent`, which looks at nothing but the logits of probe keys."""
+def _descend(prompt: Prompt, probe_keys: torch.Tensor, queries: torch.Tensor, end: int) -> Leaves:
+    """`reference_descent.descent`, which looks at nothing but the probe keys [G, N, D, r] of the blocks it asks for."""
     config, (units, count, _) = prompt.config, queries.shape
-    probes = torch.tensor(probe_offsets(config), device=queries.device)
-    probe_keys = prompt.blocks[:, :end, probes].flatten(1, 2)[prompt.kv_head]
-    logits = queries.new_full((units, count, end, config.block_size), -math.inf)
-    logits[..., probes] = capped(queries @ probe_keys.mT, prompt.softcap).unflatten(-1, (end, len(probes)))
+
+    def probe(ids: torch.Tensor) -> torch.Tensor:
+        keys = probe_keys[prompt.kv_head[:, None], ids].transpose(1, 2).flatten(2, 3)
+        return capped(queries @ keys, prompt.softcap).unflatten(-1, (ids.shape[1], -1))
+
     every = torch.ones(units, count, dtype=torch.bool, device=queries.device)
-    found = descent(logits, every, torch.full((units,), end, device=queries.device), config)
-    del logits
+    found = descent(probe, end, every, torch.full((units,), end, device=queries.device), config)
     most = int(found.read.sum(1).max())
     ids = (~found.read).sort(dim=-1, stable=True).indices[:, :most]
     read = found.read.gather(1, ids)

@@ -27,8 +27,7 @@ import torch
 
 from stream_kernels.layout import PagedKeys
 from stream_kernels.reference_beam import Found, beam
-from stream_kernels.reference_descent import descent
-from stream_kernels.reference_descent import probe_offsets as probe_offsets
+from stream_kernels.reference_descent import descent, probe_offsets
 from stream_kernels.search import NO_BLOCK, BlockSummary, SearchConfig
 from stream_kernels.statistics import capped, spread_profile
 
@@ -159,7 +158,12 @@ def search_dense(
 
     end = used - config.recent_blocks
     if config.strategy == "descent":
-        found = descent(block_logits, heads, end, config)
+        probes = block_logits[..., probe_offsets(config)]
+
+        def probe(ids: torch.Tensor) -> torch.Tensor:
+            return probes.gather(2, ids[:, None, :, None].expand(-1, probes.shape[1], -1, probes.shape[3]))
+
+        found = descent(probe, blocks, heads, end, config)
     elif config.strategy == "beam":
         block_keys = keys.unflatten(1, (blocks, size))
         recent = torch.arange(blocks, device=keys.device) >= end.clamp(min=config.sink_blocks)[:, None]

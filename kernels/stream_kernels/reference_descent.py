@@ -4,11 +4,15 @@ Specification of the compiled searches, for B units at once; static shapes as in
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from stream_kernels.reference_beam import Found, rank
 from stream_kernels.search import SearchConfig
+
+Probe = Callable[[torch.Tensor], torch.Tensor]
+"""Logits of the probe keys of blocks [B, J], which differ by unit: [B, n, J, r]."""
 
 
 def probe_offsets(config: SearchConfig) -> list[int]:
@@ -17,7 +21,7 @@ def probe_offsets(config: SearchConfig) -> list[int]:
     return [i * size // r + size // (2 * r) for i in range(r)]
 
 
-def descent(block_logits: torch.Tensor, heads: torch.Tensor, end: torch.Tensor, config: SearchConfig) -> Found:
+def descent(probe: Probe, blocks: int, heads: torch.Tensor, end: torch.Tensor, config: SearchConfig) -> Found:
     """Searches blocks `config.sink_blocks` to `end` of each unit.
 
     The m inner blocks are cut into c = `width * top_k` equal branches. Each round halves every branch, scores the 2c
@@ -26,12 +30,12 @@ def descent(block_logits: torch.Tensor, heads: torch.Tensor, end: torch.Tensor, 
     without it the last round keeps `top_k`.
 
     Args:
-        block_logits: [B, n, N, block_size].
+        probe: is asked for the centre blocks of the branches that are scored, and for no others.
+        blocks: N, of the contexts.
         heads: bool [B, n], which heads a unit has.
         end: int64 [B], first block that is not inner.
     """
-    batch, _, blocks, size = block_logits.shape
-    probes = block_logits[..., probe_offsets(config)]
+    size = config.block_size
     wide = config.width * config.top_k
     inner = (end - config.sink_blocks).clamp(min=0)[:, None]
     all_read = (inner <= config.top_k) | ((inner <= wide) & config.rerank)
@@ -45,7 +49,7 @@ def descent(block_logits: torch.Tensor, heads: torch.Tensor, end: torch.Tensor, 
     rounds = torch.where(single, 1, sum((longest > 2**r).long() for r in range(most_rounds)))
     rounds = torch.where(all_read, 0, rounds)
 
-    unread = torch.full_like(block_logits[:, :, 0, 0], -math.inf)
+    gone = []
     reads = torch.zeros_like(end)
     for r in range(most_rounds):
         middle = torch.where(single, start, start + (stop - start) // 2)  # a single block has one half: itself
@@ -53,7 +57,7 @@ def descent(block_logits: torch.Tensor, heads: torch.Tensor, end: torch.Tensor, 
         stops = torch.stack([middle, stop], 2).flatten(1)
         some = (stops > starts) & (rounds > r)
         centre = (config.sink_blocks + starts + (stops - starts) // 2).clamp(max=blocks - 1)
-        branch = probes.gather(2, centre[:, None, :, None].expand(-1, probes.shape[1], -1, probes.shape[3]))
+        branch = probe(centre)
         reads = reads + some.sum(1) * config.probe_keys
         best = branch.amax(-1).masked_fill(~some[:, None], -math.inf)
         relative = (best - best.amax(-1, keepdim=True)).masked_fill(~heads[..., None], -math.inf)
@@ -63,8 +67,7 @@ def descent(block_logits: torch.Tensor, heads: torch.Tensor, end: torch.Tensor, 
         mass = (
             branch.logsumexp(-1) - math.log(config.probe_keys) + ((stops - starts).clamp(min=1) * size).log()[:, None]
         )
-        gone = mass.masked_fill(~(some & ~kept)[:, None], -math.inf).logsumexp(-1)
-        unread = torch.logaddexp(unread, gone)
+        gone.append(mass.masked_fill(~(some & ~kept)[:, None], -math.inf).logsumexp(-1))
         # The kept ones move to the front, in order; all others become empty.
         order = (~kept).sort(dim=-1, stable=True).indices[:, :wide]
         kept = kept.gather(1, order)
@@ -72,7 +75,8 @@ def descent(block_logits: torch.Tensor, heads: torch.Tensor, end: torch.Tensor, 
         start = torch.where(active, starts.gather(1, order).where(kept, 0), start)
         stop = torch.where(active, stops.gather(1, order).where(kept, 0), stop)
 
-    found = torch.zeros(batch, blocks + 1, dtype=torch.bool, device=end.device)
+    unread = torch.stack(gone).logsumexp(0)
+    found = torch.zeros(len(end), blocks + 1, dtype=torch.bool, device=end.device)
     found = found.scatter(1, torch.where(stop > start, config.sink_blocks + start, blocks), True)[:, :blocks]
     ids = torch.arange(blocks, device=end.device)
     every = (ids >= config.sink_blocks) & (ids < end[:, None])

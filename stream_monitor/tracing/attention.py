@@ -108,14 +108,15 @@ def _forward(
         raise TracingError(f"layer {layer} has learned attention sinks, which tracing does not know yet")
     inputs = LayerInputs(
         layer=layer,
-        queries=query[0].transpose(0, 1),
-        keys=key[0].transpose(0, 1),
-        values=value[0].transpose(0, 1),
+        queries=query[0].transpose(0, 1).float(),
+        keys=key[0].transpose(0, 1).float(),
+        values=value[0].transpose(0, 1).float(),
         scale=scaling if scaling is not None else query.shape[-1] ** -0.5,
         softcap=softcap or 0.0,
         window=sliding_window or 0,
     )
-    return _attend.get()(inputs)[None], None
+    with torch.autocast(query.device.type, enabled=False):
+        return _attend.get()(inputs)[None], None
 
 
 def dense_attention(inputs: LayerInputs, hidden: tuple[int, int] = (0, 0)) -> torch.Tensor:

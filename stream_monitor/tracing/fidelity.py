@@ -8,7 +8,7 @@ dense continuation are repeated before one differs. The paper asks for 2 tokens;
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import islice, takewhile
+from itertools import islice
 from statistics import fmean
 
 import torch
@@ -16,7 +16,7 @@ import torch
 from stream_kernels.prefill import Reduction
 from stream_kernels.search import SearchConfig
 from stream_monitor.tracing.attention import dense_attention
-from stream_monitor.tracing.generation import RestrictedAttention, greedy
+from stream_monitor.tracing.generation import RestrictedAttention, greedy, repeated
 from stream_monitor.tracing.layer import TraceOptions
 from stream_monitor.tracing.model import TracedModel
 from stream_monitor.tracing.pruning import PairCount
@@ -59,7 +59,7 @@ class RestrictedRun:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Between the next-token distributions of two runs, over all positions.
+    """Between the next-token distributions of two runs, over the positions compared.
 
     Attributes:
         agreement: share of positions where both find the same token likeliest.
@@ -79,24 +79,26 @@ def dense_run(model: TracedModel, ids: list[int], tokens: int = CONTINUATION) ->
 def restricted_run(
     model: TracedModel, dense: DenseRun, search: SearchConfig, reduction: Reduction = "max"
 ) -> RestrictedRun:
-    """Runs the restricted model over the context of `dense`, and on while it repeats its continuation."""
+    """Runs the restricted model over the context of `dense`, and looks how far it repeats its continuation."""
     attention = RestrictedAttention(TraceOptions(search, "pruned", reduction))
-    hidden, following = greedy(model, dense.ids, attention.read, attention.decode)
-    # The dense token comes first: where there is none left, no further pass is made.
-    pairs = zip(dense.continuation, following, strict=False)
-    matched = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    hidden, matched = repeated(model, dense.ids, attention.read, attention.decode, dense.continuation)
     return RestrictedRun(hidden, matched, attention.pairs, fmean(attention.keys_read))
 
 
-def divergence(model: TracedModel, dense: DenseRun, restricted: RestrictedRun) -> Divergence:
-    """Compares the two at every position, some at a time: all logits at once would fill the memory."""
+def divergence(model: TracedModel, dense: DenseRun, restricted: RestrictedRun, most: int | None = None) -> Divergence:
+    """Compares the two at every position; or at `most` positions, spread evenly, the last one among them.
+
+    Some at a time: all logits at once would fill the memory.
+    """
+    count = len(dense.ids)
+    compared = torch.linspace(count - 1, 0, min(count, most or count), dtype=torch.float64).round().long().flip(0)
     agreeing, kl = 0, 0.0
-    for some in model.logit_tiles(len(dense.ids)):
-        expected = model.logits(dense.hidden[some]).log_softmax(-1)
-        found = model.logits(restricted.hidden[some]).log_softmax(-1)
+    for some in model.logit_tiles(len(compared)):
+        expected = model.logits(dense.hidden[compared[some]]).log_softmax(-1)
+        found = model.logits(restricted.hidden[compared[some]]).log_softmax(-1)
         agreeing += int((expected.argmax(-1) == found.argmax(-1)).sum())
         kl += float((expected.exp() * (expected - found)).sum())
-    return Divergence(agreeing / len(dense.ids), kl / len(dense.ids))
+    return Divergence(agreeing / len(compared), kl / len(compared))
 
 
 @dataclass(frozen=True)
@@ -124,16 +126,24 @@ def search_k(
     search: SearchConfig,
     candidates: Iterable[int],
     reduction: Reduction = "max",
-    shortest: int = 2,
+    tokens: int = CONTINUATION,
 ) -> KSearch:
-    """Tries `candidates` for `search.top_k`, largest first, until one repeats fewer than `shortest` tokens.
+    """Looks among `candidates` for the smallest `search.top_k` that repeats `tokens` tokens.
 
-    What lies below that one could not be the answer for any number of tokens from `shortest` on.
+    The largest is tried first: where it fails, none can be found, and no other is tried. Between it and the others the
+    smallest is found by bisection, which tries about log2 of them; a failure above a success that was not tried is not
+    seen.
     """
-    tried = {}
-    for k in sorted(set(candidates), reverse=True):
-        run = restricted_run(model, dense, replace(search, top_k=k), reduction)
-        tried[k] = run
-        if run.matched < shortest:
-            break
+    tried: dict[int, RestrictedRun] = {}
+
+    def succeeds(k: int) -> bool:
+        tried[k] = restricted_run(model, dense, replace(search, top_k=k), reduction)
+        return tried[k].matched >= tokens
+
+    ascending = sorted(set(candidates))
+    if ascending and succeeds(ascending[-1]):
+        low, high = 0, len(ascending) - 1
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if succeeds(ascending[middle]) else (middle + 1, high)
     return KSearch(tried)

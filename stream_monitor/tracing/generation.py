@@ -34,8 +34,8 @@ class RestrictedAttention:
         return attend(inputs, found, self.options)
 
     def decode(self, inputs: LayerInputs) -> torch.Tensor:
-        """Output [1, H, Dv] of a token that was decoded."""
-        return attend(inputs, search_layer(inputs, self.options), self.options)
+        """Output [Q, H, Dv] of tokens that were decoded, each with a search of its own."""
+        return attend(inputs, search_layer(inputs, self.options, query_block=1), self.options)
 
 
 def greedy(model: TracedModel, ids: list[int], read: Attend, decode: Attend) -> tuple[torch.Tensor, Iterator[int]]:
@@ -59,6 +59,25 @@ def greedy(model: TracedModel, ids: list[int], read: Attend, decode: Attend) -> 
             last = model.run([token], decode, cache)
 
     return hidden, follow(hidden[-1:])
+
+
+def repeated(
+    model: TracedModel, ids: list[int], read: Attend, decode: Attend, given: list[int]
+) -> tuple[torch.Tensor, int]:
+    """Reads `ids` as `greedy` does, and tells how many of the tokens `given` would follow before one differs.
+
+    As long as they agree a token sees what it would see if the model had gone on by itself, so that one pass over all
+    that are given shows it. `decode` must treat each row alone.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    hidden = model.run(ids, read, cache)
+    expected = torch.tensor(given, device=hidden.device)
+    same = model.logits(hidden[-1:]).argmax(-1) == expected[:1]
+    if same.all() and len(given) > 1:
+        same = torch.cat([same, model.logits(model.run(given[:-1], decode, cache)).argmax(-1) == expected[1:]])
+    return hidden, int(same.long().cumprod(0).sum())
 
 
 def generate(

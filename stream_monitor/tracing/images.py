@@ -12,6 +12,7 @@ _SHOWN_HEADS = 6
 _SHOWN_EDGES = 60
 _LABELLED = 5
 """Highest sentences whose text is written into the curve."""
+_LABEL_CHARACTERS = 90
 _FAINTEST = 1e-3
 """Share at which a colour scale begins."""
 
@@ -99,10 +100,11 @@ def _anchors(findings: Findings) -> Any:
         if len(some):
             axis.plot(some, np.where(scores[some] > 0, scores[some], np.nan), ".-", lw=0.6, color=colour, label=role)
     axis.set_yscale("log")
-    for rank, sentence in enumerate(findings.anchors.ranking()[:_LABELLED], 1):
-        text = " ".join(findings.sentences[sentence].text.split())
-        axis.plot([], [], " ", label=f"{rank}. sentence {sentence}: {_plain(text[:90])}")
+    highest = findings.anchors.ranking()[:_LABELLED].tolist()
+    for rank, sentence in enumerate(highest, 1):
         axis.annotate(str(rank), (sentence, scores[sentence]), ha="center", va="bottom", fontsize=9)
+    for label in _labels([findings.sentences[sentence].text for sentence in highest], highest):
+        axis.plot([], [], " ", label=label)
     axis.set_xlabel("sentence")
     axis.set_ylabel("anchor score (attention per pair of tokens)")
     axis.set_title("Thought anchors: sentences that later ones look back to", fontsize=11)
@@ -110,9 +112,19 @@ def _anchors(findings: Findings) -> Any:
     return figure
 
 
-def _plain(text: str) -> str:
-    """A `$` would begin a formula."""
-    return text.replace("$", r"\$")
+def _labels(texts: list[str], sentences: list[int]) -> list[str]:
+    """Ranks, numbers and texts of the highest sentences; those that say the same share a label."""
+    by_text: dict[str, list[int]] = {}
+    for place, text in enumerate(texts):
+        by_text.setdefault(" ".join(text.split()), []).append(place)
+    labels = []
+    for text, places in by_text.items():
+        ranks = ", ".join(str(place + 1) for place in places)
+        numbers = ", ".join(str(sentences[place]) for place in places)
+        short = text if len(text) <= _LABEL_CHARACTERS else f"{text[:_LABEL_CHARACTERS].rstrip()}…"
+        # A `$` would begin a formula.
+        labels.append(f"{ranks}. sentence{'s' * (len(places) > 1)} {numbers}: {short}".replace("$", r"\$"))
+    return labels
 
 
 def _routes(findings: Findings) -> Any:

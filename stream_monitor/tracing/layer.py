@@ -36,10 +36,10 @@ class TraceOptions:
     reduction: Reduction = "max"
 
 
-def search_layer(inputs: LayerInputs, options: TraceOptions) -> PrefillSummary:
-    """The key blocks that each block of queries reads in one layer."""
-    size, rows = options.search.block_size, len(inputs.queries)
-    search = _search(inputs, options)
+def search_layer(inputs: LayerInputs, options: TraceOptions, query_block: int | None = None) -> PrefillSummary:
+    """The key blocks that each block of `query_block` queries (`block_size` by default) reads in one layer."""
+    size, rows = query_block or options.search.block_size, len(inputs.queries)
+    search = _search(inputs, options, size)
     threads = torch.get_num_threads()
     if inputs.keys.device.type != "cpu":
         return search(0, rows)
@@ -51,9 +51,8 @@ def search_layer(inputs: LayerInputs, options: TraceOptions) -> PrefillSummary:
         return _joined(pool.map(lambda first: search(first, min(rows, first + step)), starts))
 
 
-def _search(inputs: LayerInputs, options: TraceOptions) -> Callable[[int, int], PrefillSummary]:
-    """Makes the search for the queries from one row to before another, which any thread may call."""
-    size = options.search.block_size
+def _search(inputs: LayerInputs, options: TraceOptions, size: int) -> Callable[[int, int], PrefillSummary]:
+    """Makes the search for the queries from one row to before another, in blocks of `size`; any thread may call it."""
     whole = (
         None
         if inputs.window

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from stream_kernels.prefill import PrefillSummary
 from stream_monitor.tracing.errors import TracingError
+from stream_monitor.tracing.parquet import open_parquet
 
 _KEY = b"stream_monitor"
 MASKS = "masks.parquet"
@@ -147,10 +148,7 @@ class MaskFile:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise TracingError(f"cannot read the masks in {path}: {error}") from error
+        self._file = open_parquet(path, "masks")
         stored = self._file.metadata.metadata or {}
         self.metadata: dict[str, Any] = json.loads(stored.get(_KEY, b"{}"))
         if self.metadata.get("format") != _FORMAT:

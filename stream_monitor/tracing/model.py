@@ -42,6 +42,8 @@ class TracedModel:
         windows: per layer, keys a token sees, itself included; 0 where it sees all before it.
         query_heads: per layer.
         limit: most tokens that the model was made for; None if it does not say.
+        linear: what linear layers are computed in. Half-precision ones accumulate in float32; attention, norms and
+            what passes from layer to layer stay float32.
     """
 
     name: str
@@ -50,6 +52,7 @@ class TracedModel:
     windows: tuple[int, ...]
     query_heads: int
     limit: int | None
+    linear: torch.dtype = torch.float32
 
     @property
     def layers(self) -> int:
@@ -65,11 +68,17 @@ class TracedModel:
             cache: a transformers `DynamicCache` of what stood before them, which gets their keys too; None if nothing
                 does. Made without a config, so that it keeps every key of sliding layers as well.
         """
-        return _hidden(self.decoder, ids, attend, cache)
+        with self._arithmetic():
+            return _hidden(self.decoder, ids, attend, cache)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits over the vocabulary, [Q, V], of what `run` gave; take few positions at a time."""
-        return _logits(self.decoder, hidden)
+        """Logits over the vocabulary, float32 [Q, V], of what `run` gave; take few positions at a time."""
+        with self._arithmetic():
+            return _logits(self.decoder, hidden).float()
+
+    def _arithmetic(self) -> torch.autocast:
+        half = self.linear != torch.float32
+        return torch.autocast(self.decoder.device.type, self.linear if half else None, enabled=half)
 
     def logit_tiles(self, tokens: int) -> list[slice]:
         """Positions to take logits of at a time."""
@@ -144,12 +153,13 @@ def _read(path: Path) -> str:
         raise TracingError(f"{path} is not text in UTF-8") from error
 
 
-def load(name: str, device: str = "cpu") -> TracedModel:
+def load(name: str, device: str = "cpu", linear: torch.dtype = torch.float32) -> TracedModel:
     """Loads a model and tries on a few tokens whether its attention can be computed here.
 
     Args:
         name: folder of a Hugging Face model, or a name that transformers finds.
         device: of torch.
+        linear: see `TracedModel`.
 
     Raises:
         TracingError: it cannot be read, or cannot be traced.
@@ -172,7 +182,8 @@ def load(name: str, device: str = "cpu") -> TracedModel:
         raise TracingError(f"cannot load {name}: {error}") from error
     decoder.eval().to(device)
     windows, query_heads = _probe(decoder, config)
-    return TracedModel(name, decoder, tokenizer, windows, query_heads, getattr(config, "max_position_embeddings", None))
+    limit = getattr(config, "max_position_embeddings", None)
+    return TracedModel(name, decoder, tokenizer, windows, query_heads, limit, linear)
 
 
 def _read_config(name: str) -> Any:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stream_monitor.tracing.errors import TracingError
+from stream_monitor.tracing.parquet import open_parquet
 from stream_monitor.tracing.sentence_mass import SentenceMass
 
 UNOBSERVED = -1
@@ -56,10 +57,7 @@ class SentenceFile:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise TracingError(f"cannot read the sentence masses in {path}: {error}") from error
+        self._file = open_parquet(path, "sentence masses")
         if not self._file.schema_arrow.equals(_SCHEMA):
             raise TracingError(f"{path} does not hold sentence masses")
         self.layers: int = self._file.metadata.num_row_groups

@@ -62,6 +62,18 @@ def test_divergence_is_taken_at_every_position(
     assert result.mean_kl > 0.01
 
 
+@pytest.mark.parametrize(("most", "places"), [(1, [299]), (2, [0, 299]), (3, [0, 150, 299]), (400, range(300))])
+def test_divergence_of_some_positions_spread_evenly(
+    tiny_model: TracedModel, dense: DenseRun, most: int, places: list[int]
+) -> None:
+    run = restricted_run(tiny_model, dense, EXACT)
+    expected, found = (tiny_model.logits(part.hidden[list(places)]).double() for part in (dense, run))
+    kl = torch.nn.functional.kl_div(found.log_softmax(-1), expected.softmax(-1), reduction="batchmean")
+    result = divergence(tiny_model, dense, run, most)
+    assert result.mean_kl == pytest.approx(float(kl), rel=1e-4)
+    assert result.agreement == pytest.approx(float((found.argmax(-1) == expected.argmax(-1)).double().mean()))
+
+
 def test_decoding_is_restricted_too(tiny_model: TracedModel, dense: DenseRun) -> None:
     run = restricted_run(tiny_model, dense, EXACT)
     own = [int(tiny_model.logits(run.hidden[-1:]).argmax())]
@@ -97,9 +109,28 @@ def test_the_smallest_k_is_one_from_which_all_larger_succeed() -> None:
     assert KSearch({4: run_that_matched(1), 2: run_that_matched(16)}).smallest(2) is None
 
 
-def test_the_k_search_goes_down_until_it_fails(tiny_model: TracedModel, dense: DenseRun) -> None:
-    found = search_k(tiny_model, dense, EXACT, [1, 64, 2, 40], shortest=16)
-    assert list(found.tried) == [64, 40, 2]
+@pytest.mark.parametrize(
+    ("smallest", "tried"), [(1, [40, 4, 2, 1]), (2, [40, 4, 2, 1]), (8, [40, 4, 16, 8]), (40, [40, 4, 16]), (64, [40])]
+)
+def test_the_k_search_tries_the_largest_and_bisects(
+    tiny_model: TracedModel,
+    dense: DenseRun,
+    monkeypatch: pytest.MonkeyPatch,
+    smallest: int,
+    tried: list[int],
+) -> None:
+    def run(model: TracedModel, dense: DenseRun, search: SearchConfig, reduction: str) -> RestrictedRun:
+        return run_that_matched(16 if search.top_k >= smallest else 15)
+
+    monkeypatch.setattr("stream_monitor.tracing.fidelity.restricted_run", run)
+    found = search_k(tiny_model, dense, EXACT, [16, 1, 2, 40, 4, 8, 2])
+    assert list(found.tried) == tried
+    assert found.smallest(16) == (smallest if smallest <= 40 else None)
+    assert found.smallest(15) == min(tried)
+
+
+def test_more_blocks_prune_less(tiny_model: TracedModel, dense: DenseRun) -> None:
+    found = search_k(tiny_model, dense, EXACT, [2, 40])
     assert found.smallest(16) == 40
     assert found.tried[2].pairs.pruned_of_causal > found.tried[40].pairs.pruned_of_causal == 0
 

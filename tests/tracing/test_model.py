@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from stream_monitor.tracing.attention import dense_attention
+from stream_monitor.tracing.attention import LayerInputs, dense_attention
 from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.model import load, read_messages, read_prompt
 from tests.tracing import tiny
@@ -48,6 +48,25 @@ def test_hidden_states_and_logits_are_the_models_own(
     model.run(ids[:200], dense_attention, cache)
     last = [model.run([token], dense_attention, cache) for token in ids[200:]]
     torch.testing.assert_close(model.logits(torch.cat(last)), expected[200:], atol=1e-4, rtol=1e-4)
+
+
+def test_linear_layers_in_half_precision_leave_all_else_in_float32(tmp_path: Path) -> None:
+    folder = str(tiny.save(tmp_path, initializer_range=0.1))
+    seen: set[torch.dtype] = set()
+
+    def attend(inputs: LayerInputs) -> torch.Tensor:
+        seen.update(x.dtype for x in (inputs.queries, inputs.keys, inputs.values))
+        out = dense_attention(inputs)
+        seen.add(out.dtype)
+        return out
+
+    single, half = load(folder), load(folder, linear=torch.bfloat16)
+    ids = tiny.tokens(200)
+    hidden = half.run(ids, attend)
+    assert seen | {hidden.dtype, half.logits(hidden).dtype} == {torch.float32}
+    expected = single.run(ids, dense_attention)
+    error = (hidden - expected).norm() / expected.norm()
+    assert 1e-4 < error < 0.05
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stream_kernels.search import NO_BLOCK, SearchConfig
-from stream_monitor.tracing import findings
+from stream_monitor.tracing import findings, images
 from stream_monitor.tracing.attention import dense_attention
 from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.findings import mask_cells, receiver_matrix
@@ -60,6 +60,13 @@ def test_all_files_are_there(traced: Path) -> None:
     }
     for picture in traced.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sentences_that_say_the_same_share_a_label() -> None:
+    labels = images._labels(["So it is 5 $.\n", "long " * 40, " So  it is 5 $."], [7, 3, 40])
+    assert labels[0] == r"1, 3. sentences 7, 40: So it is 5 \$."
+    assert re.fullmatch("2. sentence 3: (long )+long…", labels[1])
+    assert len(labels) == 2
 
 
 def test_anchors_of_a_mask_that_keeps_everything_are_those_of_exact_attention(
