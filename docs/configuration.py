@@ -4,7 +4,7 @@ from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from stream_monitor.config import PREFIX, TABLES, default_target
+from stream_monitor.config import PREFIX, TABLES, default_store, default_target
 
 HEAD = f"""# Configuration
 
@@ -44,6 +44,8 @@ DEFAULT_SOCKET = (
     "folder for temporary files"
 )
 
+DEFAULT_STORE = "`$XDG_STATE_HOME/stream-monitor/monitor.db`; without that variable, in `~/.local/state`"
+
 
 def main() -> None:
     """The whole page."""
@@ -60,6 +62,8 @@ def default(key: str, field: FieldInfo) -> str:
     """The default as one would write it."""
     if field.default_factory is default_target:
         return DEFAULT_SOCKET
+    if field.default_factory is default_store:
+        return DEFAULT_STORE
     value = field.default
     size = f" ({value >> 20} MiB)" if key.endswith("_bytes") else ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`{size}"

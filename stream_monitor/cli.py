@@ -105,13 +105,14 @@ def serve(context: typer.Context) -> None:
         return
     settings = _settings(context.args)
     from stream_monitor.anchors.profile import ProfileError
+    from stream_monitor.monitor.database import StoreRefused
     from stream_monitor.monitor.listen import ListenError
     from stream_monitor.monitor.run import serve as run
     from stream_monitor.monitor.text import TextError
 
     try:
         asyncio.run(run(settings, _version()))
-    except (ListenError, ProfileError, TextError) as error:
+    except (ListenError, ProfileError, StoreRefused, TextError) as error:
         _fail(error)
 
 

@@ -32,6 +32,13 @@ def default_target() -> str:
     return f"unix:{runtime_folder() / 'ingest.sock'}"
 
 
+def default_store() -> str:
+    """Where `stream-monitor serve` keeps events and traces: the user's folder for state that outlives a restart."""
+    base = os.environ.get("XDG_STATE_HOME")
+    folder = Path(base) if base else Path(os.path.expanduser("~")) / ".local" / "state"
+    return str(folder / "stream-monitor" / "monitor.db")
+
+
 class _Layered(BaseSettings):
     """Command line over environment over file."""
 
@@ -163,7 +170,15 @@ class MonitorSettings(_Layered):
         description="Share of requests without cause in which any finding may be raised, where a profile says what "
         "those look like. Without a profile, thresholds are the detectors' own and the rate is not known.",
     )
-    max_traces: int = Field(10_000, ge=1, description="Request traces held; the oldest finished ones go first.")
+    store: str = Field(
+        default_factory=default_store,
+        description="File that keeps findings and traces over restarts (SQLite, 0600). Empty: in memory only.",
+    )
+    store_days: float = Field(7.0, gt=0, description="Days until findings and traces leave the store.")
+    store_bytes: int = Field(
+        1 << 30, ge=1 << 20, description="Size of the store; beyond it the oldest findings and traces go."
+    )
+    max_traces: int = Field(10_000, ge=1, description="Request traces in memory; the oldest finished ones go first.")
     max_trace_bytes: int = Field(
         1 << 30, ge=1 << 20, description="Memory of all traces, estimated; beyond it the oldest go."
     )
@@ -174,7 +189,9 @@ class MonitorSettings(_Layered):
     subscriber_queue: int = Field(
         1024, ge=1, description="Events that wait for a slow subscriber; then the oldest are lost, counted."
     )
-    event_log: int = Field(65_536, ge=1, description="Events held for subscribers that resume.")
+    event_log: int = Field(
+        65_536, ge=1, description="Findings in memory for subscribers that resume; older ones are read from the store."
+    )
     merge_deadline_seconds: float = Field(
         2.0, gt=0, description="A step whose ranks have not all arrived by then is partial."
     )
@@ -186,6 +203,11 @@ class MonitorSettings(_Layered):
     @classmethod
     def _addresses(cls, value: str) -> str:
         return check_address(value)
+
+    @field_validator("store")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        return os.path.expanduser(value)
 
 
 TABLES: dict[str, type[_Layered]] = {"capture": CaptureSettings, "monitor": MonitorSettings}

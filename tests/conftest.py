@@ -21,6 +21,9 @@ if not Path("/proc/driver/nvidia").exists():
         triton.knobs.runtime.interpret = True
     del os.environ["TRITON_INTERPRET"]
 
+# Monitors that tests start leave nothing behind, and do not find what a user's own monitor keeps.
+os.environ["STREAM_MONITOR_STORE"] = ""
+
 # A suite that a script starts in its background inherits SIGINT as ignored, and so would every process it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -36,7 +36,7 @@ def test_a_page_made_from_code_is_current(page: str) -> None:
 
 def test_the_page_of_metrics_tells_what_a_monitor_shows(start: Callable[..., Running], tmp_path: Path) -> None:
     make_profile("another", "0" * 16, 1, {kind.value: [] for kind in Kind}, 399).write(tmp_path / "profile.json")
-    monitor = start(max_sentences=40, profiles=str(tmp_path / "profile.json"))
+    monitor = start(max_sentences=40, profiles=str(tmp_path / "profile.json"), store=str(tmp_path / "monitor.db"))
     _held = _make_every_metric_appear(monitor)
     shown = {}
     for family in text_string_to_metric_families(monitor.http("/metrics").text):

@@ -2,16 +2,22 @@
 
 The log holds findings only. Progress events (a request started, a sentence closed) are many and old ones are of no use,
 so they go to who asked for them at the time, carry the cursor of the last finding, and are not sent again on resume.
+
+With a store, a finding is sent once it is committed, so that its cursor holds over a restart; what comes after it waits
+behind it. If that takes longer than `PATIENCE_SECONDS`, events are sent all the same, with cursors of this run alone.
 """
 
 import asyncio
 import base64
 import binascii
+import time
 import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
+from typing import Protocol
 
+from stream_monitor.monitor.database import EventPage
 from stream_monitor.v1alpha1 import monitor_pb2
 
 FINDINGS = frozenset(
@@ -22,12 +28,20 @@ FINDINGS = frozenset(
         monitor_pb2.EVENT_KIND_UNTRUSTED_ANCHOR,
     }
 )
+PATIENCE_SECONDS = 1.0
+"""How long a finding waits for its commit."""
 
 Wanted = Callable[[monitor_pb2.Event], bool]
+Waiting = tuple[int, monitor_pb2.Event, int]
+"""Sequence, event, and how many events were lost before it."""
 
 
 class CursorGone(Exception):
-    """The cursor is of another monitor start, or older than the oldest event held."""
+    """The cursor holds no longer, or is older than the oldest event held; `oldest` is the oldest cursor held."""
+
+    def __init__(self, why: str, oldest: str) -> None:
+        super().__init__(f"cursor is {why}; the oldest cursor held is {oldest}")
+        self.oldest = oldest
 
 
 class CursorMalformed(Exception):
@@ -38,20 +52,40 @@ class TooManySubscribers(Exception):
     """The limit on subscribers is reached."""
 
 
-class Subscriber:
-    """Events waiting for one subscriber, with the cursor to send along; the oldest are lost when it is full."""
+class Shelf(Protocol):
+    """Where findings are kept beyond this run."""
 
-    def __init__(self, wanted: Wanted, backlog: list[tuple[int, monitor_pb2.Event]], limit: int) -> None:
+    def keep(self, sequence: int, event: monitor_pb2.Event) -> None:
+        """Store a finding; `EventLog.committed` is called when it is."""
+
+    async def events_after(self, sequence: int) -> EventPage:
+        """The next findings after a sequence. Raises CursorGone."""
+
+
+class Subscriber:
+    """Events waiting for one subscriber, with the cursor to send along; the oldest are lost when it is full.
+
+    One that resumes reads what it missed from the store, page by page, until the log in memory reaches back far enough.
+    """
+
+    def __init__(self, log: "EventLog", wanted: Wanted, after: int, limit: int) -> None:
         self.wanted = wanted
         self.lost = 0
         self.closed = False
-        self._backlog = deque(backlog)
+        self._log = log
+        self._after = after
+        self._live = False
+        self._missed = 0  # Lost before whatever is found next.
+        self._backlog: deque[Waiting] = deque()
         self._queue: deque[tuple[int, monitor_pb2.Event]] = deque()
         self._limit = limit
         self._woken = asyncio.Event()
+        self._go_live()
 
     def offer(self, sequence: int, event: monitor_pb2.Event) -> bool:
         """Queue an event; False if that lost the oldest one waiting."""
+        if not self._live:
+            return True  # It will find it in the log.
         kept = len(self._queue) < self._limit
         if not kept:
             self._queue.popleft()
@@ -70,38 +104,133 @@ class Subscriber:
         self.closed = True
         self._woken.set()
 
-    async def next(self) -> tuple[int, monitor_pb2.Event, int] | None:
-        """Sequence, event, and how many were lost before it; None when closed."""
+    def forget(self, gone: Wanted) -> None:
+        """Take back events that wait."""
+        self._backlog = deque(entry for entry in self._backlog if not gone(entry[1]))
+        self._queue = deque(entry for entry in self._queue if not gone(entry[1]))
+
+    async def next(self) -> Waiting | None:
+        """The next event; None when closed. Raises CursorGone if the store lets go what was still to be read."""
         while not self._backlog and not self._queue:
-            if self.closed:
+            if not self._live:
+                page = await self._log.events_after(self._after)
+                self._after = page.last
+                self._take(page.events)
+                self._missed += page.lost
+                self._go_live()
+            elif self.closed:
                 return None
-            self._woken.clear()
-            await self._woken.wait()
-        sequence, event = self._backlog.popleft() if self._backlog else self._queue.popleft()
-        lost, self.lost = (0, self.lost) if self._backlog else (self.lost, 0)
+            else:
+                self._woken.clear()
+                await self._woken.wait()
+        if self._backlog:
+            return self._backlog.popleft()
+        sequence, event = self._queue.popleft()
+        lost, self.lost, self._missed = self.lost + self._missed, 0, 0
         return sequence, event, lost
+
+    def _go_live(self) -> None:
+        """Join those that are offered events, if the log in memory has all that came after."""
+        if self._after >= self._log.forgotten:
+            self._live = True
+            self._take([(sequence, event, 0) for sequence, event in self._log.held_after(self._after)])
+
+    def _take(self, found: list[Waiting]) -> None:
+        for sequence, event, lost in found:
+            self._missed += lost
+            if self.wanted(event):
+                self._backlog.append((sequence, event, self._missed))
+                self._missed = 0
 
 
 class EventLog:
-    """The newest findings, numbered from 1 in this monitor start (`epoch`), and who is subscribed."""
+    """The newest findings, numbered in ascending order, and who is subscribed.
+
+    Attributes:
+        forgotten: sequence up to which findings are not in memory (any more).
+        lost: events lost to subscribers that read too slowly.
+    """
 
     def __init__(self, size: int, queue: int, max_subscribers: int) -> None:
-        self.epoch = uuid.uuid4().hex
         self.queue = queue
         self.max_subscribers = max_subscribers
         self.lost = 0
         self.subscribers: set[Subscriber] = set()
-        self._newest = 0
-        self._held: deque[monitor_pb2.Event] = deque(maxlen=size)
+        self.forgotten = 0
+        self._run = uuid.uuid4().hex
+        self._epoch = self._run
+        self._shelf: Shelf | None = None
+        self._size = size
+        self._held: deque[tuple[int, monitor_pb2.Event]] = deque()
+        # Numbers given out, sent to subscribers, committed to the store, and let go by it.
+        self._issued = self._sent = self._stored = self._let_go = 0
+        self._pending: deque[tuple[int, monitor_pb2.Event]] = deque()
+        self._pending_since = 0.0
+        self._patient = True
+
+    @property
+    def oldest(self) -> int:
+        """The lowest sequence that a cursor may have."""
+        return self._let_go if self._shelf is not None and self._epoch != self._run else self.forgotten
+
+    def stored_in(self, shelf: Shelf, first: int, held: Iterable[tuple[int, monitor_pb2.Event]] = ()) -> None:
+        """Keep findings in a store, numbered above `first`, before the first is published.
+
+        `held` are the newest of those that are in it already.
+        """
+        self._shelf = shelf
+        self._held.extend(held)
+        self._issued = self._sent = first
+        self.forgotten = self._held[0][0] - 1 if self._held else first
+
+    def opened(self, epoch: str, newest: int, let_go: int) -> None:
+        """The store is open: the name of its cursors, its newest sequence, and up to which it has let findings go."""
+        self._epoch, self._stored, self._let_go = epoch, newest, let_go
+        self._patient = True
 
     def publish(self, event: monitor_pb2.Event) -> None:
         """Log a finding and hand the event to every subscriber that wants it."""
         if event.kind in FINDINGS:
-            self._newest += 1
-            self._held.append(event)
+            self._issued += 1
+            if self._shelf is not None:
+                self._shelf.keep(self._issued, event)
+        if self._shelf is None or (not self._pending and event.kind not in FINDINGS):
+            self._send(self._issued, event)
+            return
+        if not self._pending:
+            self._pending_since = time.monotonic()
+        self._pending.append((self._issued, event))
+        if not self._patient:
+            self._send_pending(self._issued)
+
+    def committed(self, sequence: int) -> None:
+        """The store has the findings up to this one."""
+        self._stored = max(self._stored, sequence)
+        self._patient = True
+        self._send_pending(sequence)
+
+    def troubled(self) -> None:
+        """The store cannot be written, or is too slow: nothing waits for it until it commits again."""
+        self._patient = False
+        self._send_pending(self._issued)
+
+    def tick(self) -> None:
+        """Called a few times a second: a store that is too slow holds nothing up."""
+        if self._pending and time.monotonic() - self._pending_since > PATIENCE_SECONDS:
+            self.troubled()
+
+    def let_go(self, sequence: int) -> None:
+        """The store has removed findings up to this one."""
+        self._let_go = max(self._let_go, sequence)
+
+    def forget(self, gone: Wanted) -> int:
+        """Remove events from the log and from all queues; how many findings were in the log."""
+        kept = deque(entry for entry in self._held if not gone(entry[1]))
+        removed, self._held = len(self._held) - len(kept), kept
+        self._pending = deque(entry for entry in self._pending if not gone(entry[1]))
         for subscriber in self.subscribers:
-            if subscriber.wanted(event) and not subscriber.offer(self._newest, event):
-                self.lost += 1
+            subscriber.forget(gone)
+        return removed
 
     def subscribe(self, wanted: Wanted, cursor: str, last: int = 0) -> tuple[Subscriber, str]:
         """A subscriber, fed from `cursor`, or if that is empty from the newest `last` findings it wants on, and the
@@ -112,27 +241,52 @@ class EventLog:
         after = self._resume(cursor) if cursor else self._before_last(wanted, last)
         if len(self.subscribers) >= self.max_subscribers:
             raise TooManySubscribers(f"{self.max_subscribers} subscribers (setting max_subscribers)")
-        first = self._newest - len(self._held) + 1
-        backlog = [
-            (sequence, event)
-            for sequence, event in enumerate(islice(self._held, after + 1 - first, None), after + 1)
-            if wanted(event)
-        ]
-        subscriber = Subscriber(wanted, backlog, self.queue)
+        subscriber = Subscriber(self, wanted, after, self.queue)
         self.subscribers.add(subscriber)
         return subscriber, self.cursor(after)
 
     def cursor(self, sequence: int) -> str:
-        """The opaque form of a position in the log."""
-        return base64.urlsafe_b64encode(f"{self.epoch}:{sequence}".encode()).decode()
+        """The opaque form of a position in the log: one of the store's where the store has come as far."""
+        epoch = self._epoch if sequence <= self._stored else self._run
+        return base64.urlsafe_b64encode(f"{epoch}:{sequence}".encode()).decode()
+
+    def held_after(self, sequence: int) -> list[tuple[int, monitor_pb2.Event]]:
+        """Findings in memory after a sequence."""
+        return [entry for entry in self._held if entry[0] > sequence]
+
+    async def events_after(self, sequence: int) -> EventPage:
+        """Findings in the store after a sequence. Raises CursorGone."""
+        assert self._shelf is not None
+        page = await self._shelf.events_after(sequence)
+        if sequence < self.oldest:
+            raise self._gone("older than the oldest event held")
+        # What is committed and not yet sent will be sent.
+        events = [entry for entry in page.events if entry[0] <= self._sent]
+        last = min(page.last, self._sent)
+        if events or last > sequence:
+            return EventPage(events, last)
+        # Neither the store nor the memory has what comes next.
+        return EventPage([], self.forgotten, self.forgotten - sequence)
+
+    def _send(self, sequence: int, event: monitor_pb2.Event) -> None:
+        self._sent = sequence
+        if event.kind in FINDINGS:
+            self._held.append((sequence, event))
+            if len(self._held) > self._size:
+                self.forgotten = self._held.popleft()[0]
+        for subscriber in self.subscribers:
+            if subscriber.wanted(event) and not subscriber.offer(sequence, event):
+                self.lost += 1
+
+    def _send_pending(self, sequence: int) -> None:
+        while self._pending and self._pending[0][0] <= sequence:
+            self._send(*self._pending.popleft())
+        self._pending_since = time.monotonic()
 
     def _before_last(self, wanted: Wanted, last: int) -> int:
-        """The sequence number after which `last` findings are wanted."""
-        if not last:
-            return self._newest
-        numbered = zip(range(self._newest, 0, -1), reversed(self._held), strict=False)
-        found = list(islice((sequence for sequence, event in numbered if wanted(event)), last))
-        return found[-1] - 1 if found else self._newest
+        """The sequence number after which `last` findings are wanted, as far as the memory reaches."""
+        found = list(islice((sequence for sequence, event in reversed(self._held) if wanted(event)), last))
+        return found[-1] - 1 if found else self._sent
 
     def _resume(self, cursor: str) -> int:
         try:
@@ -140,8 +294,11 @@ class EventLog:
             after = int(number)
         except (binascii.Error, ValueError):
             raise CursorMalformed("cursor is not one that this service gave out") from None
-        oldest = self._newest - len(self._held)
-        if epoch != self.epoch or not oldest <= after <= self._newest:
-            why = "of another monitor start" if epoch != self.epoch else "older than the oldest event held"
-            raise CursorGone(f"cursor is {why}; the oldest cursor held is {self.cursor(oldest)}")
+        if epoch not in (self._epoch, self._run):
+            raise self._gone("of another monitor start or store")
+        if not self.oldest <= after <= self._sent:
+            raise self._gone("older than the oldest event held")
         return after
+
+    def _gone(self, why: str) -> CursorGone:
+        return CursorGone(why, self.cursor(self.oldest))

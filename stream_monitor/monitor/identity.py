@@ -11,6 +11,12 @@ from dataclasses import dataclass
 MAX_EXTERNAL = 256
 """Characters of an external id that are kept."""
 
+TraceKey = tuple[str, str]
+"""Engine instance and internal request id; the sample index is part of the latter."""
+
+EXACT, EXTERNAL, ALIAS = range(3)
+"""How well an id fits: the internal id, the id of the OpenAI response, another form such as the bare X-Request-Id."""
+
 _RANDOM = re.compile(r"-[0-9a-f]{8}$")
 _SAMPLE = re.compile(r"^(\d{1,6})_(?=.)")
 _PROMPT = re.compile(r"-\d{1,6}$")
@@ -49,3 +55,12 @@ def parse(request_id: str) -> Identity:
     forms |= {_SERVER_PREFIX.sub("", form) for form in forms}
     aliases = frozenset(form[:MAX_EXTERNAL] for form in forms if form) - {external[:MAX_EXTERNAL]}
     return Identity(external[:MAX_EXTERNAL], int(sample.group(1)) if sample else 0, aliases)
+
+
+def names(request_id: str) -> dict[str, int]:
+    """Every id that a request is found by, and how well it fits."""
+    identity = parse(request_id)
+    found = dict.fromkeys(identity.aliases, ALIAS)
+    found[identity.external_id] = EXTERNAL
+    found[request_id] = EXACT
+    return found

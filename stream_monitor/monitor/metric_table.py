@@ -310,4 +310,51 @@ SUBSCRIBER_LOST = _define(
     (),
     "Events lost to subscribers that read too slowly; each is told how many.",
 )
+REQUESTS_DELETED = _define(_S, "counter", "requests_deleted_total", (), "Requests removed for good, by DeleteRequest.")
 BUILD_INFO = _define(_S, "info", "build_info", ("version",), "Always 1: the monitor's version.")
+
+_S = "The store"
+STORE_UP = _define(
+    _S,
+    "gauge",
+    "store_up",
+    (),
+    "1 if it can be written, 0 while it cannot: findings and traces then stay in memory, and it is tried again.",
+)
+STORE_BYTES = _define(_S, "gauge", "store_bytes", (), "Bytes in use in its file, looked up once a minute.")
+STORE_LIMIT = _define(_S, "gauge", "store_limit_bytes", (), "How many may be, setting `store_bytes`.")
+STORE_QUEUE = _define(_S, "gauge", "store_queue_records", ("record",), "What waits to be written: `event`, `trace`.")
+STORE_WRITTEN = _define(
+    _S,
+    "counter",
+    "store_written_total",
+    ("record",),
+    "What was written; a trace at its start, at its findings and at its end.",
+)
+STORE_LOST = _define(
+    _S,
+    "counter",
+    "store_lost_total",
+    ("record", "reason"),
+    "What found no room in that queue and was never written, by what kept the store from being written: `disk_full`, "
+    "`read_only`, `cannot_open`, `busy`, `io_error`, `corrupt`, `refused` (the file is not ours, or of a newer "
+    "version), or `queue_full` (it is too slow).",
+)
+STORE_REMOVED = _define(
+    _S,
+    "counter",
+    "store_removed_total",
+    ("record", "reason"),
+    "What was removed: `age` (`store_days`), `size` (`store_bytes`), `deleted` (DeleteRequest).",
+)
+STORE_SET_ASIDE = _define(
+    _S, "counter", "store_set_aside_total", (), "Damaged files that were set aside and replaced by a new one."
+)
+STORE_COMMITS = _define(
+    _S,
+    "histogram",
+    "store_commit_seconds",
+    (),
+    "Its commits, each of what arrived in 50 ms; a finding is sent to subscribers after its commit.",
+    (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0),
+)

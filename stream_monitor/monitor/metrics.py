@@ -46,6 +46,7 @@ class Metrics:
         self.event_delay = self._histogram(table.EVENT_DELAY)
         self.recall = self._histogram(table.RECALL)
         self.unobserved = self._histogram(table.UNOBSERVED)
+        self.store_commits = self._histogram(table.STORE_COMMITS)
         ProcessCollector(registry=self.registry)
         self._known: set[Labels] = set()
         for outcome, (_, reasons) in outcomes.MESSAGES.items():

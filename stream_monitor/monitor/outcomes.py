@@ -56,6 +56,7 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
             "readded": "the request started again with another prompt",
             "sentence_limit": "beyond `max_sentences`",
             "unplaced": "no sentence ever held it",
+            "deleted": "its request was deleted",
         },
     ),
 }

@@ -6,8 +6,10 @@ import numpy as np
 
 from stream_monitor.anchors.matrix import ANCHOR_GAP
 from stream_monitor.monitor import views
+from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.calibration import Calibration, capture_id
 from stream_monitor.monitor.events import EventLog
+from stream_monitor.monitor.graveyard import Graveyard
 from stream_monitor.monitor.merge import MergedStep
 from stream_monitor.monitor.metrics import ROLES, Metrics, exemplar
 from stream_monitor.monitor.outcomes import known_request
@@ -18,7 +20,10 @@ from stream_monitor.v1alpha1 import monitor_pb2
 
 
 class Pipeline:
-    """Applies merged steps to the traces and publishes what comes of it."""
+    """Applies merged steps to the traces and publishes what comes of it.
+
+    `archive` and `graveyard` may be left out where nothing is stored or deleted.
+    """
 
     def __init__(
         self,
@@ -27,15 +32,21 @@ class Pipeline:
         metrics: Metrics,
         calibration: Calibration,
         vocabularies: Vocabularies,
+        archive: Archive | None = None,
+        graveyard: Graveyard | None = None,
     ) -> None:
         self.store = store
         self.calibration = calibration
         self.vocabularies = vocabularies
         self.log = log
         self.metrics = metrics
+        self.archive = archive
+        self.graveyard = graveyard
 
     def apply(self, step: MergedStep) -> None:
         """Starts, then rows, then tokens (a token is sampled from its step's row), then ends; then score sentences."""
+        if self.graveyard:
+            self.graveyard.strip(step)
         first = step.parts[0]
         instance, labels = first.rank.engine.instance, first.rank.labels
         now = first.summary.wall_time_ns or time.time_ns()
@@ -85,6 +96,7 @@ class Pipeline:
             if held is not None and not held.finished and held.token_source in (None, source):
                 touched[finished.request_id] = seen(held)
                 held.finish(finished.total_tokens)
+                held.to_store = True
                 ended.append(held)
         for trace in touched.values():
             self._score(trace, now)
@@ -96,6 +108,10 @@ class Pipeline:
                 self.metrics.requests_without_text.labels(*labels, reason).inc()
             self._progress(trace, monitor_pb2.EVENT_KIND_REQUEST_FINISHED, now)
         for trace in touched.values():
+            # Evictions look at what is marked.
+            if self.archive is not None and trace.to_store:
+                self.archive.mark(trace)
+                trace.to_store = trace.finished
             self.store.changed(trace)
 
     def _score(self, trace: RequestTrace, now: int) -> None:
@@ -119,6 +135,7 @@ class Pipeline:
                 finding = views.alarm_event(trace, index, alarm, shares, row.unobserved, now)
                 trace.findings.append(finding)
                 trace.finding_count += 1
+                trace.to_store = True
                 name = monitor_pb2.EventKind.Name(finding.kind).removeprefix("EVENT_KIND_")
                 severity = monitor_pb2.Severity.Name(finding.severity).removeprefix("SEVERITY_").lower()
                 self.metrics.events.labels(*trace.labels, name, severity).inc(exemplar=named)

@@ -1,6 +1,7 @@
 """`stream-monitor serve`: a monitor until SIGTERM or SIGINT."""
 
 import asyncio
+import logging
 import signal
 
 from stream_monitor.config import MonitorSettings
@@ -8,7 +9,8 @@ from stream_monitor.monitor.server import MonitorServer
 
 
 async def serve(settings: MonitorSettings, version: str) -> None:
-    """Serve, say where on standard output, and stop in order on a signal. Raises ListenError."""
+    """Serve, say where on standard output, and stop in order on a signal. Raises ListenError or StoreRefused."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     monitor = MonitorServer(settings, version)
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()

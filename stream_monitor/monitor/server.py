@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -11,11 +12,16 @@ from grpc_reflection.v1alpha import reflection
 
 from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor import ingest, service
+from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.calibration import Calibration
+from stream_monitor.monitor.database import StoreRefused
+from stream_monitor.monitor.deletion import Deletion
 from stream_monitor.monitor.events import EventLog
+from stream_monitor.monitor.graveyard import Graveyard
 from stream_monitor.monitor.http import HttpServer, application
 from stream_monitor.monitor.ingest import Ingest
 from stream_monitor.monitor.listen import SOCKET_UMASK, ListenError, bind_tcp, check_exposure, prepare_unix
+from stream_monitor.monitor.lookup import Lookup
 from stream_monitor.monitor.merge import Merger
 from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.page.api import Api
@@ -26,6 +32,7 @@ from stream_monitor.monitor.ranks import RankBook
 from stream_monitor.monitor.scrape import StateCollector
 from stream_monitor.monitor.service import MonitorService
 from stream_monitor.monitor.store import TraceStore
+from stream_monitor.monitor.store_metrics import StoreCollector
 from stream_monitor.monitor.text import Vocabularies
 from stream_monitor.v1alpha1 import monitor_pb2_grpc
 
@@ -33,6 +40,7 @@ TRANSPORT_BYTES = 64 << 20
 """The transport's own limit on a message, well above ours, so that ours is the answer that names it and is counted.
 What is larger still, the transport refuses by itself with RESOURCE_EXHAUSTED before it is in memory, uncounted."""
 
+DAY_SECONDS = 86_400
 SERVICES = (ingest.SERVICE, service.SERVICE)
 
 
@@ -49,18 +57,30 @@ class MonitorServer:
         ranks = RankBook(settings.max_engines)
         self.store = TraceStore(settings.max_traces, settings.max_trace_bytes, settings.max_sentences)
         self.log = EventLog(settings.event_log, settings.subscriber_queue, settings.max_subscribers)
+        graveyard = Graveyard()
+        self.archive = Archive(self.log, self.store, graveyard)
+        self.deletion = Deletion(self.store, self.log, self.archive, graveyard, settings.store_days * DAY_SECONDS)
         calibration = Calibration.read(settings.profiles, settings.false_alarm_rate)
         merger = Merger(settings.merge_deadline_seconds)
         self.metrics = Metrics()
         self.metrics.registry.register(StateCollector(version, ranks, merger, self.store, self.log, calibration))
+        self.metrics.registry.register(StoreCollector(self.archive, self.deletion))
         self.ingest = Ingest(
             ranks,
             merger,
-            Pipeline(self.store, self.log, self.metrics, calibration, Vocabularies.read(settings.tokenizers)),
+            Pipeline(
+                self.store,
+                self.log,
+                self.metrics,
+                calibration,
+                Vocabularies.read(settings.tokenizers),
+                self.archive,
+                graveyard,
+            ),
             self.metrics,
             settings.max_message_bytes,
         )
-        self.service = MonitorService(self.store, self.log)
+        self.service = MonitorService(Lookup(self.store, self.archive), self.log, self.deletion)
         self.page = page(
             Api(self.service, ranks, version, text=bool(settings.tokenizers)),
             Live(self.service, settings.max_live_pages),
@@ -74,7 +94,7 @@ class MonitorServer:
         self._http: HttpServer | None = None
 
     async def start(self) -> None:
-        """Listen on all addresses. Raises ListenError, one line, if one of them cannot be used."""
+        """Listen on all addresses and open the store. Raises ListenError or StoreRefused, one line."""
         settings = self.settings
         for name in ("ingest", "grpc", "http"):
             check_exposure(name, getattr(settings, name), settings.insecure)
@@ -94,7 +114,10 @@ class MonitorServer:
                     server, address = self._listen(name, getattr(settings, name), add)
                     setattr(self, f"{name}_address", address)
                     self._servers.append(server)
-        except ListenError:
+            if settings.store:
+                seconds = settings.store_days * DAY_SECONDS
+                await self.archive.open(Path(settings.store), seconds, settings.store_bytes, self.metrics.store_commits)
+        except (ListenError, StoreRefused):
             bound.close()
             await asyncio.gather(*(server.stop(0) for server in self._servers))
             raise
@@ -113,6 +136,8 @@ class MonitorServer:
         self.ready = False
         await self.health.enter_graceful_shutdown()
         self.ingest.stop()
+        # Commits the last findings, so that subscribers get them.
+        await self.archive.close()
         for subscriber in list(self.log.subscribers):
             subscriber.close()
         await asyncio.gather(*(server.stop(self.settings.shutdown_grace_seconds) for server in self._servers))
@@ -167,3 +192,4 @@ class MonitorServer:
         while True:
             await asyncio.sleep(min(0.25, self.settings.merge_deadline_seconds / 2))
             self.ingest.flush()
+            self.log.tick()

@@ -1,13 +1,13 @@
-"""MonitorService: events to subscribers, traces and lists to whoever asks."""
+"""MonitorService: events to subscribers, traces and lists to whoever asks, and deletion."""
 
-import base64
-import binascii
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
 from stream_monitor.monitor import views
+from stream_monitor.monitor.archive import StoreUnavailable
+from stream_monitor.monitor.deletion import Deletion
 from stream_monitor.monitor.events import (
     FINDINGS,
     CursorGone,
@@ -16,8 +16,8 @@ from stream_monitor.monitor.events import (
     TooManySubscribers,
     Wanted,
 )
-from stream_monitor.monitor.store import TraceStore
-from stream_monitor.monitor.trace import RequestTrace
+from stream_monitor.monitor.identity import TraceKey, parse
+from stream_monitor.monitor.lookup import Lookup, TokenMalformed
 from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
 
 SERVICE = monitor_pb2.DESCRIPTOR.services_by_name["MonitorService"].full_name
@@ -26,16 +26,19 @@ MAX_LAST = 1000
 """Findings that a subscription may ask for from before it began."""
 MAX_FILTER = 1000
 """Entries of each filter list of a subscription."""
+OLDEST_CURSOR = "oldest-cursor"
+"""Trailing metadata of OUT_OF_RANGE."""
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
-    """Reads the store and the event log; writes nothing."""
+    """Answers from memory and the store."""
 
-    def __init__(self, store: TraceStore, log: EventLog) -> None:
-        self.store = store
+    def __init__(self, lookup: Lookup, log: EventLog, deletion: Deletion) -> None:
+        self.lookup = lookup
         self.log = log
+        self.deletion = deletion
 
     async def Subscribe(
         self, request: monitor_pb2.SubscribeRequest, context: Context
@@ -49,7 +52,7 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
         try:
             subscriber, cursor = self.log.subscribe(wanted(request), request.cursor, request.last)
         except CursorGone as error:
-            await context.abort(grpc.StatusCode.OUT_OF_RANGE, str(error))
+            await _gone(context, error)
         except CursorMalformed as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except TooManySubscribers as error:
@@ -59,27 +62,24 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
             while (waiting := await subscriber.next()) is not None:
                 sequence, event, lost = waiting
                 yield monitor_pb2.SubscribeResponse(event=event, cursor=self.log.cursor(sequence), lost=lost)
+        except CursorGone as error:
+            await _gone(context, error)
+        except StoreUnavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         finally:
             self.log.subscribers.discard(subscriber)
         await context.abort(grpc.StatusCode.UNAVAILABLE, "the monitor is stopping")
 
     async def GetTrace(self, request: monitor_pb2.GetTraceRequest, context: Context) -> monitor_pb2.GetTraceResponse:
         """One request's trace; see `monitor.proto`."""
-        found = [trace for trace in self.store.find(request.request_id) if _narrowed(trace, request)]
-        if not found:
-            await context.abort(
-                grpc.StatusCode.NOT_FOUND, f"no trace of request {request.request_id!r}: unknown or evicted"
-            )
-        if len(found) > 1:
-            keys = "; ".join(
-                f"engine_instance={trace.instance} request_id={trace.request_id} "
-                f"sample_index={trace.identity.sample_index}"
-                for trace in found[:20]
-            )
-            await context.abort(
-                grpc.StatusCode.FAILED_PRECONDITION, f"{len(found)} traces carry {request.request_id!r}: {keys}"
-            )
-        return views.full(found[0], request.with_heads)
+        try:
+            (key,) = await self._narrowed(request, context)
+            trace = await self.lookup.trace(key, request.with_heads)
+            if trace is not None:
+                return trace
+        except StoreUnavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        return await _not_found(request, context)
 
     async def ListRequests(
         self, request: monitor_pb2.ListRequestsRequest, context: Context
@@ -89,30 +89,70 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, f"page_size is {request.page_size}; at most {MAX_PAGE}"
             )
-        before = None
-        if request.page_token:
-            try:
-                before = int(base64.urlsafe_b64decode(request.page_token.encode()))
-            except (binascii.Error, ValueError):
-                await context.abort(
-                    grpc.StatusCode.INVALID_ARGUMENT, "page_token is not one that this service gave out"
-                )
-        size = request.page_size or DEFAULT_PAGE
-        response = monitor_pb2.ListRequestsResponse()
-        traces = self.store.find(request.request_id) if request.request_id else self.store.newest_first()
-        last = 0
-        for trace in traces:
-            if before is not None and trace.serial >= before:
-                continue
-            model_name, engine = trace.labels
-            if request.model_name not in ("", model_name) or request.engine not in ("", engine):
-                continue
-            if len(response.requests) == size:
-                response.next_page_token = base64.urlsafe_b64encode(str(last).encode()).decode()
-                break
-            response.requests.append(views.info(trace))
-            last = trace.serial
-        return response
+        try:
+            return await self.lookup.page(request, request.page_size or DEFAULT_PAGE)
+        except TokenMalformed as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except StoreUnavailable as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        raise AssertionError("abort raises")
+
+    async def DeleteRequest(
+        self, request: monitor_pb2.DeleteRequestRequest, context: Context
+    ) -> monitor_pb2.DeleteRequestResponse:
+        """Remove a request for good; see `monitor.proto`."""
+        try:
+            keys = await self._narrowed(request, context)
+            await self.deletion.delete(keys, context.peer())
+        except StoreUnavailable as error:
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE,
+                f"{error}; gone from memory, the request leaves the store as soon as that is possible: ask again",
+            )
+        return monitor_pb2.DeleteRequestResponse(keys=[_trace_key(key) for key in keys])
+
+    async def _narrowed(
+        self, request: monitor_pb2.GetTraceRequest | monitor_pb2.DeleteRequestRequest, context: Context
+    ) -> list[TraceKey]:
+        """The one request that is meant, or all of them where that was asked for."""
+        deleting = isinstance(request, monitor_pb2.DeleteRequestRequest)
+        found = [
+            key
+            for key in await self.lookup.find(request.request_id, buried=deleting)
+            if request.engine_instance in ("", key[0])
+            and (not request.HasField("sample_index") or request.sample_index == parse(key[1]).sample_index)
+        ]
+        if not found:
+            await _not_found(request, context)
+        if len(found) > 1 and not (isinstance(request, monitor_pb2.DeleteRequestRequest) and request.all):
+            keys = "; ".join(
+                f"engine_instance={instance} request_id={request_id} sample_index={parse(request_id).sample_index}"
+                for instance, request_id in found[:20]
+            )
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION, f"{len(found)} traces carry {request.request_id!r}: {keys}"
+            )
+        return found
+
+
+async def _not_found(
+    request: monitor_pb2.GetTraceRequest | monitor_pb2.DeleteRequestRequest, context: Context
+) -> NoReturn:
+    await context.abort(
+        grpc.StatusCode.NOT_FOUND, f"no trace of request {request.request_id!r}: unknown, no longer held, or deleted"
+    )
+    raise AssertionError("abort raises")
+
+
+async def _gone(context: Context, error: CursorGone) -> None:
+    await context.abort(grpc.StatusCode.OUT_OF_RANGE, str(error), ((OLDEST_CURSOR, error.oldest),))
+
+
+def _trace_key(key: TraceKey) -> monitor_pb2.TraceKey:
+    instance, request_id = key
+    return monitor_pb2.TraceKey(
+        engine_instance=instance, request_id=request_id, sample_index=parse(request_id).sample_index
+    )
 
 
 def wanted(request: monitor_pb2.SubscribeRequest) -> Wanted:
@@ -132,9 +172,3 @@ def wanted(request: monitor_pb2.SubscribeRequest) -> Wanted:
         )
 
     return test
-
-
-def _narrowed(trace: RequestTrace, request: monitor_pb2.GetTraceRequest) -> bool:
-    return request.engine_instance in ("", trace.instance) and (
-        not request.HasField("sample_index") or request.sample_index == trace.identity.sample_index
-    )

@@ -1,15 +1,10 @@
 """The traces held, bounded in number and memory, and the ids they are found by."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from stream_monitor.monitor.identity import EXACT, TraceKey, names
 from stream_monitor.monitor.ranks import Labels
 from stream_monitor.monitor.trace import RequestTrace
-
-TraceKey = tuple[str, str]
-"""Engine instance and internal request id; the sample index is part of the latter."""
-
-EXACT, EXTERNAL, ALIAS = range(3)
-"""How well an id fits: the internal id, the id of the OpenAI response, another form such as the bare X-Request-Id."""
 
 
 class TraceStore:
@@ -19,6 +14,8 @@ class TraceStore:
         evicted: traces that had to go, by the limit that was reached ("count" or "bytes").
         replaced: finished traces whose id was used again.
         late: traces that began with rows or tokens of a request whose start was not seen.
+        serial: of the newest trace; they ascend.
+        evicting: told of each trace that has to go, before it goes.
     """
 
     def __init__(self, max_traces: int, max_bytes: int, max_sentences: int) -> None:
@@ -29,7 +26,8 @@ class TraceStore:
         self.evicted = {"count": 0, "bytes": 0}
         self.replaced = 0
         self.late = 0
-        self._serial = 0
+        self.serial = 0
+        self.evicting: Callable[[RequestTrace], None] = lambda _: None
         self._traces: dict[TraceKey, RequestTrace] = {}
         self._weights: dict[TraceKey, int] = {}
         self._finished: dict[TraceKey, None] = {}
@@ -83,8 +81,15 @@ class TraceStore:
             else:
                 break
             oldest = next(iter(self._finished), None)
-            self._drop(oldest if oldest is not None else next(iter(self._traces)))
+            going = oldest if oldest is not None else next(iter(self._traces))
+            self.evicting(self._traces[going])
+            self._drop(going)
             self.evicted[limit] += 1
+
+    def remove(self, key: TraceKey) -> None:
+        """Forget a trace, if it is held."""
+        if key in self._traces:
+            self._drop(key)
 
     def find(self, request_id: str) -> list[RequestTrace]:
         """Traces an id may mean, newest first; of several readings of the id, only the best that fits any."""
@@ -98,12 +103,12 @@ class TraceStore:
         return reversed(self._traces.values())
 
     def _create(self, key: TraceKey, labels: Labels, now_ns: int) -> RequestTrace:
-        self._serial += 1
-        trace = RequestTrace(key[0], key[1], labels, self._serial, now_ns, self.max_sentences)
+        self.serial += 1
+        trace = RequestTrace(key[0], key[1], labels, self.serial, now_ns, self.max_sentences)
         self._traces[key] = trace
         self._weights[key] = trace.bytes
         self.bytes += trace.bytes
-        for name, fit in _names(trace).items():
+        for name, fit in names(trace.request_id).items():
             self._index.setdefault(name, {})[key] = fit
         return trace
 
@@ -111,15 +116,8 @@ class TraceStore:
         trace = self._traces.pop(key)
         self.bytes -= self._weights.pop(key)
         self._finished.pop(key, None)
-        for name in _names(trace):
+        for name in names(trace.request_id):
             keys = self._index[name]
             del keys[key]
             if not keys:
                 del self._index[name]
-
-
-def _names(trace: RequestTrace) -> dict[str, int]:
-    names = dict.fromkeys(trace.identity.aliases, ALIAS)
-    names[trace.identity.external_id] = EXTERNAL
-    names[trace.request_id] = EXACT
-    return names

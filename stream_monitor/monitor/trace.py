@@ -34,7 +34,10 @@ _TRACE_BYTES, _SPAN_BYTES, _ROW_BYTES = 4096, 136, 560
 
 
 class RequestTrace:
-    """State of one request; `instance` and `request_id` are its key."""
+    """State of one request; `instance` and `request_id` are its key.
+
+    `to_store` says that it has news for the store: it is new, has a finding, or has ended.
+    """
 
     def __init__(
         self, instance: str, request_id: str, labels: Labels, serial: int, now_ns: int, max_sentences: int
@@ -48,6 +51,7 @@ class RequestTrace:
         self.max_sentences = max_sentences
         self.joined_late = True
         self.finished = False
+        self.to_store = True
         self.prompt_tokens = 0
         self.prompt_sentences = 0
         self.output_tokens = 0

@@ -73,6 +73,7 @@ def info(trace: RequestTrace) -> monitor_pb2.RequestInfo:
         scores=scores(trace),
         capture=trace.capture,
         no_text_reason=trace.text.reason,
+        joined_late=trace.joined_late,
     )
 
 

@@ -89,12 +89,20 @@ class _RequestStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RequestS
     REQUEST_STATE_UNSPECIFIED: _RequestState.ValueType  # 0
     REQUEST_STATE_RUNNING: _RequestState.ValueType  # 1
     REQUEST_STATE_FINISHED: _RequestState.ValueType  # 2
+    REQUEST_STATE_CUT: _RequestState.ValueType  # 3
+    """The monitor ended, or had to make room in its memory, while the request ran. Held are its events and what was
+    stored: its state at its newest finding, else at its start.
+    """
 
 class RequestState(_RequestState, metaclass=_RequestStateEnumTypeWrapper): ...
 
 REQUEST_STATE_UNSPECIFIED: RequestState.ValueType  # 0
 REQUEST_STATE_RUNNING: RequestState.ValueType  # 1
 REQUEST_STATE_FINISHED: RequestState.ValueType  # 2
+REQUEST_STATE_CUT: RequestState.ValueType  # 3
+"""The monitor ended, or had to make room in its memory, while the request ran. Held are its events and what was
+stored: its state at its newest finding, else at its start.
+"""
 Global___RequestState: _TypeAlias = RequestState  # noqa: Y015
 
 @_typing.final
@@ -429,7 +437,9 @@ class SubscribeResponse(_message.Message):
     cursor: _builtins.str
     """Opaque. Hand it to a later Subscribe to go on after this response."""
     lost: _builtins.int
-    """Events this subscriber lost since the previous response because it read too slowly."""
+    """Events lost since the previous response: this subscriber read too slowly, or, on a resumption from the store, the
+    store could not be written for so long that they found no room in the queue to it.
+    """
     @_builtins.property
     def event(self) -> Global___Event:
         """Absent in the first response, which is sent at once to confirm the subscription and give a cursor."""
@@ -631,6 +641,7 @@ class RequestInfo(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     CAPTURE_FIELD_NUMBER: _builtins.int
     NO_TEXT_REASON_FIELD_NUMBER: _builtins.int
+    JOINED_LATE_FIELD_NUMBER: _builtins.int
     external_id: _builtins.str
     model_name: _builtins.str
     engine: _builtins.str
@@ -653,6 +664,8 @@ class RequestInfo(_message.Message):
     send_token_ids). "no_tokenizer": ids came, and the monitor's setting tokenizers has none for the model.
     "tokenizer_mismatch": the one it has is not the engine's.
     """
+    joined_late: _builtins.bool
+    """The monitor did not see it start, or lost it while it ran: whatever came before is missing."""
     @_builtins.property
     def key(self) -> Global___TraceKey: ...
     @_builtins.property
@@ -688,10 +701,11 @@ class RequestInfo(_message.Message):
         scores: _abc.Iterable[Global___DetectorScore] | None = ...,
         capture: _builtins.str = ...,
         no_text_reason: _builtins.str = ...,
+        joined_late: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "top_anchor", b"top_anchor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture", b"capture", "engine", b"engine", "events", b"events", "external_id", b"external_id", "first_seen_ns", b"first_seen_ns", "key", b"key", "last_seen_ns", b"last_seen_ns", "missing_ranks", b"missing_ranks", "model_name", b"model_name", "no_text_reason", b"no_text_reason", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "refused_reason", b"refused_reason", "rows_kept", b"rows_kept", "scores", b"scores", "sentences", b"sentences", "state", b"state", "top_anchor", b"top_anchor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture", b"capture", "engine", b"engine", "events", b"events", "external_id", b"external_id", "first_seen_ns", b"first_seen_ns", "joined_late", b"joined_late", "key", b"key", "last_seen_ns", b"last_seen_ns", "missing_ranks", b"missing_ranks", "model_name", b"model_name", "no_text_reason", b"no_text_reason", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "refused_reason", b"refused_reason", "rows_kept", b"rows_kept", "scores", b"scores", "sentences", b"sentences", "state", b"state", "top_anchor", b"top_anchor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -753,3 +767,58 @@ class ListRequestsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListRequestsResponse: _TypeAlias = ListRequestsResponse  # noqa: Y015
+
+@_typing.final
+class DeleteRequestRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    ENGINE_INSTANCE_FIELD_NUMBER: _builtins.int
+    SAMPLE_INDEX_FIELD_NUMBER: _builtins.int
+    ALL_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Internal or external request id."""
+    engine_instance: _builtins.str
+    """Narrow the choice where request_id alone is ambiguous."""
+    sample_index: _builtins.int
+    all: _builtins.bool
+    """Delete everything that the fields above leave, such as all samples of one request, instead of asking to choose."""
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        engine_instance: _builtins.str = ...,
+        sample_index: _builtins.int | None = ...,
+        all: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_sample_index", b"_sample_index", "sample_index", b"sample_index"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_sample_index", b"_sample_index", "all", b"all", "engine_instance", b"engine_instance", "request_id", b"request_id", "sample_index", b"sample_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__sample_index: _TypeAlias = _typing.Literal["sample_index"]  # noqa: Y015
+    _WhichOneofArgType__sample_index: _TypeAlias = _typing.Literal["_sample_index", b"_sample_index"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sample_index) -> _WhichOneofReturnType__sample_index | None: ...
+
+Global___DeleteRequestRequest: _TypeAlias = DeleteRequestRequest  # noqa: Y015
+
+@_typing.final
+class DeleteRequestResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceKey]:
+        """What was deleted."""
+
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[Global___TraceKey] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRequestResponse: _TypeAlias = DeleteRequestResponse  # noqa: Y015

@@ -49,16 +49,24 @@ class MonitorServiceStub:
                 request_serializer=stream__monitor_dot_v1alpha1_dot_monitor__pb2.ListRequestsRequest.SerializeToString,
                 response_deserializer=stream__monitor_dot_v1alpha1_dot_monitor__pb2.ListRequestsResponse.FromString,
                 _registered_method=True)
+        self.DeleteRequest = channel.unary_unary(
+                '/stream_monitor.v1alpha1.MonitorService/DeleteRequest',
+                request_serializer=stream__monitor_dot_v1alpha1_dot_monitor__pb2.DeleteRequestRequest.SerializeToString,
+                response_deserializer=stream__monitor_dot_v1alpha1_dot_monitor__pb2.DeleteRequestResponse.FromString,
+                _registered_method=True)
 
 
 class MonitorServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Subscribe(self, request, context):
-        """Events from now on, or from a cursor. A subscriber that reads too slowly loses the oldest waiting events; each
-        response says how many were lost before it. A cursor of another monitor start, or older than the oldest event
-        held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held. Only findings are held:
-        progress events (SENTENCE_CLOSED and below) that were sent before a resumption do not come again.
+        """Events from now on, or from a cursor. A finding is sent when the store has it: its cursor then holds over restarts
+        of the monitor on the same store, however it ended. While the store cannot be written (or there is none), events
+        are sent all the same; their cursors then hold until the monitor ends. A subscriber that reads too slowly loses the
+        oldest waiting events; each response says how many were lost before it. A cursor that holds no longer, or is older
+        than the oldest event held, ends the call with OUT_OF_RANGE; the message and the trailing metadata `oldest-cursor`
+        name the oldest cursor held. Only findings are held: progress events (SENTENCE_CLOSED and below) that were sent
+        before a resumption do not come again.
         RESOURCE_EXHAUSTED if there are too many subscribers; UNAVAILABLE when the monitor stops.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -66,15 +74,25 @@ class MonitorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetTrace(self, request, context):
-        """One request's trace. NOT_FOUND if unknown or evicted; FAILED_PRECONDITION, with the keys to choose from, if several
-        traces carry the id.
+        """One request's trace, from memory or the store. NOT_FOUND if unknown, no longer held, or deleted;
+        FAILED_PRECONDITION, with the keys to choose from, if several traces carry the id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListRequests(self, request, context):
-        """Requests the monitor holds, newest first.
+        """Requests the monitor holds in memory or in its store, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteRequest(self, request, context):
+        """Removes a request for good, from memory and store: its trace, its events, those that wait for subscribers included,
+        and its ids. Answered when no byte of it is left in the store's files; what the engine still sends of it is thrown
+        away. NOT_FOUND and FAILED_PRECONDITION as in GetTrace; UNAVAILABLE if the store cannot be written now: it is then
+        gone from memory, the store follows as soon as it can be written, and asking again tells.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,6 +115,11 @@ def add_MonitorServiceServicer_to_server(servicer, server):
                     servicer.ListRequests,
                     request_deserializer=stream__monitor_dot_v1alpha1_dot_monitor__pb2.ListRequestsRequest.FromString,
                     response_serializer=stream__monitor_dot_v1alpha1_dot_monitor__pb2.ListRequestsResponse.SerializeToString,
+            ),
+            'DeleteRequest': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRequest,
+                    request_deserializer=stream__monitor_dot_v1alpha1_dot_monitor__pb2.DeleteRequestRequest.FromString,
+                    response_serializer=stream__monitor_dot_v1alpha1_dot_monitor__pb2.DeleteRequestResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -180,6 +203,33 @@ class MonitorService:
             '/stream_monitor.v1alpha1.MonitorService/ListRequests',
             stream__monitor_dot_v1alpha1_dot_monitor__pb2.ListRequestsRequest.SerializeToString,
             stream__monitor_dot_v1alpha1_dot_monitor__pb2.ListRequestsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRequest(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stream_monitor.v1alpha1.MonitorService/DeleteRequest',
+            stream__monitor_dot_v1alpha1_dot_monitor__pb2.DeleteRequestRequest.SerializeToString,
+            stream__monitor_dot_v1alpha1_dot_monitor__pb2.DeleteRequestResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -32,35 +32,53 @@ class MonitorServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MonitorServiceAsyncStub: ...
     Subscribe: _grpc.UnaryStreamMultiCallable[_monitor_pb2.SubscribeRequest, _monitor_pb2.SubscribeResponse]
-    """Events from now on, or from a cursor. A subscriber that reads too slowly loses the oldest waiting events; each
-    response says how many were lost before it. A cursor of another monitor start, or older than the oldest event
-    held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held. Only findings are held:
-    progress events (SENTENCE_CLOSED and below) that were sent before a resumption do not come again.
+    """Events from now on, or from a cursor. A finding is sent when the store has it: its cursor then holds over restarts
+    of the monitor on the same store, however it ended. While the store cannot be written (or there is none), events
+    are sent all the same; their cursors then hold until the monitor ends. A subscriber that reads too slowly loses the
+    oldest waiting events; each response says how many were lost before it. A cursor that holds no longer, or is older
+    than the oldest event held, ends the call with OUT_OF_RANGE; the message and the trailing metadata `oldest-cursor`
+    name the oldest cursor held. Only findings are held: progress events (SENTENCE_CLOSED and below) that were sent
+    before a resumption do not come again.
     RESOURCE_EXHAUSTED if there are too many subscribers; UNAVAILABLE when the monitor stops.
     """
     GetTrace: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.GetTraceRequest, _monitor_pb2.GetTraceResponse]
-    """One request's trace. NOT_FOUND if unknown or evicted; FAILED_PRECONDITION, with the keys to choose from, if several
-    traces carry the id.
+    """One request's trace, from memory or the store. NOT_FOUND if unknown, no longer held, or deleted;
+    FAILED_PRECONDITION, with the keys to choose from, if several traces carry the id.
     """
     ListRequests: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.ListRequestsRequest, _monitor_pb2.ListRequestsResponse]
-    """Requests the monitor holds, newest first."""
+    """Requests the monitor holds in memory or in its store, newest first."""
+    DeleteRequest: _grpc.UnaryUnaryMultiCallable[_monitor_pb2.DeleteRequestRequest, _monitor_pb2.DeleteRequestResponse]
+    """Removes a request for good, from memory and store: its trace, its events, those that wait for subscribers included,
+    and its ids. Answered when no byte of it is left in the store's files; what the engine still sends of it is thrown
+    away. NOT_FOUND and FAILED_PRECONDITION as in GetTrace; UNAVAILABLE if the store cannot be written now: it is then
+    gone from memory, the store follows as soon as it can be written, and asking again tells.
+    """
 
 @_typing.type_check_only
 class MonitorServiceAsyncStub(MonitorServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Subscribe: _aio.UnaryStreamMultiCallable[_monitor_pb2.SubscribeRequest, _monitor_pb2.SubscribeResponse]  # type: ignore[assignment]
-    """Events from now on, or from a cursor. A subscriber that reads too slowly loses the oldest waiting events; each
-    response says how many were lost before it. A cursor of another monitor start, or older than the oldest event
-    held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held. Only findings are held:
-    progress events (SENTENCE_CLOSED and below) that were sent before a resumption do not come again.
+    """Events from now on, or from a cursor. A finding is sent when the store has it: its cursor then holds over restarts
+    of the monitor on the same store, however it ended. While the store cannot be written (or there is none), events
+    are sent all the same; their cursors then hold until the monitor ends. A subscriber that reads too slowly loses the
+    oldest waiting events; each response says how many were lost before it. A cursor that holds no longer, or is older
+    than the oldest event held, ends the call with OUT_OF_RANGE; the message and the trailing metadata `oldest-cursor`
+    name the oldest cursor held. Only findings are held: progress events (SENTENCE_CLOSED and below) that were sent
+    before a resumption do not come again.
     RESOURCE_EXHAUSTED if there are too many subscribers; UNAVAILABLE when the monitor stops.
     """
     GetTrace: _aio.UnaryUnaryMultiCallable[_monitor_pb2.GetTraceRequest, _monitor_pb2.GetTraceResponse]  # type: ignore[assignment]
-    """One request's trace. NOT_FOUND if unknown or evicted; FAILED_PRECONDITION, with the keys to choose from, if several
-    traces carry the id.
+    """One request's trace, from memory or the store. NOT_FOUND if unknown, no longer held, or deleted;
+    FAILED_PRECONDITION, with the keys to choose from, if several traces carry the id.
     """
     ListRequests: _aio.UnaryUnaryMultiCallable[_monitor_pb2.ListRequestsRequest, _monitor_pb2.ListRequestsResponse]  # type: ignore[assignment]
-    """Requests the monitor holds, newest first."""
+    """Requests the monitor holds in memory or in its store, newest first."""
+    DeleteRequest: _aio.UnaryUnaryMultiCallable[_monitor_pb2.DeleteRequestRequest, _monitor_pb2.DeleteRequestResponse]  # type: ignore[assignment]
+    """Removes a request for good, from memory and store: its trace, its events, those that wait for subscribers included,
+    and its ids. Answered when no byte of it is left in the store's files; what the engine still sends of it is thrown
+    away. NOT_FOUND and FAILED_PRECONDITION as in GetTrace; UNAVAILABLE if the store cannot be written now: it is then
+    gone from memory, the store follows as soon as it can be written, and asking again tells.
+    """
 
 class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -69,10 +87,13 @@ class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _monitor_pb2.SubscribeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_monitor_pb2.SubscribeResponse], _abc.AsyncIterator[_monitor_pb2.SubscribeResponse]]:
-        """Events from now on, or from a cursor. A subscriber that reads too slowly loses the oldest waiting events; each
-        response says how many were lost before it. A cursor of another monitor start, or older than the oldest event
-        held, ends the call with OUT_OF_RANGE and a message that names the oldest cursor held. Only findings are held:
-        progress events (SENTENCE_CLOSED and below) that were sent before a resumption do not come again.
+        """Events from now on, or from a cursor. A finding is sent when the store has it: its cursor then holds over restarts
+        of the monitor on the same store, however it ended. While the store cannot be written (or there is none), events
+        are sent all the same; their cursors then hold until the monitor ends. A subscriber that reads too slowly loses the
+        oldest waiting events; each response says how many were lost before it. A cursor that holds no longer, or is older
+        than the oldest event held, ends the call with OUT_OF_RANGE; the message and the trailing metadata `oldest-cursor`
+        name the oldest cursor held. Only findings are held: progress events (SENTENCE_CLOSED and below) that were sent
+        before a resumption do not come again.
         RESOURCE_EXHAUSTED if there are too many subscribers; UNAVAILABLE when the monitor stops.
         """
 
@@ -82,8 +103,8 @@ class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _monitor_pb2.GetTraceRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_monitor_pb2.GetTraceResponse, _abc.Awaitable[_monitor_pb2.GetTraceResponse]]:
-        """One request's trace. NOT_FOUND if unknown or evicted; FAILED_PRECONDITION, with the keys to choose from, if several
-        traces carry the id.
+        """One request's trace, from memory or the store. NOT_FOUND if unknown, no longer held, or deleted;
+        FAILED_PRECONDITION, with the keys to choose from, if several traces carry the id.
         """
 
     @_abc_1.abstractmethod
@@ -92,6 +113,18 @@ class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _monitor_pb2.ListRequestsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_monitor_pb2.ListRequestsResponse, _abc.Awaitable[_monitor_pb2.ListRequestsResponse]]:
-        """Requests the monitor holds, newest first."""
+        """Requests the monitor holds in memory or in its store, newest first."""
+
+    @_abc_1.abstractmethod
+    def DeleteRequest(
+        self,
+        request: _monitor_pb2.DeleteRequestRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_monitor_pb2.DeleteRequestResponse, _abc.Awaitable[_monitor_pb2.DeleteRequestResponse]]:
+        """Removes a request for good, from memory and store: its trace, its events, those that wait for subscribers included,
+        and its ids. Answered when no byte of it is left in the store's files; what the engine still sends of it is thrown
+        away. NOT_FOUND and FAILED_PRECONDITION as in GetTrace; UNAVAILABLE if the store cannot be written now: it is then
+        gone from memory, the store follows as soon as it can be written, and asking again tells.
+        """
 
 def add_MonitorServiceServicer_to_server(servicer: MonitorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -85,6 +85,7 @@ def starter(folder: Path) -> Iterator[Callable[..., Running]]:
             "ingest": f"unix:{folder / 'ingest.sock'}",
             "grpc": "127.0.0.1:0",
             "http": "127.0.0.1:0",
+            "store": "",
             "shutdown_grace_seconds": 1,
         }
         running.append(Running(MonitorSettings(**(defaults | settings))))

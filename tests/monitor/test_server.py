@@ -24,6 +24,7 @@ from stream_monitor.monitor.metric_table import TABLE
 from stream_monitor.monitor.server import SERVICES, MonitorServer
 from stream_monitor.v1alpha1 import monitor_pb2
 from tests.monitor.conftest import Running
+from tests.monitor.process import free_port
 from tests.monitor.synthetic import Engine
 from tests.monitor.test_ingest import Stream
 
@@ -156,12 +157,6 @@ def test_one_address_may_serve_both(run: Callable[..., Running], tmp_path: Path)
     monitor = run(grpc=f"unix:{tmp_path / 'ingest.sock'}")
     monitor.publish(Engine().request("r", [4]))
     assert len(monitor.api.ListRequests(monitor_pb2.ListRequestsRequest()).requests) == 1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_the_command_is_ready_in_two_seconds_and_stops_on_sigterm(tmp_path: Path) -> None:

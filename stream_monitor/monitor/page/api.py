@@ -48,7 +48,7 @@ class Refused(Exception):
 class Call:
     """Stands in for gRPC's context: what a service method needs of it."""
 
-    async def abort(self, code: grpc.StatusCode, details: str = "") -> NoReturn:
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
         """End the call."""
         raise Refused(code, details)
 

@@ -1,0 +1,282 @@
+"""The store as the event loop sees it: what is handed over to be written, and what is read back.
+
+The loop never waits for the disk. A recorder thread writes (recorder.py), another thread reads. Without a store, or
+while it cannot be opened, nothing is found in it.
+"""
+
+import asyncio
+import contextlib
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prometheus_client import Histogram
+
+from stream_monitor.monitor import recovery, views
+from stream_monitor.monitor.database import Database, EventPage, Listed, StoredEvent, StoredTrace
+from stream_monitor.monitor.erasure import ErasureUnfinished, erase
+from stream_monitor.monitor.events import EventLog
+from stream_monitor.monitor.graveyard import Graveyard
+from stream_monitor.monitor.identity import TraceKey
+from stream_monitor.monitor.recorder import Recorder
+from stream_monitor.monitor.retention import Removed, housekeep, let_go_some
+from stream_monitor.monitor.store import TraceStore
+from stream_monitor.monitor.trace import RequestTrace
+from stream_monitor.v1alpha1 import monitor_pb2
+
+SAVE_SECONDS = 0.2
+"""How often traces that changed are handed to the recorder."""
+RETENTION_SECONDS = 60.0
+PAGE = 500
+"""Findings read at a time for a subscriber that resumes."""
+ERASE_SECONDS = 30.0
+"""How long a deletion may take; beyond it, it goes on by itself."""
+
+T = TypeVar("T")
+
+
+class StoreUnavailable(Exception):
+    """The store cannot be read or written now; one line."""
+
+
+class Archive:
+    """Findings and traces in the store.
+
+    Attributes:
+        recorder: the thread that writes; None without a store.
+        removed: rows that retention and deletions removed, by record and reason.
+        bytes: in use in the file, as of the last look. max_bytes: how many may be.
+    """
+
+    def __init__(self, events: EventLog, traces: TraceStore, graveyard: Graveyard) -> None:
+        self.recorder: Recorder | None = None
+        self.removed = Removed()
+        self.bytes = self.max_bytes = 0
+        self._events = events
+        self._traces = traces
+        self._graveyard = graveyard
+        self._changed: dict[TraceKey, RequestTrace] = {}
+        self._reader: Database | None = None
+        self._reading = ThreadPoolExecutor(1, "stream-monitor-store-reader")
+        self._tasks: list[asyncio.Task[None]] = []
+        self._newest = self._serial = 0
+        self._recent: list[tuple[int, monitor_pb2.Event]] = []
+
+    async def open(self, path: Path, max_age_seconds: float, max_bytes: int, commits: Histogram) -> None:
+        """Open the store, before anything is published. Raises StoreRefused; other failures are tried again later."""
+        self._loop = asyncio.get_running_loop()
+        self._max_age_ns, self.max_bytes = int(max_age_seconds * 1e9), max_bytes
+        self.recorder = Recorder(path, self, self._graveyard, commits)
+        await asyncio.to_thread(self.recorder.open)
+        await asyncio.sleep(0)  # `_take_over` has run.
+        if self._reader is None:
+            # The file may turn out to hold findings and traces when it can be opened: number new ones above them.
+            self._newest = self._serial = time.time_ns() // 1000
+        self._events.stored_in(self, self._newest, self._recent)
+        self._traces.serial = self._serial
+        self._traces.evicting = self._evicting
+        self.recorder.start()
+        self._tasks = [asyncio.create_task(self._save()), asyncio.create_task(self._retain())]
+
+    async def close(self) -> None:
+        """Store what is known, the state of requests that still run included, and close."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.recorder is not None:
+            for trace in self._traces.newest_first():
+                if not trace.finished or (trace.instance, trace.request_id) in self._changed:
+                    self.recorder.put_trace(_stored(trace, going=True))
+            await asyncio.to_thread(self.recorder.stop)
+            await asyncio.sleep(0)  # What it told last has been heard.
+        if self._reader is not None:
+            await self._in_reader(Database.close, self._reader)
+            self._reader = None
+        self._reading.shutdown()
+
+    # What the recorder's thread tells.
+
+    def opened(self, database: Database) -> None:
+        """The store is open; see `Outcomes`."""
+        reader = Database(database.path)
+        numbers = (database.meta("newest"), database.meta("forgotten"), database.newest_serial())
+        self._recent = database.newest_events(PAGE)
+        self._post(self._take_over, reader, numbers, database.tombstones())
+
+    def committed(self, sequence: int) -> None:
+        """Findings are in the store; see `Outcomes`."""
+        self._post(self._events.committed, sequence)
+
+    def troubled(self) -> None:
+        """The store cannot be written; see `Outcomes`."""
+        self._post(self._events.troubled)
+
+    # Writing.
+
+    def keep(self, sequence: int, event: monitor_pb2.Event) -> None:
+        """Store a finding; see `Shelf`."""
+        assert self.recorder is not None
+        key = event.key
+        self.recorder.add_event(
+            StoredEvent(sequence, key.engine_instance, key.request_id, event.SerializeToString(deterministic=True))
+        )
+
+    def mark(self, trace: RequestTrace) -> None:
+        """Store a trace, within `SAVE_SECONDS`: it began, has a new finding, or ended."""
+        if self.recorder is not None:
+            self._changed[trace.instance, trace.request_id] = trace
+
+    async def erase(self, keys: list[TraceKey], until_ns: int) -> None:
+        """Remove requests from the store for good. Raises StoreUnavailable."""
+        for key in keys:
+            self._changed.pop(key, None)
+        if self.recorder is None:
+            return
+        erasing = asyncio.ensure_future(self._write(lambda database: erase(database, keys, until_ns)))
+        seconds = 0.0 if self.recorder.trouble else ERASE_SECONDS
+        done, _ = await asyncio.wait({erasing}, timeout=seconds)
+        if not done:
+            raise StoreUnavailable(f"the store cannot be written now ({self.recorder.trouble or 'it is busy'})")
+        try:
+            self.removed += erasing.result()
+        except ErasureUnfinished:
+            raise StoreUnavailable("another process reads the store, whose write-ahead log still holds it") from None
+
+    # Reading.
+
+    async def events_after(self, sequence: int) -> EventPage:
+        """The next findings; see `Shelf`. Raises StoreUnavailable."""
+        nothing = EventPage([], sequence)
+        page = await self._read(lambda database: database.events_after(sequence, PAGE), nothing)
+        held = [entry for entry in page.events if not self.is_buried(entry[1].key)]
+        return EventPage(held, page.last, page.lost)
+
+    async def find(self, request_id: str, buried: bool = False) -> list[tuple[TraceKey, int]]:
+        """Requests an id may mean, newest first, and how well it fits. Raises StoreUnavailable.
+
+        `buried` asks for those too that were deleted while the store could not be written, and are still in it.
+        """
+        nothing: list[tuple[TraceKey, int]] = []
+        found = await self._read(lambda database: database.find(request_id), nothing)
+        return [(key, fit) for key, fit in found if buried or key not in self._graveyard]
+
+    async def infos(
+        self, before: int, limit: int, model_name: str, engine: str, request_id: str, fit: int
+    ) -> list[Listed]:
+        """Requests below a serial, newest first. Raises StoreUnavailable."""
+        return await self._read(lambda database: database.infos(before, limit, model_name, engine, request_id, fit), [])
+
+    def is_buried(self, key: monitor_pb2.TraceKey) -> bool:
+        """Whether a request was deleted; the store may not know it yet."""
+        return (key.engine_instance, key.request_id) in self._graveyard
+
+    async def trace(self, key: TraceKey, with_heads: bool) -> monitor_pb2.GetTraceResponse | None:
+        """A whole trace. Raises StoreUnavailable."""
+        trace = await self._read(lambda database: database.trace(key), None)
+        if trace is not None and not with_heads:
+            for field in ("head_row", "head_column", "head_index", "head_share"):
+                trace.ClearField(field)
+        return trace
+
+    async def _read(self, work: Callable[[Database], T], nothing: T) -> T:
+        reader = self._reader
+        if reader is None:
+            return nothing
+        try:
+            return await self._in_reader(work, reader)
+        except sqlite3.Error as error:
+            if recovery.is_corrupt(error) and self.recorder is not None:
+                self.recorder.call(Database.check)
+            raise StoreUnavailable(f"the store cannot be read now ({recovery.reason(error)})") from None
+
+    async def _in_reader(self, work: Callable[[Database], T], database: Database) -> T:
+        return await self._loop.run_in_executor(self._reading, work, database)
+
+    # On the event loop.
+
+    def _post(self, work: Callable[..., None], *arguments: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # The loop was closed.
+            self._loop.call_soon_threadsafe(work, *arguments)
+
+    def _take_over(self, reader: Database, numbers: tuple[int, int, int], tombstones: dict[bytes, int]) -> None:
+        """The store is open: for the first time, or a new one in the place of a damaged one."""
+        before, self._reader = self._reader, reader
+        self._newest, forgotten, self._serial = numbers
+        self._events.opened(reader.epoch, self._newest, forgotten)
+        buried = self._graveyard.load(reader.keys, tombstones)
+        if before is not None:
+            self._reading.submit(before.close)
+            assert self.recorder is not None
+            self.recorder.call(lambda database: database.bury(buried))
+            for trace in self._traces.newest_first():
+                self.mark(trace)
+
+    async def _save(self) -> None:
+        """Hand over traces that changed, one a turn of the loop."""
+        assert self.recorder is not None
+        while True:
+            await asyncio.sleep(SAVE_SECONDS)
+            changed, self._changed = self._changed, {}
+            for key, trace in changed.items():
+                # It may have been deleted or stored meanwhile.
+                if self._traces.get(*key) is trace:
+                    self.recorder.put_trace(_stored(trace, going=False))
+                    await asyncio.sleep(0)
+
+    def _evicting(self, trace: RequestTrace) -> None:
+        """A trace leaves the memory; what is not stored of it is handed over now."""
+        changed = self._changed.pop((trace.instance, trace.request_id), None)
+        if self.recorder is not None and (changed or not trace.finished):
+            self.recorder.put_trace(_stored(trace, going=True))
+
+    async def _retain(self) -> None:
+        """At start and once a minute: let go what is too old or too much."""
+        while True:
+            now = time.time_ns()
+            before = now - self._max_age_ns
+            removed = Removed({("", ""): 1})
+            while removed:
+                removed, forgotten, self.bytes = await self._write(
+                    lambda database: (
+                        let_go_some(database, before, self.max_bytes),  # noqa: B023  # awaited here
+                        database.meta("forgotten"),
+                        database.used_bytes,
+                    )
+                )
+                self.removed += removed
+                self._events.let_go(forgotten)
+            await self._write(lambda database: housekeep(database, before, now))  # noqa: B023
+            self._graveyard.expire(now)
+            await asyncio.sleep(RETENTION_SECONDS)
+
+    async def _write(self, work: Callable[[Database], T]) -> T:
+        assert self.recorder is not None
+        return await asyncio.shield(asyncio.wrap_future(self.recorder.call(work)))
+
+
+def _stored(trace: RequestTrace, going: bool) -> StoredTrace:
+    """A trace as the store has it: whole when it ended or has findings, else what is known at its start.
+
+    `going` says that the monitor will not see more of it.
+    """
+    if trace.finished or trace.findings or going:
+        whole = views.full(trace, with_heads=True)
+        info = monitor_pb2.RequestInfo()
+        info.CopyFrom(whole.info)
+        whole.ClearField("info")
+    else:
+        whole, info = monitor_pb2.GetTraceResponse(), views.info(trace)
+    state = monitor_pb2.REQUEST_STATE_CUT if going and not trace.finished else info.state
+    return StoredTrace(
+        trace.instance,
+        trace.request_id,
+        trace.serial,
+        state,
+        info.model_name,
+        info.engine,
+        info.SerializeToString(deterministic=True),
+        whole.SerializeToString(deterministic=True),
+    )

@@ -1,0 +1,73 @@
+"""What the store lets go: requests and findings older than a limit, and the oldest ones when it grows too large."""
+
+from collections import Counter
+
+from stream_monitor.monitor import recovery
+from stream_monitor.monitor.database import Database
+
+REQUESTS, EVENTS = 100, 1000
+"""How many go in one transaction: none takes so long that findings wait for it."""
+
+Removed = Counter[tuple[str, str]]
+"""Rows that went, by record (`trace`, `event`) and reason (`age`, `size`, `deleted`)."""
+
+
+def let_go_some(database: Database, before_ns: int, max_bytes: int) -> Removed:
+    """One transaction's part of what has to go; empty when nothing has."""
+    with database.transaction():
+        if removed := _let_go(database, before_ns, "age"):
+            return removed
+        if database.used_bytes <= max_bytes:
+            return removed
+        oldest = database.run(
+            "SELECT max(stored_ns) FROM (SELECT stored_ns FROM requests ORDER BY stored_ns LIMIT ?)", (REQUESTS,)
+        ).fetchone()[0]
+        if oldest is None:
+            oldest = database.run(
+                "SELECT max(stored_ns) FROM (SELECT stored_ns FROM events ORDER BY sequence LIMIT ?)", (EVENTS,)
+            ).fetchone()[0]
+        return removed if oldest is None else _let_go(database, oldest + 1, "size")
+
+
+def housekeep(database: Database, before_ns: int, now_ns: int) -> None:
+    """What else goes in time: damaged files that were set aside, marks of deleted requests, the write-ahead log.
+
+    The log is emptied here too where a reader kept a deletion from doing so.
+    """
+    recovery.let_go_aside(database.path, before_ns)
+    database.run("DELETE FROM deleted WHERE until_ns < ?", (now_ns,))
+    database.empty_log()
+
+
+def _let_go(database: Database, before_ns: int, reason: str) -> Removed:
+    """The oldest of what was stored before a time."""
+    keys = {
+        key
+        for (key,) in database.run(
+            "DELETE FROM requests WHERE serial IN "
+            "(SELECT serial FROM requests WHERE stored_ns < ? ORDER BY stored_ns LIMIT ?) RETURNING key",
+            (before_ns, REQUESTS),
+        ).fetchall()
+    }
+    removed = Removed({("trace", reason): len(keys)} if keys else {})
+    # Findings go from the oldest on without a gap, so that one number says which cursors still hold.
+    last = 0
+    for sequence, key, stored_ns in database.run(
+        "SELECT sequence, key, stored_ns FROM events ORDER BY sequence LIMIT ?", (EVENTS,)
+    ):
+        if stored_ns >= before_ns:
+            break
+        last = sequence
+        keys.add(key)
+        removed["event", reason] += 1
+    if last:
+        database.run("DELETE FROM events WHERE sequence <= ?", (last,))
+        database.run("DELETE FROM losses WHERE sequence <= ?", (last,))
+        database.set_meta("forgotten", last)
+    for key in keys:
+        database.run(
+            "DELETE FROM names WHERE key = ?1 AND NOT EXISTS (SELECT 1 FROM requests WHERE key = ?1) "
+            "AND NOT EXISTS (SELECT 1 FROM events WHERE key = ?1)",
+            (key,),
+        )
+    return removed

@@ -1,0 +1,82 @@
+"""A monitor in a process of its own, which a test may kill and start again on the same store."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import grpc
+
+from stream_monitor.v1alpha1 import ingest_pb2, ingest_pb2_grpc, monitor_pb2_grpc, summary_pb2
+
+LOCAL = [("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 50)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class MonitorProcess:
+    """Always at the same addresses, with its store in `folder`."""
+
+    def __init__(self, folder: Path, **settings: object) -> None:
+        self.store = folder / "store" / "monitor.db"
+        self.log = folder / "monitor.log"
+        self.address, self.ingest = f"127.0.0.1:{free_port()}", f"unix:{folder / 'ingest.sock'}"
+        self.http = f"127.0.0.1:{free_port()}"
+        addresses = {"ingest": self.ingest, "grpc": self.address, "http": self.http, "store": self.store}
+        self._settings = {**addresses, "shutdown_grace_seconds": 1, **settings}
+        self.process: subprocess.Popen[str] | None = None
+        self.start()
+
+    def start(self) -> None:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self._settings.items()]
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "stream_monitor", "serve", *flags],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")},
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith("ready"), self.log.read_text()
+        self.channel = grpc.insecure_channel(self.address, LOCAL)
+        self.api = monitor_pb2_grpc.MonitorServiceStub(self.channel)
+
+    def end(self, number: int) -> None:
+        """Send a signal that ends it, and wait until it has ended."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.channel.close()
+            self.process.send_signal(number)
+            self.process.wait(20)
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+
+    def kill(self) -> None:
+        self.end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        self.end(signal.SIGTERM)
+
+    def publish(self, summaries: Sequence[summary_pb2.StepSummary]) -> None:
+        """One stream; returns when all are taken in."""
+        with grpc.insecure_channel(self.ingest, LOCAL) as channel:
+            stub = ingest_pb2_grpc.IngestServiceStub(channel)
+            requests = (ingest_pb2.PublishRequest(summary=summary) for summary in summaries)
+            assert len(list(stub.Publish(requests, timeout=20))) == len(summaries)
+
+    def wait_for_log(self, text: str, seconds: float = 10.0) -> None:
+        """Until it has said something."""
+        deadline = time.monotonic() + seconds
+        while text not in self.log.read_text():
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
