@@ -1,5 +1,6 @@
 """What leaves the store by age and by size, and what a cursor from before is told."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ def fill(database: Database, numbers: range, now_ns: int, size: int = 100) -> No
             name = f"r{number}-{number:08x}"
             key = monitor_pb2.TraceKey(engine_instance="i", request_id=name)
             info = monitor_pb2.RequestInfo(key=key).SerializeToString()
-            database.put_traces([StoredTrace("i", name, number, 2, "m", "0", info, bytes(size))], now_ns)
+            database.put_traces([StoredTrace("i", name, number, 2, "m", "0", info, os.urandom(size))], now_ns)
             event = monitor_pb2.Event(key=key).SerializeToString()
             database.add_events([StoredEvent(number, "i", name, event)], now_ns)
 
