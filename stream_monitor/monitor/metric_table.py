@@ -296,7 +296,15 @@ TRACES_EVICTED = _define(
 )
 TRACES_LATE = _define(_S, "counter", "traces_late_total", (), "Traces of requests whose start the monitor did not see.")
 TRACES_REPLACED = _define(_S, "counter", "traces_replaced_total", (), "Finished traces whose id was used again.")
-SUBSCRIBERS = _define(_S, "gauge", "subscribers", (), "Open subscriptions.")
+SUBSCRIBERS = _define(_S, "gauge", "subscribers", (), "Open subscriptions, those of live pages included.")
+PAGE_REFUSED = _define(
+    _S,
+    "counter",
+    "page_refused_total",
+    ("reason",),
+    "What browsers asked of the page and did not get: `host`, by a name that is not one of `http_hosts`; `cross_site`, "
+    "from a page of another site; `too_many_pages`, beyond `max_live_pages`.",
+)
 SUBSCRIBER_QUEUE = _define(
     _S, "gauge", "subscriber_queue_events", (), "Events that wait for the subscriber that is furthest behind."
 )

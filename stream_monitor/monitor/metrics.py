@@ -8,6 +8,7 @@ from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.monitor import metric_table as table
 from stream_monitor.monitor import outcomes, text
 from stream_monitor.monitor.metric_table import Definition
+from stream_monitor.monitor.page import guard
 from stream_monitor.monitor.ranks import Labels
 from stream_monitor.v1alpha1 import summary_pb2
 
@@ -47,11 +48,14 @@ class Metrics:
         self.recall = self._histogram(table.RECALL)
         self.unobserved = self._histogram(table.UNOBSERVED)
         self.store_commits = self._histogram(table.STORE_COMMITS)
+        self.page_refused = self._counter(table.PAGE_REFUSED)
         ProcessCollector(registry=self.registry)
         self._known: set[Labels] = set()
         for outcome, (_, reasons) in outcomes.MESSAGES.items():
             for reason in reasons:
                 self.messages.labels(outcome, reason)
+        for reason in (guard.HOST, guard.CROSS_SITE, guard.TOO_MANY_PAGES):
+            self.page_refused.labels(reason)
 
     def know(self, labels: Labels) -> None:
         """Show an engine's series, at 0, from the moment it connects: `rate` sees no rise from nothing."""

@@ -81,10 +81,12 @@ class MonitorServer:
             settings.max_message_bytes,
         )
         self.service = MonitorService(Lookup(self.store, self.archive), self.log, self.deletion)
+        refused = self._page_refused
         self.page = page(
             Api(self.service, ranks, version, text=bool(settings.tokenizers)),
-            Live(self.service, settings.max_live_pages),
+            Live(self.service, settings.max_live_pages, refused),
             filter(None, map(str.strip, settings.http_hosts.split(","))),
+            refused,
         )
         self.health = health.aio.HealthServicer()
         self.ready = False
@@ -187,6 +189,9 @@ class MonitorServer:
 
     def _add_monitor(self, server: grpc.aio.Server) -> None:
         monitor_pb2_grpc.add_MonitorServiceServicer_to_server(self.service, server)
+
+    def _page_refused(self, reason: str) -> None:
+        self.metrics.page_refused.labels(reason).inc()
 
     async def _flush(self) -> None:
         while True:

@@ -49,7 +49,7 @@ class Call:
     """Stands in for gRPC's context: what a service method needs of it."""
 
     async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: object = ()) -> NoReturn:
-        """End the call."""
+        """End the call. HTTP has no place for the metadata."""
         raise Refused(code, details)
 
 

@@ -1,7 +1,7 @@
 """What stands before every answer that may hold a trace: who may ask, and what a browser may do with the answer."""
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -21,6 +21,9 @@ _HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 
+HOST, CROSS_SITE, TOO_MANY_PAGES = "host", "cross_site", "too_many_pages"
+"""Why something was refused, as counted."""
+
 
 class Guard:
     """ASGI middleware around the page and its API.
@@ -28,11 +31,13 @@ class Guard:
     * Another site's page can point its own name at our address (DNS rebinding) and would then be of our origin. So a
       browser that asks by a name must ask by one of `hosts`, or localhost; addresses cannot be rebound.
     * Another site's page can make requests without reading the answers. None of them gets as far as the API.
+    * `refused` is told the reason of each refusal.
     * Whoever gets through may read everything. Authentication and the right to read text belong here.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, hosts: Iterable[str], refused: Callable[[str], None]) -> None:
         self._app = app
+        self._refused = refused
         self._hosts = frozenset(host.lower() for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,8 +47,10 @@ class Guard:
         headers = Headers(scope=scope)
         app = self._app
         if not self._is_ours(host := headers.get("host", "")):
+            self._refused(HOST)
             app = _refusal(f"host {host[:200]!r} is not one of this monitor's names (setting http_hosts)", 421)
         elif scope["path"].startswith("/api/") and headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            self._refused(CROSS_SITE)
             app = _refusal("a page of another site may not ask this", 403)
 
         async def send_guarded(message: Message) -> None:

@@ -1,7 +1,7 @@
 """Subscribe as server-sent events: one open response per page, bounded in number and, by the subscriber, in memory."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any, cast
 
 import grpc
@@ -11,6 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from stream_monitor.monitor.page.api import Call, Refused, parsed
+from stream_monitor.monitor.page.guard import TOO_MANY_PAGES
 from stream_monitor.monitor.service import MonitorService
 from stream_monitor.v1alpha1 import monitor_pb2
 
@@ -25,8 +26,9 @@ Responses = AsyncGenerator[monitor_pb2.SubscribeResponse, None]
 class Live:
     """The streams of all pages; at most `limit` at a time."""
 
-    def __init__(self, service: MonitorService, limit: int) -> None:
+    def __init__(self, service: MonitorService, limit: int, refused: Callable[[str], None]) -> None:
         self._service = service
+        self._refused = refused
         self._limit = limit
         self.open = 0
 
@@ -40,6 +42,7 @@ class Live:
             asked = parsed(monitor_pb2.SubscribeRequest(), request.query_params, set())
             asked.cursor = request.headers.get("last-event-id") or asked.cursor
             if self.open >= self._limit:
+                self._refused(TOO_MANY_PAGES)
                 raise Refused(
                     grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._limit} pages are live (setting max_live_pages)"
                 )

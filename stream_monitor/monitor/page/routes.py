@@ -1,6 +1,6 @@
 """The page's addresses."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +19,8 @@ VIEWS = ("/", "/events", "/trace")
 """Addresses of one and the same document; its script shows what the address names."""
 
 
-def page(api: Api, live: Live, hosts: Iterable[str]) -> Guard:
-    """The page, guarded. `hosts`: names by which browsers may ask for it, beside localhost and plain addresses."""
+def page(api: Api, live: Live, hosts: Iterable[str], refused: Callable[[str], None]) -> Guard:
+    """The page, guarded; see `Guard` for `hosts` and `refused`."""
     static = Path(str(resources.files("stream_monitor.monitor.page"))) / "static"
 
     async def document(_: Request) -> Response:
@@ -40,7 +40,7 @@ def page(api: Api, live: Live, hosts: Iterable[str]) -> Guard:
         Route("/static/plotly.js", plotly),
         Mount("/static", _Static(directory=static)),
     ]
-    return Guard(Starlette(routes=routes), hosts)
+    return Guard(Starlette(routes=routes), hosts, refused)
 
 
 def plotly_script() -> Path | None:

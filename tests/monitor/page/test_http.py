@@ -76,6 +76,7 @@ def events(monitor: Running, query: str = "", most: int = 1, **headers: str) -> 
 def test_browsers_ask_by_an_address_or_a_known_name(monitor: Running, host: str, status: int) -> None:
     for path in ("/", "/events", "/trace", "/api/status", "/api/requests", "/static/style.css"):
         assert get(monitor, path, host=host).status_code == status
+    assert monitor.metric("stream_monitor_page_refused_total", reason="host") == (6 if status == 421 else 0)
     # Machines are not fooled by names, and these tell nothing of any request.
     for path in ("/metrics", "/healthz", "/readyz"):
         assert get(monitor, path, host=host).status_code == 200
@@ -86,6 +87,7 @@ def test_browsers_ask_by_an_address_or_a_known_name(monitor: Running, host: str,
 )
 def test_pages_of_other_sites_get_nothing(monitor: Running, site: str, status: int) -> None:
     assert get(monitor, "/api/status", **{"sec-fetch-site": site}).status_code == status
+    assert monitor.metric("stream_monitor_page_refused_total", reason="cross_site") == (status == 403)
     assert get(monitor, "/", **{"sec-fetch-site": site}).status_code == 200, "a link may lead here"
 
 
@@ -183,6 +185,7 @@ def test_streams_are_counted_and_their_subscriptions_end(run: Callable[..., Runn
     refused = get(monitor, "/api/events")
     assert refused.status_code == 503
     assert "max_live_pages" in refused.json()["message"]
+    assert monitor.metric("stream_monitor_page_refused_total", reason="too_many_pages") == 1
     for each in opened:
         each.close()
     end = time.monotonic() + TIMEOUT

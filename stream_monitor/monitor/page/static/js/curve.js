@@ -5,6 +5,7 @@ import { h } from "./dom.js";
 
 const HEIGHT = 230;
 const LOWEST = 1e-4;
+const CURVES = { all: "all watched heads", receiver: "receiver heads", corrected: "receiver heads, corrected for nearness" };
 const SYMBOLS = { system: "square", user: "circle", untrusted: "triangle-up", assistant: "diamond", reasoning: "circle", answer: "star", unknown: "circle-open" };
 
 export class Curve {
@@ -15,12 +16,19 @@ export class Curve {
     this.element = panel("Anchor curve",
       "What share of their attention later sentences give each one, on average. High points are anchors; marks at the top are findings.",
       this.chart);
+    const options = Object.entries(CURVES).map(([value, text]) => h("option", { value }, text));
+    this.select = h("select", { "aria-label": "Anchor score by", onchange: () => this.draw(...this.drawn) }, options);
+    this.choice = h("label", { class: "follow" }, "by ", this.select);
+    this.element.querySelector("h2").append(this.choice);
   }
 
   draw(trace, selected) {
+    this.drawn = [trace, selected];
+    this.choice.hidden = !trace.curves.receiver.length;
     if (!hasPlotly()) return;
-    const scores = Array.from(trace.scores, (score) => (score > 0 ? score : null));
+    const scores = Array.from(trace.curves[this.select.value], (score) => (score > 0 ? score : null));
     const lowest = Math.max(LOWEST, Math.min(0.01, ...scores.filter((score) => score !== null)));
+    const top = Math.max(1, ...scores.filter((score) => score !== null));
     const roles = [...new Set(trace.sentences.map((sentence) => sentence.role))];
     const line = {
       type: "scatter", mode: "lines", x: scores.map((_, index) => index), y: scores, showlegend: false,
@@ -38,11 +46,11 @@ export class Curve {
       height: HEIGHT, hovermode: "closest", showlegend: true, uirevision: "kept",
       legend: { orientation: "h", y: 1.02, x: 0, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" }, margin: { t: 26, r: 12, b: 36, l: 56 },
       xaxis: { title: { text: "sentence", standoff: 6 }, range: [-0.02 * trace.size - 0.5, 1.02 * trace.size] },
-      yaxis: { title: { text: "anchor score" }, type: "log", exponentformat: "power", dtick: 1, range: [Math.log10(lowest) - 0.1, 0.2] },
+      yaxis: { title: { text: "anchor score" }, type: "log", exponentformat: "power", dtick: 1, range: [Math.log10(lowest) - 0.1, Math.log10(top) + 0.2] },
       shapes: [...trace.events.map((event) => upright(event.sentence?.index ?? 0, colour("found"), "dot")),
         ...(selected === null ? [] : [upright(selected, colour("accent"), "solid")])],
     });
-    window.Plotly.react(this.chart, [line, ...points, ...findings(trace)], figure, CONFIG);
+    window.Plotly.react(this.chart, [line, ...points, ...findings(trace, top)], figure, CONFIG);
     if (!this.wired) {
       this.wired = true;
       this.chart.on("plotly_click", ({ points: [point] }) => this.onpick(point.x));
@@ -50,12 +58,12 @@ export class Curve {
   }
 }
 
-/** One trace of marks at the top for each kind of finding. */
-function findings(trace) {
+/** One trace of marks at height `top` for each kind of finding. */
+function findings(trace, top) {
   return Object.entries(KINDS).map(([kind, { name, symbol }]) => {
     const some = trace.events.filter((event) => kindOf(event) === kind);
     return {
-      type: "scatter", mode: "markers", name, x: some.map((event) => event.sentence?.index ?? 0), y: some.map(() => 1),
+      type: "scatter", mode: "markers", name, x: some.map((event) => event.sentence?.index ?? 0), y: some.map(() => top),
       marker: { symbol, size: 12, color: colour("found"), line: { color: colour("panel"), width: 1 } },
       text: some.map((event) => wrapped(event.summary)), hovertemplate: "%{text}<extra></extra>",
     };

@@ -2,6 +2,7 @@
 import { kindOf, KINDS } from "./api.js";
 import { percent } from "./charts.js";
 import { h, words } from "./dom.js";
+import { headName } from "./heads.js";
 
 const LISTED = 8;
 
@@ -53,5 +54,6 @@ export function finding(event, onpick) {
     h("p", {}, h("span", { class: `kind ${kindOf(event)}` }, kind.sign), " ", h("b", {}, kind.name), ` ${event.summary}`),
     h("p", { class: "note" }, `score ${(event.score ?? 0).toPrecision(3)}, threshold ${(event.threshold ?? 0).toPrecision(3)}; ${rare}. `,
       "At ", go(event.sentence?.index ?? 0, `#${event.sentence?.index ?? 0}`), ", began at ", go(event.began?.index ?? 0, `#${event.began?.index ?? 0}`), "."),
-    anchors("rested on", event.fromAnchors), anchors("rests on", event.toAnchors));
+    anchors("rested on", event.fromAnchors), anchors("rests on", event.toAnchors),
+    event.heads?.length ? h("p", { class: "note" }, "carried by ", event.heads.map((one) => `${headName(one.head)} (${percent(one.share)})`).join(", ")) : null);
 }

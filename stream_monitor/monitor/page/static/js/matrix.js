@@ -1,5 +1,6 @@
 // A trace's sentence matrix, sparse, as GetTrace sends it: rows read columns.
 import { floats, integers, role } from "./api.js";
+import { headName } from "./heads.js";
 
 export class Trace {
   /** `answer`: GetTraceResponse as protobuf JSON. */
@@ -10,6 +11,9 @@ export class Trace {
       index: one.index ?? 0, role: role(one), first: one.firstToken ?? 0, end: one.endToken ?? 0, text: one.text ?? "",
     }));
     this.scores = floats(answer.verticalScore);
+    // By which heads the curve is: all of them, and where the monitor tells them apart the receiver heads.
+    this.curves = { all: this.scores, receiver: floats(answer.receiverScore), corrected: floats(answer.correctedScore) };
+    this.heads = (answer.heads ?? []).map((one) => ({ name: headName(one.head), kurtosis: Number(one.kurtosis ?? 0), receiver: Boolean(one.receiver) }));
     this.unobserved = floats(answer.unobservedShare);
     this.captured = integers(answer.capturedRows);
     this.columns = integers(answer.matrixColumn);

@@ -2,6 +2,7 @@
 import { ALL_KINDS, ask, externalId, plain, role, traceLink } from "./api.js";
 import { ago, arrowKeys, count, h, notice, replaceKeepingFocus, words } from "./dom.js";
 import { Live, Throttle } from "./live.js";
+import { stateOf, stateSign } from "./state.js";
 import { howToBegin, onStatus } from "./status.js";
 import { Filters } from "./filters.js";
 
@@ -12,7 +13,7 @@ export function showRequests(view, query) {
   let more = "";
   const filters = new Filters(query, [
     { name: "find", label: "Request id", type: "search", placeholder: "part of an id" },
-    { name: "state", label: "State", options: ["running", "finished"] },
+    { name: "state", label: "State", options: ["running", "finished", "cut"] },
     { name: "model_name", label: "Model", type: "text", list: "models" },
     { name: "engine", label: "Engine", type: "text", list: "engine-names" },
   ], () => refresh.call());
@@ -71,7 +72,6 @@ export function showRequests(view, query) {
   };
 }
 
-const stateOf = (info) => (info.state === "REQUEST_STATE_RUNNING" ? "running" : "finished");
 
 function row(info) {
   const top = info.topAnchor?.sentence;
@@ -93,6 +93,5 @@ function row(info) {
 function state(info) {
   if (info.refusedReason) return h("span", { class: "state warn" }, `⊘ not captured: ${plain(info.refusedReason, "")}`);
   const missing = info.missingRanks?.length ? h("span", { class: "state warn" }, ` ⚠ without ${info.missingRanks.join(", ")}`) : null;
-  const name = stateOf(info);
-  return [h("span", { class: `state ${name}` }, name === "running" ? "● running" : "✓ finished"), missing];
+  return [stateSign(info), missing];
 }

@@ -4,10 +4,12 @@ import { percent } from "./charts.js";
 import { Curve } from "./curve.js";
 import { Detail, finding } from "./detail.js";
 import { count, h, notice, code } from "./dom.js";
+import { Heads } from "./heads.js";
 import { HeatMap } from "./heatmap.js";
 import { Live, Throttle } from "./live.js";
 import { Trace } from "./matrix.js";
 import { SentenceList } from "./sentences.js";
+import { stateOf, stateSign } from "./state.js";
 
 const REFUSED = {
   client_disabled: "the client asked not to be monitored, and the operator allows that",
@@ -30,10 +32,12 @@ export function showTrace(view, query) {
   const notes = h("div");
   const pick = (index) => choose(index, false);
   const [sentences, curve, heatmap, detail] = [new SentenceList(pick), new Curve(pick), new HeatMap(pick), new Detail(pick)];
+  const heads = new Heads();
+  const charts = h("div", { class: "charts" }, curve.element, heatmap.element);
   const follow = h("input", { type: "checkbox", onchange: () => choose(null, follow.checked) });
   sentences.element.querySelector("h2").append(h("label", { class: "follow" }, follow, " follow the newest"));
   const found = h("section", { class: "panel" });
-  const body = h("div", { class: "trace" }, sentences.element, h("div", { class: "charts" }, curve.element, heatmap.element),
+  const body = h("div", { class: "trace" }, sentences.element, charts,
     h("div", { class: "aside" }, detail.element, found));
   view.append(head, notes);
 
@@ -53,7 +57,7 @@ export function showTrace(view, query) {
   }
 
   function draw() {
-    if (selected === null && !running(trace.info) && trace.events.length) {
+    if (selected === null && stateOf(trace.info) !== "running" && trace.events.length) {
       [selected, following] = [trace.events.at(-1).sentence?.index ?? 0, false];
     }
     if (following) selected = trace.size ? trace.size - 1 : null;
@@ -62,6 +66,8 @@ export function showTrace(view, query) {
     if (!body.isConnected) view.append(body);
     sentences.draw(trace);
     heatmap.draw(trace);
+    if (Heads.in(trace) && !heads.element.isConnected) charts.append(heads.element);
+    heads.draw(trace);
     found.replaceChildren(h("h2", {}, `Findings (${trace.info.events ?? 0})`), ...(trace.events.length
       ? trace.events.toReversed().map((event) => finding(event, pick)) : [h("p", { class: "note" }, "None so far.")]));
     select(following || !brought);
@@ -94,8 +100,6 @@ export function showTrace(view, query) {
   };
 }
 
-const running = (info) => info.state === "REQUEST_STATE_RUNNING";
-
 function drawHead(head, trace, key) {
   const { info } = trace;
   const seen = trace.unobserved.filter((share) => !Number.isNaN(share));
@@ -104,7 +108,7 @@ function drawHead(head, trace, key) {
     ["Sampled", `${count(info.outputTokens)} tokens`], ["Sentences", count(info.sentences)],
     ["Rows captured", count(info.rowsKept)], ["Not observed", mean === null ? "–" : percent(mean)]];
   head.replaceChildren(
-    h("div", {}, h("h1", {}, externalId(info), " ", h("span", { class: `state ${running(info) ? "running" : "finished"}` }, running(info) ? "● running" : "✓ finished")),
+    h("div", {}, h("h1", {}, externalId(info), " ", stateSign(info)),
       h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))))),
     h("a", { class: "button", href: address("/api/trace", { ...key, download: 1 }), download: true }, "↓ Download (JSON)"));
 }
