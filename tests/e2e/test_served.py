@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,22 +13,28 @@ import grpc
 import numpy as np
 import openai
 import pytest
+from playwright.sync_api import sync_playwright
 
 from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc, summary_pb2
 from tests.e2e.serving import Product, eventually, total
+from tests.monitor.page.cells import DRAWN, drawn, expected
+from tests.monitor.page.conftest import CHROMIUM, FLAGS
 
 pytestmark = pytest.mark.engine
 
+SPECIAL = re.compile(r"<\|[a-z_]+\|>")
 SHARED_ID = "asked-twice"
 PROMPTS = [f"Count from {i} to {i + 30}, then explain in {3 + i} sentences why you stopped there." for i in range(16)]
 
 
 @pytest.fixture(scope="session")
 def product(model_dir: Path, dtype: str, tmp_path_factory: pytest.TempPathFactory):
-    """One server with too few KV blocks for 16 requests at once, every row of the default layers captured."""
+    """One server with too few KV blocks for 16 requests at once, every row of the default layers captured, and text."""
     flags = f"--dtype {dtype} --enforce-eager --max-model-len 512 --max-num-seqs 16 --block-size 32".split()
     flags += ["--max-num-batched-tokens", "256", "--num-gpu-blocks-override", "30", "--served-model-name", "smol"]
-    running = Product(model_dir, tmp_path_factory.mktemp("served"), flags, stride=1)
+    running = Product(
+        model_dir, tmp_path_factory.mktemp("served"), flags, stride=1, send_token_ids=True, tokenizers=model_dir
+    )
     yield running
     running.stop()
 
@@ -167,6 +174,33 @@ def test_sentences_and_roles_are_those_of_the_conversation(product, conversation
     assert np.isfinite(share).all()
     assert (share >= 0).all()
     assert share.sum() > 0
+
+
+def test_the_text_is_what_the_client_sent_and_got(product, conversation):
+    answers, _ = conversation
+    for answer, prompt in list(zip(answers, PROMPTS, strict=True))[2:]:
+        trace = service(product).GetTrace(monitor_pb2.GetTraceRequest(request_id=answer.id))
+        said = "".join(one.text for one in trace.sentences if one.role == summary_pb2.ROLE_REASONING)
+        asked = "".join(one.text for one in trace.sentences if one.role == summary_pb2.ROLE_USER)
+        # Clients do not get special tokens.
+        assert SPECIAL.sub("", said) == answer.text
+        assert SPECIAL.sub("", asked).removeprefix("user\n").rstrip("\n") == prompt
+
+
+def test_the_page_shows_what_the_engine_s_request_rests_on(product, conversation):
+    answers, _ = conversation
+    trace = service(product).GetTrace(monitor_pb2.GetTraceRequest(request_id=answers[-1].id))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page()
+        page.goto(f"{product.monitor_http}/trace?request_id={answers[-1].id}")
+        page.locator(".sentences li").nth(len(trace.sentences) - 1).wait_for()
+        assert eventually(lambda: page.evaluate(DRAWN), 20)
+        cells = drawn(page)
+        texts = page.locator(".sentences .text").all_inner_texts()
+        browser.close()
+    assert cells == expected(trace) != {}
+    assert texts == [one.text.strip() for one in trace.sentences]
 
 
 def test_every_generated_token_is_accounted_for(product, conversation):

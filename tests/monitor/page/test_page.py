@@ -15,6 +15,7 @@ from google.protobuf.json_format import ParseDict
 from playwright.sync_api import Page, expect
 
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
+from tests.monitor.page.cells import DRAWN, all_cells, drawn, expected
 from tests.monitor.page.conftest import TIMEOUT, Monitor
 from tests.monitor.spoken import Speech
 from tests.monitor.synthetic import SENTENCE, Engine, Look, finished, started, tokens
@@ -33,9 +34,6 @@ STEPS = [
     " So it must be seven.",
 ]
 HOSTILE = "</span><script>window.hacked=1</script><img src=x onerror=window.hacked=2>"
-# Cells of the heat map as Plotly holds them: [sentence that reads, sentence that is read, share, colour value].
-CELLS = """() => { const {x, y, z, customdata} = document.getElementById('heatmap').data[0];
-  return y.flatMap((row, r) => x.map((column, c) => [row, column, customdata[r][c], z[r][c]])); }"""
 
 
 def speak(monitor: Monitor, tokenizer: Path, name: str = "chatcmpl-anna", **more: Any) -> None:
@@ -66,22 +64,16 @@ def until(page: Page, condition: str) -> None:
 def shown(page: Page, monitor: Monitor, name: str = "chatcmpl-anna") -> None:
     """Open a trace and wait until its heat map is drawn."""
     page.goto(f"{monitor.url}/trace?request_id={name}")
-    until(page, "document.getElementById('heatmap')?.data?.[0]?.z?.length > 0")
-
-
-def matrix(trace: monitor_pb2.GetTraceResponse) -> dict[tuple[int, int], float]:
-    row, column = (np.frombuffer(packed, "<u4").tolist() for packed in (trace.matrix_row, trace.matrix_column))
-    shares = np.frombuffer(trace.matrix_share, "<f4").tolist()
-    return dict(zip(zip(row, column, strict=True), shares, strict=True))
+    until(page, DRAWN)
 
 
 def test_cells_of_the_heat_map_are_those_of_the_trace(anna: Monitor, page: Page) -> None:
     shown(page, anna)
-    expected = matrix(anna.trace("chatcmpl-anna"))
-    cells = page.evaluate(CELLS)
+    matrix = expected(anna.trace("chatcmpl-anna"))
+    cells = all_cells(page)
     size = len(anna.trace("chatcmpl-anna").sentences)
     assert len(cells) == size**2 >= 121
-    assert {(row, column): share for row, column, share, _ in cells if share is not None} == expected
+    assert drawn(page) == matrix
     for _, _, share, colour in cells:
         assert (colour is None) == (not share)
         assert colour is None or math.isclose(colour, math.log10(max(share, 1e-3)), abs_tol=1e-12)
@@ -97,7 +89,7 @@ def test_sentences_scores_and_the_curve_are_those_of_the_trace(anna: Monitor, pa
     assert curve == [score if score > 0 else None for score in scores]
     assert page.locator(".sentences .role").all_inner_texts() == ["user"] * 3 + ["reasoning"] * 8
     page.locator(".sentences li").nth(9).click()
-    heaviest = max((share, column) for (row, column), share in matrix(trace).items() if row == 9)
+    heaviest = max((share, column) for (row, column), share in expected(trace).items() if row == 9)
     expect(page.locator("table.entries tr").first).to_contain_text(f"#{heaviest[1]}")
     expect(page.locator("table.entries tr").first).to_contain_text(f"{100 * heaviest[0]:.3g}"[:3])
     assert page.locator(f"#sentence-{heaviest[1]}").get_attribute("data-level") == "6"
@@ -117,7 +109,7 @@ def test_a_trace_grows_while_one_looks(shared: Monitor, tokenizer: Path, page: P
     expect(page.get_by_text("✓ finished")).to_be_visible()
     expect(page.locator(".sentences li")).to_have_count(11)
     until(page, "document.getElementById('heatmap').data[0].z.length === 11")
-    assert {(r, c): share for r, c, share, _ in page.evaluate(CELLS) if share is not None} == matrix(shared.trace("r"))
+    assert drawn(page) == expected(shared.trace("r"))
     assert page.evaluate("window.loadedOnce"), "the page was loaded again"
 
 
@@ -153,11 +145,11 @@ def test_requests_come_by_themselves_and_open_by_keyboard(monitor: Monitor, toke
 def test_the_heat_map_can_be_read_by_keyboard(anna: Monitor, page: Page) -> None:
     shown(page, anna)
     page.locator("#heatmap").focus()
-    expected = matrix(anna.trace("chatcmpl-anna"))
+    matrix = expected(anna.trace("chatcmpl-anna"))
     page.keyboard.press("ArrowUp")  # begins at the last cell
     for _ in range(8):
         page.keyboard.press("ArrowLeft")
-    assert float(page.locator("#cell").get_attribute("data-share") or "nan") == expected[10, 2]
+    assert float(page.locator("#cell").get_attribute("data-share") or "nan") == matrix[10, 2]
     expect(page.locator("#cell")).to_contain_text("of sentence 10 (reasoning) is on sentence 2 (user)")
     page.keyboard.press("Enter")
     expect(page.locator("#sentence-10")).to_have_attribute("aria-selected", "true")
@@ -209,14 +201,14 @@ def test_hostile_text_is_text(monitor: Monitor, tokenizer: Path, page: Page) -> 
     expect(page.locator("a.row")).to_have_text([f"shift{HOSTILE}", f"id{HOSTILE}"])
     page.locator("a.row").nth(1).click()
     expect(page.locator(".sentences")).to_contain_text(HOSTILE)
-    until(page, "document.getElementById('heatmap')?.data?.[0]?.z?.length > 0")
+    until(page, DRAWN)
     page.locator(".sentences li").nth(1).click()
     page.locator("#heatmap").hover(position={"x": 200, "y": 200})
     page.locator("#curve").hover(position={"x": 200, "y": 120})
     page.get_by_role("link", name="Findings").click()
     expect(page.locator("a.row").first).to_contain_text(HOSTILE)
     page.locator("a.row").first.click()
-    until(page, "document.getElementById('heatmap')?.data?.[0]?.z?.length > 0")
+    until(page, DRAWN)
     assert page.evaluate("window.hacked === undefined && !document.querySelector('main script, main img')")
 
 
@@ -310,12 +302,12 @@ def test_a_long_trace_is_drawn_in_coarse_cells_and_exactly_where_one_looks_close
     begun = time.monotonic()
     shown(page, monitor, "long")
     assert time.monotonic() - begun < TIMEOUT
-    expected = matrix(monitor.trace("long"))
+    matrix = expected(monitor.trace("long"))
     step = 16
     expect(page.get_by_text(f"Each cell stands for {step} by {step} sentences")).to_be_visible()
-    coarse = {(row, column): share for row, column, share, _ in page.evaluate(CELLS) if share is not None}
+    coarse = drawn(page)
     largest: dict[tuple[int, int], float] = {}
-    for (row, column), share in expected.items():
+    for (row, column), share in matrix.items():
         cell = (row // step * step, column // step * step)
         largest[cell] = max(largest.get(cell, 0.0), share)
     assert coarse == largest
@@ -324,8 +316,8 @@ def test_a_long_trace_is_drawn_in_coarse_cells_and_exactly_where_one_looks_close
         "'yaxis.range[0]': 1099.5, 'yaxis.range[1]': 999.5})"
     )
     until(page, "document.getElementById('heatmap').data[0].y.length === 100")
-    exact = {(row, column): share for row, column, share, _ in page.evaluate(CELLS) if share is not None}
-    assert exact == {(r, c): share for (r, c), share in expected.items() if 1000 <= r < 1100 and c < 100}
+    exact = drawn(page)
+    assert exact == {(r, c): share for (r, c), share in matrix.items() if 1000 <= r < 1100 and c < 100}
     assert exact
     # A key is answered at once although there are thousands of sentences.
     page.locator(".sentences").focus()

@@ -47,7 +47,7 @@ export class Curve {
       legend: { orientation: "h", y: 1.02, x: 0, yanchor: "bottom", bgcolor: "rgba(0,0,0,0)" }, margin: { t: 26, r: 12, b: 36, l: 56 },
       xaxis: { title: { text: "sentence", standoff: 6 }, range: [-0.02 * trace.size - 0.5, 1.02 * trace.size] },
       yaxis: { title: { text: "anchor score" }, type: "log", exponentformat: "power", dtick: 1, range: [Math.log10(lowest) - 0.1, Math.log10(top) + 0.2] },
-      shapes: [...trace.events.map((event) => upright(event.sentence?.index ?? 0, colour("found"), "dot")),
+      shapes: [...trace.events.map((event) => upright(at(event), colour("found"), "dot")),
         ...(selected === null ? [] : [upright(selected, colour("accent"), "solid")])],
     });
     window.Plotly.react(this.chart, [line, ...points, ...findings(trace, top)], figure, CONFIG);
@@ -58,12 +58,16 @@ export class Curve {
   }
 }
 
+const at = (event) => event.sentence?.index ?? 0;
+
 /** One trace of marks at height `top` for each kind of finding. */
 function findings(trace, top) {
   return Object.entries(KINDS).map(([kind, { name, symbol }]) => {
     const some = trace.events.filter((event) => kindOf(event) === kind);
+    // Those of one sentence stand below each other.
+    const above = (event) => trace.events.filter((other) => at(other) === at(event) && kindOf(other) < kind).length;
     return {
-      type: "scatter", mode: "markers", name, x: some.map((event) => event.sentence?.index ?? 0), y: some.map(() => top),
+      type: "scatter", mode: "markers", name, x: some.map(at), y: some.map((event) => top / 3 ** above(event)),
       marker: { symbol, size: 12, color: colour("found"), line: { color: colour("panel"), width: 1 } },
       text: some.map((event) => wrapped(event.summary)), hovertemplate: "%{text}<extra></extra>",
     };

@@ -3,6 +3,8 @@ import { kindOf, KINDS } from "./api.js";
 import { percent } from "./charts.js";
 import { h, words } from "./dom.js";
 
+const EDGE = 60;
+/* Pixels of its neighbours that stay in sight. */
 const MANY = 400;
 /* From so many sentences on, those out of sight are not laid out. */
 const KEYS = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10 };
@@ -74,7 +76,7 @@ export class SentenceList {
   /** Items out of sight have no measured height, so that after one move others may have come in between. */
   #bring(item, tries = 10) {
     const [box, place] = [this.list.getBoundingClientRect(), item.getBoundingClientRect()];
-    const by = place.top < box.top ? place.top - box.top - 8 : place.bottom > box.bottom ? place.bottom - box.bottom + 8 : 0;
+    const by = place.top < box.top ? place.top - box.top - EDGE : place.bottom > box.bottom ? place.bottom - box.bottom + EDGE : 0;
     if (!by || !tries) return;
     this.list.scrollTop += by;
     requestAnimationFrame(() => this.#items[this.#selected] === item && this.#bring(item, tries - 1));
