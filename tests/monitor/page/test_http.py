@@ -123,7 +123,7 @@ def test_the_api_is_the_service_as_json(monitor: Running) -> None:
 @pytest.mark.parametrize(
     ("path", "status", "message"),
     [
-        ("/api/trace?request_id=nobody", 404, "unknown or evicted"),
+        ("/api/trace?request_id=nobody", 404, "no trace of request 'nobody': unknown"),
         ("/api/trace?request_id=twice", 409, "2 traces carry"),
         ("/api/requests?page_size=many", 400, "page_size"),
         ("/api/requests?page_size=5000", 400, "at most 1000"),

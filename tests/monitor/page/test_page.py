@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -241,11 +240,13 @@ def test_a_restart_of_the_monitor_is_told_and_survived(monitor: Monitor, tokeniz
     speak(monitor, tokenizer, "chatcmpl-before")
     page.goto(monitor.url)
     expect(page.locator("a.row")).to_have_text(["chatcmpl-before"])
-    monitor.stop(signal.SIGKILL)
+    monitor.kill()
     expect(page.locator("#link")).to_contain_text("does not answer since")
     expect(page.locator("a.row")).to_have_text(["chatcmpl-before"])
     monitor.start()
     expect(page.locator("#link")).to_have_text("live")
+    # What the store had kept is still there.
+    expect(page.locator("a.row")).to_have_text(["chatcmpl-before"])
     speak(monitor, tokenizer, "chatcmpl-after")
     expect(page.locator("a.row").first).to_have_text("chatcmpl-after")
 
@@ -253,7 +254,7 @@ def test_a_restart_of_the_monitor_is_told_and_survived(monitor: Monitor, tokeniz
 def test_more_pages_than_allowed_are_told_and_still_fed(
     start: Callable[..., Monitor], tokenizer: Path, page: Page
 ) -> None:
-    monitor = start("--max-live-pages", "1")
+    monitor = start(max_live_pages=1)
     page.goto(monitor.url)
     expect(page.locator("#link")).to_have_text("live")
     second = page.context.new_page()

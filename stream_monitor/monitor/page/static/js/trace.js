@@ -131,6 +131,6 @@ async function trouble(error, key) {
     return notice("info", "Several requests carry this id", h("ul", {}, requests.map((info) => h("li", {}, h("a", { href: traceLink(info.key) },
       `${info.key.requestId}`), ` · ${info.modelName}, sample ${info.key.sampleIndex ?? 0}, ${count(info.outputTokens)} tokens`))));
   }
-  if (error.code === "NOT_FOUND") return notice("warning", "The monitor does not hold this request", h("p", {}, "It is unknown here, or it made room for newer ones (settings max_traces and max_trace_bytes). ", h("a", { href: "/" }, "All requests")));
+  if (error.code === "NOT_FOUND") return notice("warning", "The monitor does not hold this request", h("p", {}, "It is unknown here, was deleted, or made room for newer ones (settings store_days, store_bytes, max_traces and max_trace_bytes). ", h("a", { href: "/" }, "All requests")));
   return notice("error", "The trace cannot be shown", h("p", {}, error.message, ". This page tries again by itself."));
 }
