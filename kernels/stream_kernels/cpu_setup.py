@@ -22,7 +22,7 @@ from stream_kernels.cpu_kernel import (
 )
 from stream_kernels.index import allocate_index, levels_for
 from stream_kernels.layout import PagedKeys, layer_refusals
-from stream_kernels.reference import probe_offsets
+from stream_kernels.reference_descent import probe_offsets
 from stream_kernels.search import SearchConfig
 
 STRATEGIES = {"descent": DESCENT, "exact": EXACT, "beam": BEAM}

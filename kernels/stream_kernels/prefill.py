@@ -336,7 +336,8 @@ def _descend(prompt: Prompt, probe_keys: torch.Tensor, queries: torch.Tensor, en
 
     def probe(ids: torch.Tensor) -> torch.Tensor:
         keys = probe_keys[prompt.kv_head[:, None], ids].transpose(1, 2).flatten(2, 3)
-        return capped(queries @ keys, prompt.softcap).unflatten(-1, (ids.shape[1], -1))
+        found: torch.Tensor = capped(queries @ keys, prompt.softcap).unflatten(-1, (ids.shape[1], -1))
+        return found
 
     every = torch.ones(units, count, dtype=torch.bool, device=queries.device)
     found = descent(probe, end, every, torch.full((units,), end, device=queries.device), config)

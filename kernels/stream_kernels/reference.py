@@ -161,7 +161,10 @@ def search_dense(
         probes = block_logits[..., probe_offsets(config)]
 
         def probe(ids: torch.Tensor) -> torch.Tensor:
-            return probes.gather(2, ids[:, None, :, None].expand(-1, probes.shape[1], -1, probes.shape[3]))
+            found: torch.Tensor = probes.gather(
+                2, ids[:, None, :, None].expand(-1, probes.shape[1], -1, probes.shape[3])
+            )
+            return found
 
         found = descent(probe, blocks, heads, end, config)
     elif config.strategy == "beam":
