@@ -1,10 +1,11 @@
-"""The sidecar's environment, as its image has it: our wheel and what the base install asks for, nothing else.
+"""The sidecar's environment, as its image has it: our wheel and what its base and the image's extras ask for.
 
 The wheel is built from what `.dockerignore` lets through; the dependencies are links to those of this environment, so
 that no test needs a network.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+EXTRAS = re.findall(r"/wheels/\*\.whl\)\[(.+)\]", (ROOT / "deploy/docker/monitor.Dockerfile").read_text())[0]
 CONTEXT = ("LICENSE", "README.md", "pyproject.toml", "kernels", "stream_monitor")
 """What the Dockerfiles copy for the wheel."""
 
@@ -34,12 +36,12 @@ def build_wheel(folder: Path) -> Path:
 
 
 def install(wheel: Path, folder: Path) -> Path:
-    """A new environment with the wheel and its base dependencies; returns its `bin`."""
+    """A new environment with the wheel and its dependencies; returns its `bin`."""
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     _pip("--python", str(python), "install", "--no-deps", "--no-index", "--compile", str(wheel))
     site = next((folder / "lib").glob("python3*/site-packages"))
-    for found in _closure(_base_requirements(wheel)):
+    for found in _closure(_requirements(wheel), EXTRAS.split(",")):
         for top in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
             target = Path(str(found.locate_file(top)))
             if not (site / top).exists():
@@ -47,7 +49,7 @@ def install(wheel: Path, folder: Path) -> Path:
     return folder / "bin"
 
 
-def _base_requirements(wheel: Path) -> list[str]:
+def _requirements(wheel: Path) -> list[str]:
     metadata = subprocess.run(
         [sys.executable, "-c", _METADATA, str(wheel)], check=True, capture_output=True, text=True
     ).stdout
@@ -63,10 +65,10 @@ with zipfile.ZipFile(sys.argv[1]) as wheel:
 """
 
 
-def _closure(requirements: list[str]) -> list[Distribution]:
+def _closure(requirements: list[str], extras: list[str]) -> list[Distribution]:
     """Distributions that these requirements bring, without extras that nobody asked for."""
     found: dict[str, Distribution] = {}
-    waiting = [(text, "") for text in requirements]
+    waiting = [(text, extra) for text in requirements for extra in ("", *extras)]
     while waiting:
         text, extra = waiting.pop()
         requirement = Requirement(text)

@@ -48,7 +48,7 @@ def test_the_linter_has_nothing_to_say(file: Path) -> None:
 
 @pytest.mark.parametrize("file", [MONITOR, ENGINE], ids=lambda file: file.name)
 def test_bases_are_pinned_and_the_version_is_ours(file: Path) -> None:
-    arguments = dict(value.split("=", 1) for name, value in instructions(file) if name == "ARG")
+    arguments = dict(value.partition("=")[::2] for name, value in instructions(file) if name == "ARG")
     bases = [arguments[name] for name in re.findall(r"\$\{(\w+)\}", " ".join(_all(file, "FROM")))]
     assert bases
     assert all(":" in base and not base.endswith(":latest") for base in bases)
@@ -103,6 +103,12 @@ def test_the_sidecar_has_no_engine(sidecar: Path) -> None:
     )
     done = subprocess.run([sidecar / "python", "-I", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_sidecar_has_what_its_page_draws_with(sidecar: Path) -> None:
+    code = "from stream_monitor.monitor.page.routes import plotly_script; print(plotly_script())"
+    done = subprocess.run([sidecar / "python", "-I", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("plotly.min.js")
 
 
 def test_the_sidecar_is_ready_at_once(sidecar: Path, tmp_path: Path) -> None:
