@@ -37,7 +37,8 @@ COPY deploy/docker/healthcheck.py /usr/local/lib/stream-monitor/healthcheck.py
 ENV PATH=/opt/stream-monitor/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
-    STREAM_MONITOR_INGEST=unix:/run/stream-monitor/ingest.sock
+    STREAM_MONITOR_INGEST=unix:/run/stream-monitor/ingest.sock \
+    STREAM_MONITOR_STORE=/var/lib/stream-monitor/monitor.db
 
 # By number: Kubernetes cannot tell that a named user is not root.
 USER 65532:65532

@@ -197,6 +197,7 @@ def environment(sidecar: Path, folder: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "STREAM_MONITOR_INGEST": f"unix:{folder / 'ingest.sock'}",
+        "STREAM_MONITOR_STORE": str(folder / "store" / "monitor.db"),
         "STREAM_MONITOR_GRPC": f"127.0.0.1:{ports[0]}",
         "STREAM_MONITOR_HTTP": f"127.0.0.1:{ports[1]}",
     }
@@ -217,9 +218,14 @@ def serving(command: list[str | Path], settings: dict[str, str]) -> Iterator[sub
     )
     try:
         assert process.stdout is not None
-        assert select.select([process.stdout], [], [], 30)[0]
-        line = process.stdout.readline()
-        assert line.startswith("ready: "), line + process.stdout.read()
+        said = ""
+        while "ready: " not in said:
+            assert select.select([process.stdout], [], [], 30)[0], said
+            line = process.stdout.readline()
+            assert line, said
+            said += line
+        # No warning, such as of a store that cannot be written.
+        assert said.startswith("ready: "), said
         yield process
     finally:
         process.send_signal(signal.SIGTERM)

@@ -112,7 +112,7 @@ class World:
 
 @contextmanager
 def world(folder: Path, monitor: bool) -> Iterator[World]:
-    """A new world; with a monitor, it holds the finished request `chatcmpl-my-req-1`."""
+    """A new world; with a monitor, it holds the finished requests `chatcmpl-my-req-1` and `chatcmpl-my-req-2`."""
     command = isolation()
     assert command is not None
     holder = subprocess.Popen(
@@ -129,7 +129,8 @@ def world(folder: Path, monitor: bool) -> Iterator[World]:
         assert serving.stdout is not None
         assert serving.stdout.readline().startswith("ready: ")
         try:
-            here.publish("chatcmpl-my-req-1")
+            for number in (1, 2):
+                here.publish(f"chatcmpl-my-req-{number}")
             yield here
         finally:
             end(serving)
