@@ -69,6 +69,14 @@ def _make_every_metric_appear(monitor: Running) -> Stream:
     return stream
 
 
+def test_the_page_on_upgrades_names_the_tested_versions() -> None:
+    from stream_monitor.engine.compat import TESTED_VERSIONS
+
+    table = re.findall(r"^\| .+ \| ([\d., ]+) \|", (ROOT / "docs" / "upgrade.md").read_text(), re.MULTILINE)
+    named = {version for cell in table for version in re.findall(r"\d+\.\d+", cell)}
+    assert named == set(re.findall(r"'(\d+\.\d+)'", repr(TESTED_VERSIONS)))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_is_run_or_says_why_not(page: Path) -> None:
     """See tests/docs/blocks.py for what a block may say, and tests/docs/test_blocks.py for the running."""
