@@ -1,10 +1,7 @@
-"use strict";
 const bytes = Uint8Array.from(atob(trace.masks.entries), (letter) => letter.charCodeAt(0));
 const starts = [0];
 for (const count of trace.masks.counts) starts.push(starts.at(-1) + count);
 const config = { responsive: true, displaylogo: false };
-const shareTicks = { tickvals: [-3, -2, -1, 0], ticktext: ["0.1%", "1%", "10%", "100%"] };
-const percent = (share) => `${(100 * share).toPrecision(3)}%`;
 
 /* An entry is two bytes of row, two of column, one of the square root of the share in 255ths. */
 function fill(grid, index) {
@@ -27,16 +24,12 @@ function drawMasks() {
   }
   const tokens = Array.from({ length: side }, (_, cell) => cell * step);
   const figure = {
-    type: "heatmap", x: tokens, y: tokens, zmin: -3, zmax: 0, colorscale: "Viridis", colorbar: shareTicks,
-    z: grid.map((row) => row.map((share) => (share === null ? null : Math.log10(Math.max(share, 1e-3))))),
+    ...shareHeatmap(tokens, tokens, grid),
     text: grid.map((row) => row.map((share) => (share === null ? "" : percent(share)))),
     hovertemplate: "queries from token %{y}<br>keys from token %{x}<br>%{text}<extra></extra>",
-    hoverongaps: false,
   };
   const layout = {
-    height: 640, margin: { t: 20 }, plot_bgcolor: "white",
-    xaxis: { title: { text: "keys, token" }, constrain: "domain" },
-    yaxis: { title: { text: "queries, token" }, autorange: "reversed", scaleanchor: "x", constrain: "domain" },
+    height: 640, margin: { t: 20 }, plot_bgcolor: "white", ...squareAxes("keys, token", "queries, token"),
   };
   Plotly.react("masks", [figure], layout, config);
 }
@@ -76,15 +69,11 @@ const span = (group) => {
 function drawSentences() {
   const numbers = trace.matrix.map((_, group) => group * trace.group);
   const figure = {
-    type: "heatmap", x: numbers, y: numbers, zmin: -3, zmax: 0, colorscale: "Viridis",
-    colorbar: shareTicks, hoverongaps: false,
-    z: trace.matrix.map((row) => row.map((share) => (share ? Math.log10(Math.max(share, 1e-3)) : null))),
+    ...shareHeatmap(numbers, numbers, trace.matrix.map((row) => row.map((share) => share || null))),
     hovertemplate: "%{y} reads %{x}<extra></extra>",
   };
   const layout = {
-    height: 640, margin: { t: 20 }, plot_bgcolor: "white",
-    xaxis: { title: { text: "sentence that is read" }, constrain: "domain" },
-    yaxis: { title: { text: "sentence that reads" }, autorange: "reversed", scaleanchor: "x", constrain: "domain" },
+    height: 640, margin: { t: 20 }, plot_bgcolor: "white", ...squareAxes("sentence that is read", "sentence that reads"),
   };
   Plotly.newPlot("sentences", [figure], layout, config);
   document.getElementById("sentences").on("plotly_hover", ({ points: [point] }) => {

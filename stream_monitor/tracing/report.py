@@ -57,6 +57,7 @@ def report_html(findings: Findings) -> str:
         top=_top(findings),
         routes=_routes_section(findings),
         data=_json(data),
+        shares=resources.files("stream_monitor.plots").joinpath("shares.js").read_text(encoding="utf-8"),
         script=files.joinpath("report.js").read_text(encoding="utf-8"),
     )
 

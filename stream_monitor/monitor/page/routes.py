@@ -31,6 +31,9 @@ def page(api: Api, live: Live, hosts: Iterable[str], refused: Callable[[str], No
         # Without it the page says what is missing and does without charts.
         return FileResponse(script, headers=_REVALIDATE) if script else Response(_NO_PLOTLY, media_type=_SCRIPT)
 
+    async def shares(_: Request) -> Response:
+        return FileResponse(Path(str(resources.files("stream_monitor.plots"))) / "shares.js", headers=_REVALIDATE)
+
     routes: list[BaseRoute] = [Route(view, document) for view in VIEWS]
     routes += [
         Route("/api/requests", api.requests),
@@ -38,6 +41,7 @@ def page(api: Api, live: Live, hosts: Iterable[str], refused: Callable[[str], No
         Route("/api/status", api.status),
         Route("/api/events", live.events),
         Route("/static/plotly.js", plotly),
+        Route("/static/js/shares.js", shares),
         Mount("/static", _Static(directory=static)),
     ]
     return Guard(Starlette(routes=routes), hosts, refused)

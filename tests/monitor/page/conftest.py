@@ -10,7 +10,7 @@ from stream_monitor.v1alpha1 import monitor_pb2
 from tests.monitor.process import MonitorProcess
 from tests.monitor.spoken import byte_level
 
-TIMEOUT = 20
+TIMEOUT = 60
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 

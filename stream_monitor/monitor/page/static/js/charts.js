@@ -30,5 +30,3 @@ export function panel(title, explained, chart, ...after) {
       "Charts need the package plotly where the monitor runs: pip install 'stream-monitor[page]'. The sentences beside show the same numbers."),
     ...after);
 }
-
-export const percent = (share) => (share >= 0.9995 ? "100%" : `${(100 * share).toPrecision(share < 0.001 ? 2 : 3)}%`);

@@ -1,6 +1,6 @@
 // The selected sentence in numbers: what it reads, what reads it, and the findings raised at it.
 import { kindOf, KINDS } from "./api.js";
-import { percent } from "./charts.js";
+import { percent } from "./shares.js";
 import { h, words } from "./dom.js";
 import { headName } from "./heads.js";
 

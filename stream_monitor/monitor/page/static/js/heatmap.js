@@ -1,11 +1,10 @@
 // The sentence matrix as a heat map: long traces in coarser cells, exact ones where the reader looks closer.
-import { colour, CONFIG, hasPlotly, layout, panel, percent } from "./charts.js";
+import { colour, CONFIG, hasPlotly, layout, panel } from "./charts.js";
 import { h, words } from "./dom.js";
+import { percent, shareHeatmap, squareAxes } from "./shares.js";
 
 const HEIGHT = 440;
 const SIDE = 200;
-const FLOOR = 1e-3;
-const TICKS = { tickvals: [-3, -2, -1, 0], ticktext: ["≤0.1%", "1%", "10%", "100%"], outlinewidth: 0, thickness: 12 };
 const MOVES = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 
 export class HeatMap {
@@ -37,16 +36,16 @@ export class HeatMap {
     const y = shares.map((_, at) => rows[0] + at * step);
     const x = (shares[0] ?? []).map((_, at) => columns[0] + at * step);
     const figure = {
-      type: "heatmap", x, y, zmin: Math.log10(FLOOR), zmax: 0, colorscale: "Viridis", colorbar: TICKS, hoverongaps: false,
-      z: shares.map((row) => row.map((share) => (share > 0 ? Math.log10(Math.max(share, FLOOR)) : null))),
-      customdata: shares, hovertemplate: step > 1 ? "%{customdata:.2%}<extra></extra>" : "%{y} reads %{x}: %{customdata:.2%}<extra></extra>",
+      ...shareHeatmap(x, y, shares),
+      hovertemplate: step > 1 ? "%{customdata:.2%}<extra></extra>" : "%{y} reads %{x}: %{customdata:.2%}<extra></extra>",
     };
-    const axis = { constrain: "domain", showgrid: false, zeroline: false };
+    const { xaxis, yaxis } = squareAxes("sentence that is read", "sentence that reads");
+    const bare = { showgrid: false, zeroline: false };
     const range = ([from, to]) => [from - 0.5, to - 0.5];
     window.Plotly.react(this.chart, [figure], layout({
       height: HEIGHT, margin: { t: 4, r: 8, b: 40, l: 56 },
-      xaxis: { ...axis, title: { text: "sentence that is read" }, range: range(columns) },
-      yaxis: { ...axis, title: { text: "sentence that reads" }, range: range(rows).reverse(), scaleanchor: "x" },
+      xaxis: { ...xaxis, ...bare, range: range(columns) },
+      yaxis: { ...yaxis, ...bare, autorange: false, range: range(rows).reverse() },
       shapes: this.#outline(),
     }), CONFIG);
     this.step.textContent = step > 1 ? `Each cell stands for ${step} by ${step} sentences and shows their largest share.` : "";

@@ -1,6 +1,6 @@
 // The trace as a list of sentences, one of them selected: what it reads is shaded, the more the darker.
 import { kindOf, KINDS } from "./api.js";
-import { percent } from "./charts.js";
+import { percent } from "./shares.js";
 import { h, words } from "./dom.js";
 
 const EDGE = 60;

@@ -1,6 +1,5 @@
 // One request: its sentences, what they rest on, and what was found, while it runs and afterwards.
 import { address, ALL_KINDS, ask, externalId, plain, traceLink } from "./api.js";
-import { percent } from "./charts.js";
 import { Curve } from "./curve.js";
 import { Detail, finding } from "./detail.js";
 import { count, h, notice, code } from "./dom.js";
@@ -9,6 +8,7 @@ import { HeatMap } from "./heatmap.js";
 import { Live, Throttle } from "./live.js";
 import { Trace } from "./matrix.js";
 import { SentenceList } from "./sentences.js";
+import { percent } from "./shares.js";
 import { stateOf, stateSign } from "./state.js";
 
 const REFUSED = {
