@@ -5,7 +5,7 @@ import { h } from "./dom.js";
 
 const HEIGHT = 230;
 const LOWEST = 1e-4;
-const CURVES = { all: "all watched heads", receiver: "receiver heads", corrected: "receiver heads, corrected for nearness" };
+const CURVES = { all: "all watched heads", receiver: "receiver heads, output only", corrected: "the same, corrected for nearness" };
 const SYMBOLS = { system: "square", user: "circle", untrusted: "triangle-up", assistant: "diamond", reasoning: "circle", answer: "star", unknown: "circle-open" };
 
 export class Curve {

@@ -10,9 +10,10 @@ export const headName = (head) => `layer ${head?.layer ?? 0} head ${head?.queryH
 export class Heads {
   constructor() {
     this.chart = h("div", { class: "chart", id: "heads", role: "img", "aria-label": "Excess kurtosis of each watched head" });
+    this.said = h("p", { class: "note" });
     this.element = panel("Receiver heads",
-      "How unevenly each watched head divides its attention among earlier sentences (excess kurtosis). Receiver heads of the model's profile are striped.",
-      this.chart);
+      "How unevenly each watched head divides its attention among earlier sentences of the output (excess kurtosis).",
+      this.chart, this.said);
   }
 
   /** Whether the trace tells its heads apart. */
@@ -23,6 +24,8 @@ export class Heads {
   draw(trace) {
     if (!hasPlotly() || !Heads.in(trace)) return;
     const sorted = trace.heads.filter((head) => Number.isFinite(head.kurtosis)).sort((a, b) => b.kurtosis - a.kurtosis);
+    this.said.textContent = trace.heads.some((head) => head.receiver) ? "Striped: the receiver heads of the model's profile."
+      : "No profile names receiver heads of this model, so all heads count alike; stream-monitor calibrate makes one.";
     const bars = [true, false].map((receiver) => {
       const some = sorted.filter((head) => head.receiver === receiver);
       return {
