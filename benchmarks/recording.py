@@ -94,6 +94,17 @@ class Recorder:
         part.replace(path)
         return found
 
+    def continuation(self, ids: Sequence[int], count: int) -> list[int]:
+        """The `count` tokens with which the model goes on greedily; the end of a text does not stop it."""
+        text = json.dumps([_FORMAT, "continuation", self.model.name, list(map(int, ids)), count])
+        path = CACHE / f"continuation-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+        if path.exists():
+            return list(json.loads(path.read_text(encoding="utf-8")))
+        found = self._pass.go_on(list(map(int, ids)), count)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found), encoding="utf-8")
+        return found
+
     def _record(self, ids: list[int], prompt_tokens: int, untrusted: list[int]) -> Recording:
         positions = [
             p for p in range(prompt_tokens - 1, len(ids) - 1) if (p + 1 - prompt_tokens) % self.settings.stride == 0
@@ -185,6 +196,18 @@ class _Pass:
         self._ids: list[int] = []
         self._cache: Any = None
         self._queries: dict[int, torch.Tensor] = {}
+        self._last = torch.zeros(0)
+
+    def go_on(self, ids: list[int], count: int) -> list[int]:
+        """The tokens most likely behind `ids`, one after another."""
+        self.over(ids, [0])
+        hidden, found = self._last, []
+        while len(found) < count:
+            found.append(int(self._model.logits(hidden)[0].argmax()))
+            if len(found) < count:
+                hidden = self._model.run(found[-1:], dense_attention, self._cache)
+        self._cache.crop(len(ids))
+        return found
 
     def over(self, ids: list[int], positions: list[int]) -> tuple[torch.Tensor, list[torch.Tensor], float]:
         """What the watched layers were given.
@@ -212,7 +235,7 @@ class _Pass:
                 scales.add(inputs.scale)
             return dense_attention(inputs)
 
-        self._model.run(ids[same:], attend, self._cache)
+        self._last = self._model.run(ids[same:], attend, self._cache)[-1:]
         self._ids = ids
         at = torch.tensor(positions)
         queries = torch.stack([self._queries[layer][at].bfloat16() for layer in self._layers])

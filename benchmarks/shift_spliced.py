@@ -1,0 +1,195 @@
+"""Is the joint of two unrelated reasoning traces found, and how often is a shift found where there is none?
+
+A request is a problem and `SENTENCES` sentences of recorded reasoning about it (`spliced_texts.py`). Behind a known
+sentence the reasoning goes on with that of another problem, or, as controls, as it was, or as it was behind a neutral
+sentence. A real model reads each of them, and its rows go through the monitor at default settings. For each problem in
+turn a profile is made of the untouched requests of all others, as `stream-monitor calibrate` makes it. Intervals are by
+trace.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from benchmarks.recording import Recording
+from benchmarks.replay import Replay, show
+from benchmarks.report import Report, bootstrap, run
+from benchmarks.spliced_texts import CUT, SENTENCES, Family, Stretch, families
+from stream_monitor.anchors.calibration import Served, calibrated
+from stream_monitor.anchors.panel import Kind
+from stream_monitor.anchors.profile import Profile, ProfileError
+from stream_monitor.config import CaptureSettings
+from stream_monitor.monitor import views
+from stream_monitor.monitor.calibrate import served
+from stream_monitor.monitor.calibration import Calibration
+from stream_monitor.monitor.trace import RequestTrace
+from stream_monitor.tracing.errors import TracingError
+from stream_monitor.tracing.model import load
+from stream_monitor.tracing.texts import read_texts
+from stream_monitor.v1alpha1 import monitor_pb2
+
+RATE = 0.1
+"""Requests without cause in which any finding may be raised; so few requests cannot tell of less."""
+WITHIN = 3
+"""Sentences behind the joint's first one in which an alarm counts as finding it."""
+MUST_RECALL, MUST_FALSE = 0.9, 1.5
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A request that was read."""
+
+    stretch: Stretch
+    recording: Recording
+
+    def show(self, profile: Profile | None = None, rate: float = RATE) -> RequestTrace:
+        """Its trace, by this profile."""
+        return show(self.recording, Calibration((profile,) if profile else (), rate))
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model.")],
+    traces: Annotated[Path, typer.Option(help="JSON lines with the strings prompt and reasoning.")],
+    most: Annotated[int, typer.Option(min=1, help="Stretches of each trace.")] = 2,
+    rate: Annotated[float, typer.Option(help="False alarms per request, all detectors together.")] = RATE,
+    seed: Annotated[int, typer.Option(help="Of cuts, joints and resamples.")] = 0,
+    full: Annotated[bool, typer.Option("--full", help="Six stretches of each trace.")] = False,
+) -> None:
+    """Recall at the joint, and false alarms."""
+    try:
+        replay = Replay(load(str(model)))
+        texts = read_texts(traces)
+    except TracingError as error:
+        raise typer.BadParameter(str(error)) from error
+    found = list(families(replay, texts, 6 if full else most, seed))
+    if len({family.calm.problem for family in found}) < 2:
+        raise typer.BadParameter("the traces must be of two problems at least, with prompts")
+    seen = [_read(replay, family) for family in found]
+    report = Report(
+        benchmark="shift_spliced",
+        config={
+            "model": model.name,
+            "rate": rate,
+            "sentences": SENTENCES,
+            "cut": list(CUT),
+            "within": WITHIN,
+            "traces": len({family.calm.text for family in found}),
+            "problems": len({family.calm.problem for family in found}),
+            "stride": CaptureSettings().stride,
+            "layers": replay.layers,
+            "full": full,
+        },
+        seed=seed,
+        n=len(found),
+        must={"recall": (">=", MUST_RECALL), "false_alarms_over_nominal": ("<=", MUST_FALSE)},
+    )
+    calm, hits, delays = _Counts(), _Counts(), []
+    neutral, shifts, others = _Counts(), _Counts(), _Counts()
+    for problem in sorted({one.stretch.problem for one, _, _ in seen}):
+        profile = _profile([one for one, _, _ in seen if one.stretch.problem != problem])
+        _check(profile, rate)
+        print(f"problem {problem}: {_told(profile)}", flush=True)
+        for untouched, put_in, joined in seen:
+            if untouched.stretch.problem != problem:
+                continue
+            alarms = list(_alarms(untouched.show(profile, rate)))
+            calm.add(untouched, bool(alarms))
+            shifts.add(untouched, any(kind is Kind.ANCHOR_SHIFT for kind, _ in alarms))
+            neutral.add(put_in, bool(_delays(put_in, profile, rate)))
+            found_after = _delays(joined, profile, rate)
+            hits.add(joined, bool(found_after))
+            delays += found_after[:1]
+            kinds = {kind for kind, _ in _alarms(joined.show(profile, rate))}
+            others.add(joined, bool(kinds - {Kind.ANCHOR_SHIFT}))
+    for name, counts in (
+        ("recall", hits),
+        ("false_alarms_any", calm),
+        ("false_alarms_shift", shifts),
+        ("raised_at_neutral_sentence", neutral),
+        ("other_findings_in_joined", others),
+    ):
+        report.figures[name] = counts.mean()
+        report.ci[name] = bootstrap(counts.by_text, seed)
+        print(f"{name:<28}{counts.mean():>7.1%} of {counts.count()}")
+    report.figures["false_alarms_per_1000_requests"] = 1000 * calm.mean()
+    report.figures["false_alarms_over_nominal"] = calm.mean() / rate
+    if delays:
+        report.figures["sentences_until_found"] = float(np.median(delays))
+    report.figures["uncalibrated/shift_in_calm"] = _raised([one for one, _, _ in seen])
+    report.figures["uncalibrated/shift_in_joined"] = _raised([one for _, _, one in seen])
+    report.finish()
+
+
+class _Counts:
+    """Yes or no, by trace."""
+
+    def __init__(self) -> None:
+        self.by_text: dict[str, list[float]] = {}
+
+    def add(self, seen: Seen, yes: bool) -> None:
+        self.by_text.setdefault(seen.stretch.text, []).append(float(yes))
+
+    def count(self) -> int:
+        return sum(map(len, self.by_text.values()))
+
+    def mean(self) -> float:
+        return float(np.mean([value for values in self.by_text.values() for value in values]))
+
+
+def _read(replay: Replay, family: Family) -> tuple[Seen, Seen, Seen]:
+    """Untouched, with the neutral sentence, joined: in this order most of each is read already."""
+    parts = (family.calm, family.neutral, family.joined)
+    calm, neutral, joined = (Seen(part, replay.record(part.ids, part.prompt_tokens)) for part in parts)
+    return calm, neutral, joined
+
+
+def _profile(calm: Sequence[Seen]) -> Profile:
+    """As `stream-monitor calibrate --trim 0` makes it."""
+    requests: list[Served] = []
+    for one in calm:
+        trace = one.show()
+        requests.append(served(views.full(trace, with_heads=True)))
+    return calibrated(trace.labels[0], trace.capture, 0, requests)
+
+
+def _check(profile: Profile, rate: float) -> None:
+    try:
+        profile.check(rate)
+    except ProfileError as error:
+        raise typer.BadParameter(f"{error}: take --full, more stretches (--most) or a higher --rate") from error
+
+
+def _told(profile: Profile) -> str:
+    heads = ", ".join(f"{layer}.{head}" for layer, head in profile.receivers) or "all alike"
+    reliability = "unknown" if profile.reliability is None else f"{profile.reliability:.2f}"
+    return f"profile of {profile.requests} requests: receiver heads {heads}; reliability {reliability}"
+
+
+def _alarms(trace: RequestTrace) -> Iterator[tuple[Kind, int]]:
+    for event in trace.findings:
+        yield Kind[monitor_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_")], event.sentence.index
+
+
+def _delays(seen: Seen, profile: Profile, rate: float) -> list[int]:
+    """Sentences from the one at which something was put in or joined to each ANCHOR_SHIFT, of at most `WITHIN`."""
+    trace = seen.show(profile, rate)
+    at = _joint(seen, trace)
+    return [place - at for kind, place in _alarms(trace) if kind is Kind.ANCHOR_SHIFT and 0 <= place - at <= WITHIN]
+
+
+def _joint(seen: Seen, trace: RequestTrace) -> int:
+    assert seen.stretch.at is not None
+    return next(index for index, span in enumerate(trace.spans) if span.end > seen.stretch.at)
+
+
+def _raised(seen: Sequence[Seen]) -> float:
+    """Share of requests in which ANCHOR_SHIFT is raised by its own threshold, without a profile."""
+    return float(np.mean([any(kind is Kind.ANCHOR_SHIFT for kind, _ in _alarms(one.show())) for one in seen]))
+
+
+if __name__ == "__main__":
+    run(main)
