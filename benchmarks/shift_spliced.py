@@ -19,7 +19,7 @@ from benchmarks.recording import Recording
 from benchmarks.replay import Replay, show
 from benchmarks.report import Report, bootstrap, run
 from benchmarks.spliced_texts import CUT, SENTENCES, Family, Stretch, families
-from stream_monitor.anchors.calibration import Served, calibrated
+from stream_monitor.anchors.calibration import calibrated
 from stream_monitor.anchors.panel import Kind
 from stream_monitor.anchors.profile import Profile, ProfileError
 from stream_monitor.config import CaptureSettings
@@ -87,10 +87,16 @@ def main(
         n=len(found),
         must={"recall": (">=", MUST_RECALL), "false_alarms_over_nominal": ("<=", MUST_FALSE)},
     )
+    uncalibrated = [one.show() for one, _, _ in seen]
+    requests = [served(views.full(trace, with_heads=True)) for trace in uncalibrated]
+    model_name, capture = uncalibrated[0].labels[0], uncalibrated[0].capture
     calm, hits, delays = _Counts(), _Counts(), []
-    neutral, shifts, others = _Counts(), _Counts(), _Counts()
+    neutral, shifts, beside = _Counts(), _Counts(), _Counts()
     for problem in sorted({one.stretch.problem for one, _, _ in seen}):
-        profile = _profile([one for one, _, _ in seen if one.stretch.problem != problem])
+        others = [
+            one for one, (untouched, _, _) in zip(requests, seen, strict=True) if untouched.stretch.problem != problem
+        ]
+        profile = calibrated(model_name, capture, 0, others)
         _check(profile, rate)
         print(f"problem {problem}: {_told(profile)}", flush=True)
         for untouched, put_in, joined in seen:
@@ -99,18 +105,18 @@ def main(
             alarms = list(_alarms(untouched.show(profile, rate)))
             calm.add(untouched, bool(alarms))
             shifts.add(untouched, any(kind is Kind.ANCHOR_SHIFT for kind, _ in alarms))
-            neutral.add(put_in, bool(_delays(put_in, profile, rate)))
-            found_after = _delays(joined, profile, rate)
+            neutral.add(put_in, bool(_delays(put_in, put_in.show(profile, rate))))
+            trace = joined.show(profile, rate)
+            found_after = _delays(joined, trace)
             hits.add(joined, bool(found_after))
             delays += found_after[:1]
-            kinds = {kind for kind, _ in _alarms(joined.show(profile, rate))}
-            others.add(joined, bool(kinds - {Kind.ANCHOR_SHIFT}))
+            beside.add(joined, bool({kind for kind, _ in _alarms(trace)} - {Kind.ANCHOR_SHIFT}))
     for name, counts in (
         ("recall", hits),
         ("false_alarms_any", calm),
         ("false_alarms_shift", shifts),
         ("raised_at_neutral_sentence", neutral),
-        ("other_findings_in_joined", others),
+        ("other_findings_in_joined", beside),
     ):
         report.figures[name] = counts.mean()
         report.ci[name] = bootstrap(counts.by_text, seed)
@@ -119,8 +125,8 @@ def main(
     report.figures["false_alarms_over_nominal"] = calm.mean() / rate
     if delays:
         report.figures["sentences_until_found"] = float(np.median(delays))
-    report.figures["uncalibrated/shift_in_calm"] = _raised([one for one, _, _ in seen])
-    report.figures["uncalibrated/shift_in_joined"] = _raised([one for _, _, one in seen])
+    report.figures["uncalibrated/shift_in_calm"] = _raised(uncalibrated)
+    report.figures["uncalibrated/shift_in_joined"] = _raised([one.show() for _, _, one in seen])
     report.finish()
 
 
@@ -147,15 +153,6 @@ def _read(replay: Replay, family: Family) -> tuple[Seen, Seen, Seen]:
     return calm, neutral, joined
 
 
-def _profile(calm: Sequence[Seen]) -> Profile:
-    """As `stream-monitor calibrate --trim 0` makes it."""
-    requests: list[Served] = []
-    for one in calm:
-        trace = one.show()
-        requests.append(served(views.full(trace, with_heads=True)))
-    return calibrated(trace.labels[0], trace.capture, 0, requests)
-
-
 def _check(profile: Profile, rate: float) -> None:
     try:
         profile.check(rate)
@@ -174,9 +171,8 @@ def _alarms(trace: RequestTrace) -> Iterator[tuple[Kind, int]]:
         yield Kind[monitor_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_")], event.sentence.index
 
 
-def _delays(seen: Seen, profile: Profile, rate: float) -> list[int]:
+def _delays(seen: Seen, trace: RequestTrace) -> list[int]:
     """Sentences from the one at which something was put in or joined to each ANCHOR_SHIFT, of at most `WITHIN`."""
-    trace = seen.show(profile, rate)
     at = _joint(seen, trace)
     return [place - at for kind, place in _alarms(trace) if kind is Kind.ANCHOR_SHIFT and 0 <= place - at <= WITHIN]
 
@@ -186,9 +182,9 @@ def _joint(seen: Seen, trace: RequestTrace) -> int:
     return next(index for index, span in enumerate(trace.spans) if span.end > seen.stretch.at)
 
 
-def _raised(seen: Sequence[Seen]) -> float:
+def _raised(traces: Sequence[RequestTrace]) -> float:
     """Share of requests in which ANCHOR_SHIFT is raised by its own threshold, without a profile."""
-    return float(np.mean([any(kind is Kind.ANCHOR_SHIFT for kind, _ in _alarms(one.show())) for one in seen]))
+    return float(np.mean([any(kind is Kind.ANCHOR_SHIFT for kind, _ in _alarms(one)) for one in traces]))
 
 
 if __name__ == "__main__":

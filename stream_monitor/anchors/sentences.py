@@ -33,7 +33,8 @@ class SentenceBuilder:
 
     A sentence closes before a token that begins with white space after a terminator, before the second newline of a
     blank line, after a token with a break inside, and at reasoning tags. What is sampled counts as reasoning until a
-    closing tag, then as the answer; without tags everything is reasoning.
+    closing tag, then as the answer; without tags everything is reasoning. The number of a list's item ends with a full
+    stop too, but stays with its item: what is shorter than MIN_TOKENS and begins a line is cut off before that line.
 
     Parameters
     ----------
@@ -58,7 +59,7 @@ class SentenceBuilder:
         self.end = start
         self.role = role
         self.missing = 0
-        self._last = 0
+        self._newest = b"\0"
 
     def extend(self, first: int, flags: bytes) -> list[Span]:
         """Take in tokens at positions first, first + 1, ...; return the sentences they closed.
@@ -73,17 +74,18 @@ class SentenceBuilder:
         closed: list[Span] = []
         if gap := first - self.end:
             self.missing += gap
-            self.end, self._last = first, 0
+            self.end, self._newest = first, b"\0"
             if gap > MAX_TOKENS:
                 closed.append(self._close(first))
-        for index, tag in _cuts(self._last, flags):
+        for index, tag in _cuts(self._newest[-1], flags):
             position = first + index
             self._cut_long(position, closed)
-            if position > self.start and (tag or position - self.start >= MIN_TOKENS):
-                closed.append(self._close(position))
+            short = 0 if tag else _begun_line(self._newest + flags[:index])
+            if position - short > self.start and (tag or position - short - self.start >= MIN_TOKENS):
+                closed.append(self._close(position - short))
             if tag:
                 self.role = Role.REASONING if flags[index] & TokenFlag.OPENS_REASONING else Role.ANSWER
-        self.end, self._last = first + len(flags), flags[-1]
+        self.end, self._newest = first + len(flags), (self._newest + flags)[-MIN_TOKENS:]
         self._cut_long(self.end, closed)
         return closed
 
@@ -143,6 +145,14 @@ def coarsen(spans: list[Span], limit: int) -> list[Span]:
             joined.append(span)
             members = 1
     return joined
+
+
+def _begun_line(before: bytes) -> int:
+    """Tokens at the end of these that begin a line and are fewer than MIN_TOKENS; 0 where a line has more."""
+    for count, token in enumerate(reversed(before[-MIN_TOKENS:])):
+        if token & TokenFlag.ENDS_NEWLINE:
+            return count
+    return 0
 
 
 def _boundaries(before: NDArray[np.uint8], token: NDArray[np.uint8]) -> NDArray[np.bool_]:

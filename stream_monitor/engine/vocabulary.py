@@ -16,7 +16,8 @@ _CJK_STOPS = "。？！．｡"
 _CLOSERS = r"""["'”’»)\]}）】》」』*_`]*"""
 _ENDS = re.compile(rf"[.?!{_CJK_STOPS}]{_CLOSERS}\Z")
 # CJK text has no white space after a full stop: the sentence ends there whatever follows, if only the end of the token.
-_BREAKS = re.compile(rf"[.?!]{_CLOSERS}\s|\n[ \t\r]*\n|[{_CJK_STOPS}]")
+# A code fence ends what is before the code, and the code.
+_BREAKS = re.compile(rf"[.?!]{_CLOSERS}\s|\n[ \t\r]*\n|[{_CJK_STOPS}]|```")
 # <think>, </think>, [THINK], ◁think▷, <seed:think>, <|begin_of_thought|>, <|end_of_thinking|>, <reasoning>, ...
 _REASONING = re.compile(
     r"[<\[◁]\|?(?P<close>/|end_of_)?(?:begin_of_|start_of_)?(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)\|?[>\]▷]",

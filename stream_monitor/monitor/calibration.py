@@ -1,6 +1,7 @@
 """Which profile belongs to which engine."""
 
 import hashlib
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from stream_monitor.anchors.panel import Panel
 from stream_monitor.anchors.profile import Profile, ProfileError
 from stream_monitor.v1alpha1 import summary_pb2
 
+_LOG = logging.getLogger(__name__)
 _MOST_MODELS = 256
 """Models whose requests without a profile are counted by name; later ones count as "other"."""
 
@@ -33,6 +35,7 @@ class Calibration:
     profiles: tuple[Profile, ...] = ()
     rate: float = 0.01
     missing: Counter[str] = field(default_factory=Counter)
+    _warned: set[tuple[str, str]] = field(default_factory=set)
 
     @classmethod
     def read(cls, paths: str, rate: float) -> "Calibration":
@@ -50,6 +53,21 @@ class Calibration:
         for profile in self.profiles:
             if (profile.model_name, profile.capture) == (model_name, capture):
                 return Panel(profile, self.rate)
+        self._warn(model_name, capture)
         known = model_name in self.missing or len(self.missing) < _MOST_MODELS
         self.missing[model_name if known else "other"] += 1
         return Panel()
+
+    def _warn(self, model_name: str, capture: str) -> None:
+        """Once for each model and capture that profiles were given for in vain."""
+        if not self.profiles or (model_name, capture) in self._warned or len(self._warned) >= _MOST_MODELS:
+            return
+        self._warned.add((model_name, capture))
+        have = ", ".join(f"{profile.model_name} (capture {profile.capture})" for profile in self.profiles)
+        _LOG.warning(
+            "no profile fits %s, capture %s: its findings have no p-values and no known rate. Profiles are of %s; a "
+            "profile holds for one model, captured one way. Make one with `stream-monitor calibrate`",
+            model_name,
+            capture,
+            have,
+        )

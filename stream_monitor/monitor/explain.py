@@ -96,8 +96,10 @@ def _finding(trace: monitor_pb2.GetTraceResponse, event: monitor_pb2.Event) -> T
     shares = np.frombuffer(trace.matrix_share, "<f4")[here]
     heaviest = np.argsort(-shares, kind="stable")[:10]
     read = ", ".join(f"{columns[place]} ({shares[place]:.1%})" for place in heaviest)
+    carriers = ", ".join(f"{one.head.layer}.{one.head.query_head} ({one.share:.0%})" for one in event.heads)
     return Text(
         f"\n{kind}: score {event.score:.3g}, threshold {event.threshold:.3g}, {rare}; began at sentence "
         f"{event.began.index}, detected at {event.sentence.index}\n"
-        f"sentence {event.sentence.index} reads: {read}; not observed: {event.unobserved_share:.1%}"
+        f"sentence {event.sentence.index} reads: {read}; not observed: {event.unobserved_share:.1%}\n"
+        f"carried by heads (layer.head): {carriers or 'none in particular'}"
     )

@@ -42,6 +42,23 @@ def test_boundaries(flags: bytes, spans: list[tuple[int, int]]) -> None:
     assert cut(flags) == spans
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_the_number_of_an_item_stays_with_it(together: bool) -> None:
+    """ "Let me list the steps:\\n1. Add two and two.\\n12. Halve it all now." with a token for every word and digit."""
+    word, digit, stop, newline = 2, 0, 1, 8 | 128 | 2
+    flags = bytes(
+        [word] * 4 + [0, newline, digit, stop] + [word] * 4 + [stop, newline, digit, digit, stop] + [word] * 4
+    )
+    builder = SentenceBuilder(0)
+    runs = [flags] if together else [flags[place : place + 1] for place in range(len(flags))]
+    found, first = [], 0
+    for run in runs:
+        found += builder.extend(first, run)
+        first += len(run)
+    found += builder.finish(len(flags))
+    assert [(span.start, span.end) for span in found] == [(0, 6), (6, 13), (13, 21)]
+
+
 def test_reasoning_tags_cut_and_change_the_role() -> None:
     flags = bytes([OPENS]) + WORDS + bytes([CLOSES]) + bytes([0]) + WORDS
     builder = SentenceBuilder(0)

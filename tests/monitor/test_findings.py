@@ -119,6 +119,7 @@ def test_a_profile_made_of_a_monitors_requests_calibrates_the_next(
     assert second.metric("stream_monitor_profile_timestamp_seconds", model_name="tiny") == stored["made_unix"]
     second.publish(request(Engine(engine(layers=(1, 2))), "elsewhere", [28] * 14))
     assert second.metric("stream_monitor_uncalibrated_requests_total", model_name="tiny") == 1
+    assert "no profile fits tiny, capture " in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,7 @@ def test_a_request_is_explained(monitor: Running) -> None:
     code, text, _ = run("explain", "shift", "1", "--target", address)
     assert "began at sentence 22" in text
     assert "ANCHOR_SHIFT: score" in text
+    assert "carried by heads (layer.head): 3.0 (25%), 3.1 (25%), 5.0 (25%), 5.1 (25%)" in " ".join(text.split())
     code, _, errors = run("explain", "shift", "2", "--target", address)
     assert (code, "has 1 findings; there is no number 2" in errors) == (2, True)
     code, _, errors = run("explain", "nobody", "--target", address)
