@@ -89,7 +89,7 @@ def run_monitors(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 
 def test_a_profile_made_of_a_monitors_requests_calibrates_the_next(
-    run_monitors: Callable[..., Running], tmp_path: Path
+    run_monitors: Callable[..., Running], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, rank, path = run_monitors(), Engine(), tmp_path / "profile.json"
     address = first.server.grpc_address
