@@ -421,5 +421,28 @@ def cost() -> list[timeseries.Panel | table.Panel]:
             Query(rate("stream_monitor_tokens_missing_total", by=""), "tokens missing"),
             alert="StreamMonitorEventsLost",
         ),
+        curve(
+            "The store",
+            "none",
+            "Findings and traces that wait to be written; written, and lost or removed, per minute, by why.",
+            Query(f"sum by (record) (stream_monitor_store_queue_records{{{MONITOR}}})", "{{record}} waiting"),
+            Query(f"60 * {rate('stream_monitor_store_written_total', MONITOR, 'by (record)')}", "{{record}} written"),
+            Query(
+                f"60 * sum by (record, reason) (rate(stream_monitor_store_removed_total{{{MONITOR}}}[$__rate_interval])"
+                f" or rate(stream_monitor_store_lost_total{{{MONITOR}}}[$__rate_interval])) > 0",
+                "{{record}} gone: {{reason}}",
+            ),
+            alert="StreamMonitorStoreFailing",
+        ),
+        curve(
+            "How full the store is",
+            "percentunit",
+            "Bytes in use over the limit; beyond it the oldest go.",
+            Query(
+                f"max(stream_monitor_store_bytes{{{MONITOR}}} / (stream_monitor_store_limit_bytes{{{MONITOR}}} > 0))",
+                "used",
+            ),
+            most=1,
+        ),
         versions,
     ]

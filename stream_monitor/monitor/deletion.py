@@ -1,4 +1,4 @@
-"""A request is deleted: from memory, from the store, and from the queues of subscribers."""
+"""A request is deleted: from memory, from the store, from the queues of subscribers and from exemplars."""
 
 import logging
 import time
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.graveyard import Graveyard
-from stream_monitor.monitor.identity import TraceKey
+from stream_monitor.monitor.identity import TraceKey, parse
+from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.store import TraceStore
 
 audit = logging.getLogger("stream_monitor.audit")
@@ -21,11 +22,18 @@ class Deletion:
     """
 
     def __init__(
-        self, traces: TraceStore, events: EventLog, archive: Archive, graveyard: Graveyard, seconds: float
+        self,
+        traces: TraceStore,
+        events: EventLog,
+        metrics: Metrics,
+        archive: Archive,
+        graveyard: Graveyard,
+        seconds: float,
     ) -> None:
         self.requests = 0
         self._traces = traces
         self._events = events
+        self._metrics = metrics
         self._archive = archive
         self._graveyard = graveyard
         self._nanoseconds = int(seconds * 1e9)
@@ -38,6 +46,7 @@ class Deletion:
             self._graveyard.bury(key, until)
             self._traces.remove(key)
         self._events.forget(lambda event: (event.key.engine_instance, event.key.request_id) in gone)
+        self._metrics.forget({parse(request_id).external_id for _, request_id in keys})
         self.requests += len(keys)
         done = "memory"
         try:

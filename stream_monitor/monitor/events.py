@@ -149,12 +149,14 @@ class EventLog:
     Attributes:
         forgotten: sequence up to which findings are not in memory (any more).
         lost: events lost to subscribers that read too slowly.
+        sent: called with each event as it is handed to subscribers.
     """
 
     def __init__(self, size: int, queue: int, max_subscribers: int) -> None:
         self.queue = queue
         self.max_subscribers = max_subscribers
         self.lost = 0
+        self.sent: Callable[[monitor_pb2.Event], None] = lambda event: None
         self.subscribers: set[Subscriber] = set()
         self.forgotten = 0
         self._run = uuid.uuid4().hex
@@ -270,6 +272,7 @@ class EventLog:
 
     def _send(self, sequence: int, event: monitor_pb2.Event) -> None:
         self._sent = sequence
+        self.sent(event)
         if event.kind in FINDINGS:
             self._held.append((sequence, event))
             if len(self._held) > self._size:

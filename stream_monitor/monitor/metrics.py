@@ -1,5 +1,7 @@
 """What the parts of the monitor count for Prometheus while they work. `scrape.py` reads the rest when it is asked."""
 
+from collections.abc import Container
+
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 
@@ -86,6 +88,19 @@ class Metrics:
             self.events.labels(*labels, kind.name, "warning")
             for verdict in Verdict:
                 self.verdicts.labels(*labels, kind.value, verdict.value)
+
+    def forget(self, external_ids: Container[str]) -> None:
+        """Take back exemplars that name these requests. prometheus_client has no public way to do so."""
+        children = [
+            child
+            for metric in (self.step_delay, self.event_delay, self.unobserved, self.events)
+            for child in metric._metrics.values()
+        ]
+        for child in children:
+            for value in getattr(child, "_buckets", None) or [getattr(child, "_value")]:  # noqa: B009
+                held = value.get_exemplar()
+                if held is not None and held.labels["request_id"] in external_ids:
+                    value.set_exemplar(None)
 
     def _counter(self, made: Definition) -> Counter:
         return Counter(made.name, made.text, made.labels, registry=self.registry)

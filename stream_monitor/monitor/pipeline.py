@@ -39,6 +39,7 @@ class Pipeline:
         self.calibration = calibration
         self.vocabularies = vocabularies
         self.log = log
+        self.log.sent = self._sent
         self.metrics = metrics
         self.archive = archive
         self.graveyard = graveyard
@@ -141,8 +142,13 @@ class Pipeline:
                 self.metrics.events.labels(*trace.labels, name, severity).inc(exemplar=named)
                 self.log.publish(finding)
             self.log.publish(views.sentence_event(trace, index, mass, row.unobserved, now))
-            delay = (time.time_ns() - trace.closed_ns(index)) / 1e9
-            self.metrics.event_delay.labels(*trace.labels).observe(max(0.0, delay), named)
+
+    def _sent(self, event: monitor_pb2.Event) -> None:
+        """One event a sentence, the last: findings of it went out before."""
+        if event.kind == monitor_pb2.EVENT_KIND_SENTENCE_CLOSED:
+            delay = max(0.0, (time.time_ns() - event.closed_time_ns) / 1e9)
+            labels = event.model_name, event.engine
+            self.metrics.event_delay.labels(*labels).observe(delay, exemplar(event.external_id))
 
     def _progress(self, trace: RequestTrace, kind: monitor_pb2.EventKind.ValueType, now: int) -> None:
         self.log.publish(views.progress_event(trace, kind, now))

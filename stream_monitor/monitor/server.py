@@ -59,10 +59,12 @@ class MonitorServer:
         self.log = EventLog(settings.event_log, settings.subscriber_queue, settings.max_subscribers)
         graveyard = Graveyard()
         self.archive = Archive(self.log, self.store, graveyard)
-        self.deletion = Deletion(self.store, self.log, self.archive, graveyard, settings.store_days * DAY_SECONDS)
+        self.metrics = Metrics()
+        self.deletion = Deletion(
+            self.store, self.log, self.metrics, self.archive, graveyard, settings.store_days * DAY_SECONDS
+        )
         calibration = Calibration.read(settings.profiles, settings.false_alarm_rate)
         merger = Merger(settings.merge_deadline_seconds)
-        self.metrics = Metrics()
         self.metrics.registry.register(StateCollector(version, ranks, merger, self.store, self.log, calibration))
         self.metrics.registry.register(StoreCollector(self.archive, self.deletion))
         self.ingest = Ingest(

@@ -135,6 +135,7 @@ def sentence_event(
     event.sentence.CopyFrom(sentence(trace, index))
     event.to_anchors.extend(anchors(trace, mass))
     event.unobserved_share = unobserved
+    event.closed_time_ns = trace.closed_ns(index)
     rests = f"rests on sentence {event.to_anchors[0].sentence.index}" if event.to_anchors else "shows no anchor"
     event.summary = f"sentence {index} {rests}"
     return event

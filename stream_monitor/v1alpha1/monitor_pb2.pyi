@@ -273,6 +273,7 @@ class Event(_message.Message):
     P_VALUE_FIELD_NUMBER: _builtins.int
     BEGAN_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
+    CLOSED_TIME_NS_FIELD_NUMBER: _builtins.int
     kind: Global___EventKind.ValueType
     severity: Global___Severity.ValueType
     external_id: _builtins.str
@@ -296,6 +297,8 @@ class Event(_message.Message):
     """How often a request without cause has as high a score, by the calibration; absent where the monitor has none for
     this model and capture.
     """
+    closed_time_ns: _builtins.int
+    """Unix time in nanoseconds of the engine step that closed `sentence`, by the engine host's clock; 0 without a sentence."""
     @_builtins.property
     def key(self) -> Global___TraceKey: ...
     @_builtins.property
@@ -339,10 +342,11 @@ class Event(_message.Message):
         p_value: _builtins.float | None = ...,
         began: Global___Sentence | None = ...,
         heads: _abc.Iterable[Global___HeadShare] | None = ...,
+        closed_time_ns: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "key", b"key", "p_value", b"p_value", "sentence", b"sentence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "engine", b"engine", "external_id", b"external_id", "from_anchors", b"from_anchors", "heads", b"heads", "key", b"key", "kind", b"kind", "model_name", b"model_name", "p_value", b"p_value", "score", b"score", "sentence", b"sentence", "severity", b"severity", "summary", b"summary", "threshold", b"threshold", "to_anchors", b"to_anchors", "unobserved_share", b"unobserved_share", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "closed_time_ns", b"closed_time_ns", "engine", b"engine", "external_id", b"external_id", "from_anchors", b"from_anchors", "heads", b"heads", "key", b"key", "kind", b"kind", "model_name", b"model_name", "p_value", b"p_value", "score", b"score", "sentence", b"sentence", "severity", b"severity", "summary", b"summary", "threshold", b"threshold", "to_anchors", b"to_anchors", "unobserved_share", b"unobserved_share", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__p_value: _TypeAlias = _typing.Literal["p_value"]  # noqa: Y015
     _WhichOneofArgType__p_value: _TypeAlias = _typing.Literal["_p_value", b"_p_value"]  # noqa: Y015

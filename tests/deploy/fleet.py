@@ -3,6 +3,7 @@
 import contextlib
 import queue
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -102,6 +103,7 @@ class Fleet:
     def __init__(self, folder: Path, http_port: int, grpc_port: int) -> None:
         self.folder = folder
         self.ingest = f"unix:{folder / 'ingest.sock'}"
+        self.store = folder / "store" / "monitor.db"
         self.http, self.grpc = f"127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}"
         self.main = Rank(engine(summary_bytes=1 << 20, kv_tokens_lost=512))
         instance = engine().instance
@@ -129,7 +131,7 @@ class Fleet:
                 *(sys.executable, "-m", "stream_monitor", "serve", "--ingest", self.ingest),
                 *("--http", self.http, "--grpc", self.grpc, "--profiles", str(profile)),
                 *("--max-engines", str(MAX_ENGINES), "--max-sentences", str(MAX_SENTENCES)),
-                *("--max-traces", "40", "--subscriber-queue", "16"),
+                *("--max-traces", "40", "--subscriber-queue", "16", "--store", str(self.store)),
             ],
             stdout=subprocess.PIPE,
             text=True,
@@ -231,6 +233,25 @@ class Fleet:
         for reason in (*outcomes.REQUESTS, "of_a_later_release"):
             summaries.append(rank.summary(started=[started(self.name(), refused=reason)]))
         self.send(rank, summaries)
+
+    def delete(self) -> None:
+        """A request that has rows is deleted, and more rows of it come."""
+        name = self.name()
+        self.send(self.main, [self.main.summary([Look(name, 48, 4), Look(name, 50, 4)], started=[started(name)])])
+        time.sleep(0.5)  # until it is in the store
+        with grpc.insecure_channel(self.grpc) as channel:
+            monitor_pb2_grpc.MonitorServiceStub(channel).DeleteRequest(
+                monitor_pb2.DeleteRequestRequest(request_id=name), timeout=20
+            )
+        self.send(self.main, [self.main.summary([Look(name, 52, 4)])])
+
+    @contextlib.contextmanager
+    def locked_store(self) -> Iterator[None]:
+        """Another program holds the store's lock."""
+        with contextlib.closing(sqlite3.connect(self.store, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            yield
+            other.execute("ROLLBACK")
 
     def find(self) -> None:
         """A request for every kind of finding."""

@@ -116,6 +116,22 @@ def test_request_ids_are_exemplars_alone(monitor: Running) -> None:
     assert named == {name: {"chatcmpl-my-req-1"} for name in with_exemplars}
 
 
+def test_a_deleted_request_leaves_no_exemplar(monitor: Running) -> None:
+    rank = Engine()
+    for name in ("chatcmpl-kept-aee6d49e", "chatcmpl-gone-bee6d49e"):
+        summaries = rank.request(name, [4] * 14 + [30] * 8)
+        for summary in summaries:
+            summary.wall_time_ns = time.time_ns()
+        monitor.publish(summaries)
+    accept = "application/openmetrics-text; version=1.0.0"
+    assert monitor.http("/metrics", accept).text.count("gone") >= 4
+    monitor.publish(rank.request("chatcmpl-kept-cee6d49e", [4] * 3))
+    monitor.api.DeleteRequest(monitor_pb2.DeleteRequestRequest(request_id="gone"))
+    text = monitor.http("/metrics", accept).text
+    assert "gone" not in text
+    assert "chatcmpl-kept" in text
+
+
 def test_an_exemplar_of_128_characters_is_the_longest() -> None:
     longest = EXEMPLAR_CHARACTERS - len("request_id")
     assert exemplar("a" * longest) == {"request_id": "a" * longest}
