@@ -31,8 +31,8 @@ COVERAGE = """\
 `sum(stream_monitor_rows_total)` staying below `sum(stream_monitor_rows_expected_total)` while the engine is idle
 means that something was lost without a name: a fault of Stream Monitor. **Coverage** is the share of the rows that
 should be seen and are, `engine:stream_monitor_coverage:ratio_rate5m` in `deploy/prometheus/`: rows in use, over all
-expected ones without those left out by the stride or at a client's allowed wish and without those that another row
-replaced ({replaced})."""
+expected ones without those left out by the stride or at a client's allowed wish and without those that were replaced
+or deleted ({replaced})."""
 
 MESSAGES = "Outcomes of messages:"
 

@@ -5,8 +5,9 @@ import json
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as models
+from health import cost, seeing
 from panels import OURS, SOURCE, runbook
-from rows import anchored, cost, seeing, shifts
+from reasoning import anchored, shifts
 
 RUNBOOK = "https://example.com/docs/runbook.md"
 """Default of the variable `runbook`: where the pages of docs/ are published is yours to say."""

@@ -39,6 +39,11 @@ def quantile(q: float, histogram: str) -> str:
     return f"histogram_quantile({q}, {rate(histogram + '_bucket', by='by (model_name, engine, le)')})"
 
 
+SENTENCES = rate("stream_monitor_sentences_total")
+TOKENS = rate("vllm:generation_tokens_total", ENGINE)
+GREEN_BELOW_1 = {"steps": ((None, "green"), (1.0, "red"))}
+
+
 @dataclass(frozen=True)
 class Query:
     """An expression and how its series are called."""

@@ -62,8 +62,9 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
 }
 """Outcome to what it means and its reasons."""
 
-REPLACED = ("recomputed", "stale", "repeated", "past_end", "readded")
-"""Reasons of discarded rows that nothing was lost by: another row stands for the position, or it is no position."""
+REPLACED = ("recomputed", "stale", "repeated", "past_end", "readded", "deleted")
+"""Reasons of discarded rows that nothing was lost by: another row stands for the position, it is no position any more,
+or somebody wished it."""
 
 MESSAGES: dict[str, tuple[str, dict[str, str]]] = {
     "accepted": ("taken in", {"": ""}),

@@ -46,6 +46,7 @@ class Prometheus:
 
     def __init__(self, folder: Path, port: int, targets: dict[str, str], scale: int) -> None:
         self.scale = scale
+        self._targets = len(targets)
         self.started = time.time()
         for path in RULES:
             (folder / path.name).write_text(scaled_rules(path, scale))
@@ -73,16 +74,26 @@ class Prometheus:
         )
 
     def __enter__(self) -> "Prometheus":
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                if self._client.get("/-/ready").status_code == 200:
-                    return self
-            except httpx.TransportError:
-                pass
+        deadline = time.monotonic() + 60
+        while not self._settled():
             assert self._process.poll() is None, Path(self._log.name).read_text()
             assert time.monotonic() < deadline, "Prometheus is not ready"
             time.sleep(0.05)
+        self.started = time.time()
+        return self
+
+    def _settled(self) -> bool:
+        """It scrapes, which begins five seconds after its start, and what it missed until then alerts no more."""
+        try:
+            if self._client.get("/-/ready").status_code != 200:
+                return False
+        except httpx.TransportError:
+            return False
+        up = self.get("query", query="up == 1")["result"]
+        alerts = self.get("query", query="ALERTS")["result"]
+        return len(up) == self._targets and all(
+            alert["metric"]["alertname"] != "StreamMonitorAbsent" for alert in alerts
+        )
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()

@@ -18,15 +18,16 @@ STANDING = {"vllm:num_requests_running": 3.0, "vllm:num_requests_waiting": 1.0, 
 
 
 class VllmExposition:
-    """Serves it on `address` until `close`."""
+    """Serves it on `address` until `close`; from `begin` on, tokens are generated."""
 
     def __init__(self) -> None:
         recorded = VLLM_EXPOSITION.read_text()
-        began = time.monotonic()
+        exposition = self
+        self._began: float | None = None
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                seconds = time.monotonic() - began
+                seconds = time.monotonic() - exposition._began if exposition._began is not None else 0.0
                 values = STANDING | {name: 10.0 + rise * seconds for name, rise in MOVING.items()}
                 text = recorded
                 for name, value in values.items():
@@ -43,6 +44,10 @@ class VllmExposition:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def begin(self) -> None:
+        """The figures of load begin to rise."""
+        self._began = time.monotonic()
 
     def close(self) -> None:
         """Stop serving."""
