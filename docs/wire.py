@@ -49,10 +49,10 @@ with `OUT_OF_RANGE`.
 ## Cursors
 
 Each response of `Subscribe` carries a cursor. Handing it to a later `Subscribe` goes on after that response: the
-findings missed in between come first, also after a restart of the monitor on the same store. A cursor is opaque; one
-that the monitor can no longer honour ends the call with `OUT_OF_RANGE` and a message that names the oldest cursor held,
-never with a silent gap. A subscriber that reads too slowly loses the oldest waiting events, and the next response says
-how many (`lost`).
+findings missed in between come first, over restarts of the monitor too, however it ended: a finding is sent once the
+store has it. A cursor is opaque; one that the monitor can no longer honour ends the call with `OUT_OF_RANGE`, and the
+message and the trailing metadata `oldest-cursor` name the oldest one held, never with a silent gap. A subscriber that
+reads too slowly loses the oldest waiting events, and the next response says how many (`lost`).
 
 ## Compatibility
 

@@ -128,6 +128,7 @@ def watch(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Progress events too, not findings alone.")] = False,
 ) -> None:
+    from stream_monitor.client import MonitorError
     from stream_monitor.monitor import watch as watching
 
     _check_target(target)
@@ -142,7 +143,7 @@ def watch(
     except BrokenPipeError:
         # Whoever read us (such as head) has enough.
         sys.stdout = None
-    except watching.WatchError as error:
+    except MonitorError as error:
         _fail(error)
 
 
@@ -154,13 +155,14 @@ def explain(
 ) -> None:
     from rich.console import Console
 
-    from stream_monitor.monitor.client import MonitorError
+    from stream_monitor.client import MonitorError
+    from stream_monitor.monitor.explain import NoSuchFinding
     from stream_monitor.monitor.explain import explain as run
 
     _check_target(target)
     try:
         run(target, request_id, number, Console())
-    except MonitorError as error:
+    except (MonitorError, NoSuchFinding) as error:
         _fail(error)
 
 
@@ -174,13 +176,55 @@ def calibrate(
     ] = 0.01,
 ) -> None:
     from stream_monitor.anchors.profile import ProfileError
+    from stream_monitor.client import MonitorError
     from stream_monitor.monitor.calibrate import calibrate as run
-    from stream_monitor.monitor.client import MonitorError
 
     _check_target(target)
     try:
         typer.echo(run(target, out, model_name, trim))
     except (MonitorError, ProfileError) as error:
+        _fail(error)
+
+
+@app.command(help="Remove a request from a monitor's memory and store for good.")
+def delete(
+    request_id: Annotated[str, typer.Argument(help="Internal or external id of the request.")],
+    engine_instance: Annotated[str, typer.Option(help="Of several requests with the id, the one of this engine.")] = "",
+    sample_index: Annotated[int | None, typer.Option(help="Of several samples, this one.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All requests that these leave.")] = False,
+    target: Annotated[str, typer.Option(help="Address of the monitor: host:port or unix:/path.")] = "127.0.0.1:9750",
+) -> None:
+    from stream_monitor.client import Monitor, MonitorError
+
+    _check_target(target)
+    try:
+        with Monitor(target) as monitor:
+            gone = monitor.delete_request(
+                request_id, engine_instance=engine_instance, sample_index=sample_index, every=every
+            )
+    except MonitorError as error:
+        _fail(error)
+    for key in gone:
+        typer.echo(f"deleted {key.request_id} of engine {key.engine_instance}")
+
+
+@app.command(help="Write the events and traces of a monitor's store to files, whether the monitor runs or not.")
+def export(
+    format: Annotated[str, typer.Option(help="parquet or jsonl.")],
+    out: Annotated[Path, typer.Option(help="Folder for the files; new, or empty.")],
+    store: Annotated[str | None, typer.Option(help="File of the store; the monitor's own by default.")] = None,
+    since: Annotated[str, typer.Option(help="From this time on, such as 2026-11-26 or 2026-11-26T07:00+01:00.")] = "",
+    until: Annotated[str, typer.Option(help="Up to this time.")] = "",
+    model_name: Annotated[str, typer.Option("--model", help="Of this model alone.")] = "",
+) -> None:
+    from stream_monitor.config import MonitorSettings, SettingsError, load
+    from stream_monitor.monitor.export import ExportError
+    from stream_monitor.monitor.export import export as run
+
+    try:
+        path = load(MonitorSettings, store=store).store
+        typer.echo(run(path, out, format, since, until, model_name))
+    except (SettingsError, ExportError) as error:
         _fail(error)
 
 

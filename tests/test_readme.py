@@ -15,7 +15,7 @@ COMMANDS = "\n".join(block or inline for block, inline in CODE)
 def test_a_subscriber_is_a_few_lines() -> None:
     # That it prints a shift is seen by running it: tests/docs.
     (programme,) = (block for block in blocks(ROOT / "README.md") if block.language == "python")
-    assert programme.mode == "run until EVENT_KIND_ANCHOR_SHIFT chatcmpl-live-"
+    assert programme.mode == "run until ANCHOR_SHIFT chatcmpl-live-"
     assert len(programme.text.splitlines()) <= 11
 
 

@@ -95,6 +95,7 @@ def _fetch(model: Path) -> None:
 
 def _start_monitor(children: Children, folder: Path, at: Addresses, model: Path) -> Child:
     settings = {PREFIX + "INGEST": at.ingest, PREFIX + "GRPC": at.grpc, PREFIX + "HTTP": at.http}
+    settings[PREFIX + "STORE"] = str(folder / "monitor.db")
     # The text of the demo is nobody else's business: it is kept in memory alone.
     settings |= {PREFIX + "TOKENIZERS": str(model.resolve()), PREFIX + "STORE": ""}
     return children.start("the monitor", [COMMAND, "serve"], folder / "monitor.log", os.environ | settings)

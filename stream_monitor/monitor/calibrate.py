@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import grpc
@@ -10,8 +11,8 @@ import numpy as np
 from stream_monitor.anchors.calibration import Served, calibrated
 from stream_monitor.anchors.heads import HeadShares
 from stream_monitor.anchors.profile import Profile, ProfileError
-from stream_monitor.monitor.client import DEADLINE_SECONDS, all_requests, asking
-from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
+from stream_monitor.client import Monitor, MonitorError
+from stream_monitor.v1alpha1 import monitor_pb2
 
 MOST_REQUESTS = 4096
 """Newest requests that a profile is made of: their attention by head is held in memory, some 200 kB each."""
@@ -30,8 +31,9 @@ def calibrate(target: str, out: Path, model_name: str, trim: float) -> str:
         MonitorError: the monitor cannot be asked.
         ProfileError: there is nothing to calibrate from, or the requests are of several models or captures.
     """
-    with asking(target) as service:
-        infos = [info for info in all_requests(service, model_name) if _is_whole(info)][:MOST_REQUESTS]
+    with Monitor(target) as monitor:
+        whole = filter(_is_whole, monitor.list_requests(model_name=model_name))
+        infos = list(islice(whole, MOST_REQUESTS))
         kinds = sorted({(info.model_name, info.capture) for info in infos})
         if len(kinds) > 1:
             models = sorted({name for name, _ in kinds})
@@ -40,7 +42,7 @@ def calibrate(target: str, out: Path, model_name: str, trim: float) -> str:
                 if len(models) > 1
                 else f"{models[0]} is captured in {len(kinds)} ways; restart the monitor after a change of the capture"
             )
-        requests = [request for info in infos if (request := _asked(service, info)) is not None]
+        requests = [request for info in infos if (request := _asked(monitor, info)) is not None]
     if not requests:
         raise ProfileError("the monitor holds no finished request that was captured; send it some traffic first")
     profile = calibrated(*kinds[0], int(time.time()), requests, trim)
@@ -58,15 +60,13 @@ def _is_whole(info: monitor_pb2.RequestInfo) -> bool:
     )
 
 
-def _asked(service: monitor_pb2_grpc.MonitorServiceStub, info: monitor_pb2.RequestInfo) -> Served | None:
+def _asked(monitor: Monitor, info: monitor_pb2.RequestInfo) -> Served | None:
     """What the monitor holds of a request; None if it is gone by now."""
-    asked = monitor_pb2.GetTraceRequest(
-        request_id=info.key.request_id, engine_instance=info.key.engine_instance, with_heads=True
-    )
+    key = info.key
     try:
-        return served(service.GetTrace(asked, timeout=DEADLINE_SECONDS))
-    except grpc.RpcError as error:
-        if error.code() is grpc.StatusCode.NOT_FOUND:
+        return served(monitor.get_trace(key.request_id, engine_instance=key.engine_instance, with_heads=True).message)
+    except MonitorError as error:
+        if error.code is grpc.StatusCode.NOT_FOUND:
             return None
         raise
 

@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from stream_monitor.monitor.client import DEADLINE_SECONDS, MonitorError, asking
+from stream_monitor.client import Monitor, Trace
 from stream_monitor.monitor.text import one_line
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 
@@ -16,25 +16,30 @@ _TEXT = 60
 """Characters of a sentence that are shown."""
 
 
+class NoSuchFinding(Exception):
+    """One line."""
+
+
 def explain(target: str, request_id: str, number: int | None, console: Console) -> None:
     """Prints a request and, if `number` is given, its finding of that number, from 1, oldest first.
 
     Raises:
-        MonitorError: the monitor cannot be asked, or there is no such request or finding.
+        MonitorError: the monitor cannot be asked, or there is no such request.
+        NoSuchFinding: the request has no finding of that number.
     """
-    with asking(target) as service:
-        trace = service.GetTrace(monitor_pb2.GetTraceRequest(request_id=request_id), timeout=DEADLINE_SECONDS)
+    with Monitor(target) as monitor:
+        trace = monitor.get_trace(request_id)
     if number is not None and not 1 <= number <= len(trace.events):
-        raise MonitorError(f"{request_id} has {len(trace.events)} findings; there is no number {number}")
+        raise NoSuchFinding(f"{request_id} has {len(trace.events)} findings; there is no number {number}")
     event = None if number is None else trace.events[number - 1]
     console.print(Group(_heading(trace), _curve(trace, event), _findings(trace)))
     if event is not None:
         console.print(_finding(trace, event))
 
 
-def _heading(trace: monitor_pb2.GetTraceResponse) -> Text:
+def _heading(trace: Trace) -> Text:
     info = trace.info
-    unobserved = np.frombuffer(trace.unobserved_share, "<f4")
+    unobserved = trace.unobserved_share
     seen = unobserved[np.isfinite(unobserved)]
     missed = f", {seen.mean():.1%} of the attention not observed" if len(seen) else ""
     ranks = f", ranks missing: {', '.join(info.missing_ranks)}" if info.missing_ranks else ""
@@ -44,11 +49,11 @@ def _heading(trace: monitor_pb2.GetTraceResponse) -> Text:
     )
 
 
-def _curve(trace: monitor_pb2.GetTraceResponse, event: monitor_pb2.Event | None) -> Table:
+def _curve(trace: Trace, event: monitor_pb2.Event | None) -> Table:
     """The anchor curve: what sentences at least four later gave each sentence, and beside it, under a finding, what
     the output rested on before and rests on there."""
-    scores = np.frombuffer(trace.vertical_score, "<f4")
-    rows = np.frombuffer(trace.captured_rows, "<u4")
+    scores = trace.vertical_score
+    rows = trace.captured_rows
     table = Table("sentence", "role", "tokens", "rows", "anchor score", box=None, title="anchor curve")
     before = {anchor.sentence.index: anchor.share for anchor in event.from_anchors} if event else {}
     after = {anchor.sentence.index: anchor.share for anchor in event.to_anchors} if event else {}
@@ -79,21 +84,19 @@ def _curve(trace: monitor_pb2.GetTraceResponse, event: monitor_pb2.Event | None)
     return table
 
 
-def _findings(trace: monitor_pb2.GetTraceResponse) -> Text:
+def _findings(trace: Trace) -> Text:
     if not trace.events:
         return Text("no findings")
     lines = [f"{number}. {event.summary}" for number, event in enumerate(trace.events, 1)]
     return Text("findings (◀ marks their sentences)\n" + "\n".join(lines))
 
 
-def _finding(trace: monitor_pb2.GetTraceResponse, event: monitor_pb2.Event) -> Text:
+def _finding(trace: Trace, event: monitor_pb2.Event) -> Text:
     """The finding, and the row of the sentence matrix it was detected at."""
     kind = monitor_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_")
     rare = f"p = {event.p_value:.2g}" if event.HasField("p_value") else "not calibrated"
-    row = np.frombuffer(trace.matrix_row, "<u4")
-    here = row == event.sentence.index
-    columns = np.frombuffer(trace.matrix_column, "<u4")[here]
-    shares = np.frombuffer(trace.matrix_share, "<f4")[here]
+    here = trace.matrix.row == event.sentence.index
+    columns, shares = trace.matrix.column[here], trace.matrix.share[here]
     heaviest = np.argsort(-shares, kind="stable")[:10]
     read = ", ".join(f"{columns[place]} ({shares[place]:.1%})" for place in heaviest)
     carriers = ", ".join(f"{one.head.layer}.{one.head.query_head} ({one.share:.0%})" for one in event.heads)

@@ -163,6 +163,9 @@ class MonitorServer:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", max(TRANSPORT_BYTES, 4 * self.settings.max_message_bytes)),
                 ("grpc.max_send_message_length", -1),
+                # Subscribers may hear nothing for hours and find out by pings whether the connection lives.
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ]
         )
         for each in add:

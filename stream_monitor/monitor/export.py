@@ -1,0 +1,206 @@
+"""`stream-monitor export`: a store's events and traces as files for analysis.
+
+It reads the store, not the monitor: so it works after a crash too, and costs a monitor that runs nothing. It reads in
+pages, each a moment's state, since a reader that stays would keep deleted requests in the write-ahead log.
+"""
+
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from google.protobuf.message import Message
+
+from stream_monitor.client.trace import Trace
+from stream_monitor.monitor import recovery
+from stream_monitor.monitor.database import Database, StoreRefused
+
+PAGE = 100
+FORMATS = ("parquet", "jsonl")
+
+
+class ExportError(Exception):
+    """One line."""
+
+
+class Sink(Protocol):
+    """A file that takes rows."""
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows."""
+
+    def close(self) -> None:
+        """End the file."""
+
+
+def export(store: str, out: Path, format: str, since: str, until: str, model_name: str) -> str:
+    """Writes `events` and `traces` into the folder `out`, both or neither; what to tell the operator.
+
+    Args:
+        store: file of the store.
+        out: folder, new or empty.
+        format: one of FORMATS.
+        since, until: limits on an event's time, and on the time a request was last seen, ISO 8601; local time unless
+            they say otherwise. Empty for none.
+        model_name: of the requests; empty for all.
+
+    Raises:
+        ExportError: there is no such store, it cannot be read, or `out` is taken.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"--format is {format!r}; valid: {', '.join(FORMATS)}")
+    first, last = _time("--since", since, 0), _time("--until", until, 2**63 - 1)
+    if not store:
+        raise ExportError("the monitor keeps everything in memory (setting store); name a file with --store")
+    if not Path(store).exists():
+        raise ExportError(f"there is no store at {store}; name one with --store")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ExportError(f"--out: {out} exists and is not an empty folder")
+    parts = out.with_name(f".{out.name}.part")
+    shutil.rmtree(parts, ignore_errors=True)
+    try:
+        parts.mkdir(parents=True)
+        counts = _write(Path(store), parts, format, first, last, model_name)
+        with suppress(FileNotFoundError):
+            out.rmdir()
+        parts.rename(out)
+    except OSError as error:
+        raise ExportError(f"--out: cannot write {out}: {error.strerror}") from None
+    except StoreRefused as error:
+        raise ExportError(error) from None
+    except sqlite3.Error as error:
+        raise ExportError(f"cannot read {store} ({recovery.reason(error)}: {error})") from None
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+    return f"{out}: {counts['events']} events, {counts['traces']} traces"
+
+
+def _write(store: Path, folder: Path, format: str, first: int, last: int, model_name: str) -> dict[str, int]:
+    counts = {}
+    database = Database(store)
+    try:
+        for name, rows in (
+            ("events", _events(database, first, last, model_name)),
+            ("traces", _traces(database, first, last, model_name)),
+        ):
+            sink = _sink(folder / f"{name}.{format}", name, format)
+            counts[name] = 0
+            try:
+                for page in rows:
+                    sink.write(page)
+                    counts[name] += len(page)
+            finally:
+                sink.close()
+    finally:
+        database.close()
+    return counts
+
+
+def _events(database: Database, first: int, last: int, model_name: str) -> Iterator[list[dict[str, Any]]]:
+    after, end = database.meta("forgotten"), database.meta("newest")
+    while after < end:
+        page = database.events_after(after, PAGE)
+        yield [
+            _plain(event) | {"sequence": sequence}
+            for sequence, event, _ in page.events
+            if first <= event.wall_time_ns < last and model_name in ("", event.model_name)
+        ]
+        after = page.last
+
+
+def _traces(database: Database, first: int, last: int, model_name: str) -> Iterator[list[dict[str, Any]]]:
+    before = 2**63 - 1
+    while page := database.infos(before, PAGE, model_name, "", "", 0):
+        rows = []
+        for _, info in page:
+            if first <= info.last_seen_ns < last:
+                found = database.trace((info.key.engine_instance, info.key.request_id))
+                if found is not None:
+                    rows.append(_trace(Trace.of(found)))
+        yield rows
+        before = page[-1][0]
+
+
+def _trace(trace: Trace) -> dict[str, Any]:
+    """One request as a row: its info, its sentences, and its arrays as lists."""
+    return _plain(trace.info) | {
+        "sentence_list": [_plain(sentence) for sentence in trace.sentences],
+        "matrix_row": trace.matrix.row.tolist(),
+        "matrix_column": trace.matrix.column.tolist(),
+        "matrix_share": trace.matrix.share.tolist(),
+        "unobserved_share": trace.unobserved_share.tolist(),
+        "captured_rows": trace.captured_rows.tolist(),
+        "vertical_score": trace.vertical_score.tolist(),
+    }
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """A message as a row: enums by name, the parts of `key` at the top, None for what is absent."""
+    row: dict[str, Any] = {}
+    for field in message.DESCRIPTOR.fields:
+        value = getattr(message, field.name)
+        if field.name == "key":
+            row |= _plain(value)
+        elif field.is_repeated:
+            row[field.name] = [_value(field, each) for each in value]
+        else:
+            absent = field.has_presence and not message.HasField(field.name)
+            row[field.name] = None if absent else _value(field, value)
+    return row
+
+
+def _value(field: Any, value: Any) -> Any:
+    if field.message_type is not None:
+        return _plain(value)
+    return field.enum_type.values_by_number[value].name if field.enum_type is not None else value
+
+
+def _time(option: str, text: str, default: int) -> int:
+    if not text:
+        return default
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ExportError(f"{option} is {text!r}; valid: a time such as 2026-11-26 or 2026-11-26T07:00+01:00") from None
+    epoch = datetime.fromtimestamp(0, UTC)
+    return int((moment.astimezone() - epoch).total_seconds() * 1e9)
+
+
+def _sink(path: Path, name: str, format: str) -> Sink:
+    if format == "jsonl":
+        return JsonLines(path)
+    try:
+        from stream_monitor.monitor.export_parquet import ParquetFile
+    except ImportError as error:
+        raise ExportError(f"Parquet needs {error.name}: pip install 'stream-monitor[export]'") from None
+    return ParquetFile(path, name)
+
+
+class JsonLines:
+    """One JSON object a line; NaN, of which JSON knows nothing, as null."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("w", encoding="utf-8")
+
+    def write(self, rows: list[dict[str, Any]]) -> None:
+        """Append rows."""
+        for row in rows:
+            self._file.write(json.dumps(_without_nan(row), allow_nan=False, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        """End the file."""
+        self._file.close()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if value == value else None
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _without_nan(each) for name, each in value.items()}
+    return value

@@ -1,0 +1,139 @@
+"""Files of the store, read back by the libraries their readers use."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from stream_monitor.client import Monitor
+from stream_monitor.monitor.export import ExportError, export
+from tests.monitor.conftest import Running
+from tests.monitor.synthetic import Engine, engine
+from tests.monitor.test_service import SHIFTING
+from tests.monitor.test_store import stored, until
+
+CHAT = "chatcmpl-my-req-1-aee6d49e"
+
+
+@pytest.fixture
+def store(run: Callable[..., Running], tmp_path: Path) -> tuple[Running, Path]:
+    """Two requests of two models, one with a finding, in a monitor that runs."""
+    path = tmp_path / "store" / "monitor.db"
+    monitor = run(store=str(path))
+    monitor.publish(Engine().request(CHAT, SHIFTING))
+    monitor.publish(Engine(engine(model_name="another")).request("plain-bbbbbbbb", [4] * 4))
+    until(lambda: stored(path, "SELECT count(*) FROM requests WHERE state = 2") == [(2,)])
+    return monitor, path
+
+
+def exported(store: Path, out: Path, format: str, **limits: str) -> tuple[list[Any], list[Any]]:
+    arguments = {"since": "", "until": "", "model_name": ""} | limits
+    said = export(str(store), out, format, **arguments)
+    names = ("events", "traces")
+    assert {path.name for path in out.iterdir()} == {f"{name}.{format}" for name in names}
+    if format == "parquet":
+        rows = [pq.read_table(out / f"{name}.parquet").to_pylist() for name in names]
+    else:
+        rows = [[json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()] for name in names]
+    assert said == f"{out}: {len(rows[0])} events, {len(rows[1])} traces"
+    return rows[0], rows[1]
+
+
+@pytest.mark.parametrize("format", ["parquet", "jsonl"])
+def test_the_files_hold_what_the_monitor_answers(store: tuple[Running, Path], tmp_path: Path, format: str) -> None:
+    monitor, path = store
+    events, traces = exported(path, tmp_path / "out", format)
+    with Monitor(monitor.server.grpc_address) as client:
+        trace = client.get_trace("my-req-1")
+    (event,) = events
+    assert (event["request_id"], event["external_id"], event["sequence"]) == (CHAT, "chatcmpl-my-req-1", 1)
+    assert (event["kind"], event["summary"]) == ("EVENT_KIND_ANCHOR_SHIFT", trace.events[0].summary)
+    assert event["to_anchors"][0]["sentence"]["index"] == 5
+    assert event["p_value"] is None
+    assert event["score"] == pytest.approx(trace.events[0].score)
+    plain, found = sorted(traces, key=lambda row: row["external_id"], reverse=True)
+    assert (plain["model_name"], plain["events"]) == ("another", 0)
+    assert found["engine_instance"] == trace.info.key.engine_instance
+    assert found["state"] == "REQUEST_STATE_FINISHED"
+    assert [sentence["end_token"] for sentence in found["sentence_list"]] == [s.end_token for s in trace.sentences]
+    assert found["matrix_column"] == trace.matrix.column.tolist()
+    assert found["matrix_share"] == pytest.approx(trace.matrix.share.tolist())
+    scores = trace.vertical_score.tolist()
+    assert [score is None or math.isnan(score) for score in found["vertical_score"]] == [math.isnan(s) for s in scores]
+    assert found["vertical_score"][5] == pytest.approx(scores[5])
+
+
+def test_limits(store: tuple[Running, Path], tmp_path: Path) -> None:
+    _, path = store
+
+    def counts(name: str, **limits: str) -> tuple[int, int]:
+        events, traces = exported(path, tmp_path / name, "jsonl", **limits)
+        return len(events), len(traces)
+
+    assert counts("model", model_name="another") == (0, 1)
+    assert counts("past", until="2020-01-01") == (0, 0)
+    assert counts("future", since="2999-01-01T00:00+00:00") == (0, 0)
+    assert counts("now", since="2020-01-01", until="2999-01-01") == (1, 2)
+
+
+def test_it_works_without_a_monitor_and_empty_files_have_their_schema(
+    store: tuple[Running, Path], tmp_path: Path
+) -> None:
+    monitor, path = store
+    monitor.stop()
+    exported(path, tmp_path / "all", "parquet")
+    exported(path, tmp_path / "none", "parquet", until="2020-01-01")
+    one, other = (pq.read_schema(tmp_path / name / "traces.parquet") for name in ("all", "none"))
+    assert one == other
+
+
+def test_a_failure_leaves_no_file(store: tuple[Running, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = store
+    out = tmp_path / "results" / "out"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("stream_monitor.monitor.export.JsonLines.write", full)
+    with pytest.raises(ExportError, match=f"cannot write {out}: No space left on device"):
+        export(str(path), out, "jsonl", "", "", "")
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--format", "xml", "--out", "out"), "--format is 'xml'; valid: parquet, jsonl"),
+        (("--format", "jsonl", "--out", "out", "--since", "monday"), "--since is 'monday'; valid: a time such as"),
+        (("--format", "jsonl", "--out", "out", "--store", "none.db"), "there is no store at none.db"),
+        (("--format", "jsonl", "--out", "out", "--store", ""), "the monitor keeps everything in memory"),
+        (("--format", "jsonl", "--out", "taken", "--store", "taken/file"), "taken exists and is not an empty folder"),
+        (("--format", "jsonl", "--out", "out", "--store", "taken/file"), "cannot read taken/file (corrupt"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_one_line(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").write_text("no database" * 100)
+    done = subprocess.run(
+        [sys.executable, "-m", "stream_monitor", "export", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert said in line
+    assert (tmp_path / "taken" / "file").read_text() == "no database" * 100
+
+
+def test_a_missing_library_is_named_with_the_remedy(
+    store: tuple[Running, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.delitem(sys.modules, "stream_monitor.monitor.export_parquet", raising=False)
+    with pytest.raises(ExportError, match=r"Parquet needs pyarrow: pip install 'stream-monitor\[export\]'"):
+        export(str(store[1]), tmp_path / "out", "parquet", "", "", "")
+    assert not (tmp_path / "out").exists()
