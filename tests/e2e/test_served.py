@@ -182,8 +182,8 @@ def test_the_text_is_what_the_client_sent_and_got(product, conversation):
         trace = service(product).GetTrace(monitor_pb2.GetTraceRequest(request_id=answer.id))
         said = "".join(one.text for one in trace.sentences if one.role == summary_pb2.ROLE_REASONING)
         asked = "".join(one.text for one in trace.sentences if one.role == summary_pb2.ROLE_USER)
-        # Clients do not get special tokens.
-        assert SPECIAL.sub("", said) == answer.text
+        # Clients do not get special tokens, nor the bytes of a character that the last token leaves unfinished.
+        assert SPECIAL.sub("", said).rstrip("\ufffd") == answer.text
         assert SPECIAL.sub("", asked).removeprefix("user\n").rstrip("\n") == prompt
 
 
