@@ -1,6 +1,6 @@
 """What the search costs on a GPU: its time over that of vLLM's Triton attention on the same step and layers.
 
-Not run yet: it was written where there is no GPU.
+Not run on a GPU yet. tests/benchmarks/test_gpu_search.py runs all of it but clocks and graphs, interpreted.
 
 For each batch, context and group of query heads one decoding step is made up: bfloat16 caches of pages of 16, keys that
 gather in topics, queries that look for a few of them. Search and attention are captured in one CUDA graph each and
@@ -33,11 +33,13 @@ KV_HEADS, HEAD_DIM, PAGE = 8, 128, 16
 WATCHED_LAYERS = 4
 TOPIC_TOKENS = 512
 CONFIG = SearchConfig(strategy="beam")
+DEVICE = "cuda"
+DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
 class Step:
-    """One decoding step: caches bfloat16 [2, pages, PAGE, KV_HEADS, HEAD_DIM] by layer, queries [L, rows, H, D]."""
+    """One decoding step: caches [2, pages, PAGE, KV_HEADS, HEAD_DIM] by layer, queries [L, rows, H, D]."""
 
     caches: list[torch.Tensor]
     queries: torch.Tensor
@@ -58,14 +60,14 @@ def make_step(layers: int, batch: int, context: int, group: int, device: str, rn
     topics = context // TOPIC_TOKENS
     caches, queries = [], []
     for _ in range(layers):
-        cache = torch.empty(2, batch * pages, PAGE, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16, device=device)
+        cache = torch.empty(2, batch * pages, PAGE, KV_HEADS, HEAD_DIM, dtype=DTYPE, device=device)
         looked_for = []
         for row in range(batch):
             topic = torch.randn(topics, KV_HEADS, HEAD_DIM, generator=rng, device=device)
             keys = torch.randn(context, KV_HEADS, HEAD_DIM, generator=rng, device=device) * 0.8
             keys += 0.6 * topic.repeat_interleave(TOPIC_TOKENS, 0)
-            cache[0, table[row].long()] = keys.view(pages, PAGE, KV_HEADS, HEAD_DIM).bfloat16()
-            cache[1, table[row].long()] = keys.view(pages, PAGE, KV_HEADS, HEAD_DIM).bfloat16()
+            cache[0, table[row].long()] = keys.view(pages, PAGE, KV_HEADS, HEAD_DIM).to(DTYPE)
+            cache[1, table[row].long()] = keys.view(pages, PAGE, KV_HEADS, HEAD_DIM).to(DTYPE)
             chosen = torch.randint(topics, (2, KV_HEADS * group), generator=rng, device=device)
             head = torch.arange(KV_HEADS * group, device=device) // group
             noise = torch.randn(KV_HEADS * group, HEAD_DIM, generator=rng, device=device)
@@ -73,7 +75,7 @@ def make_step(layers: int, batch: int, context: int, group: int, device: str, rn
         caches.append(cache)
         queries.append(torch.stack(looked_for))
     lens = torch.full((batch,), context, dtype=torch.int32, device=device)
-    return Step(caches, torch.stack(queries).bfloat16(), table, lens, context, HEAD_DIM**-0.5)
+    return Step(caches, torch.stack(queries).to(DTYPE), table, lens, context, HEAD_DIM**-0.5)
 
 
 def prepare_search(step: Step, config: SearchConfig) -> tuple[Callable[[], None], DeviceSummary]:
@@ -90,7 +92,7 @@ def prepare_search(step: Step, config: SearchConfig) -> tuple[Callable[[], None]
         config,
         max_rows=step.rows,
         max_context=step.context,
-        query_dtype=torch.bfloat16,
+        query_dtype=DTYPE,
         summary_slots=slots.numel(),
         level_offsets=offsets,
     )
@@ -187,6 +189,11 @@ def copy_bandwidth(repeats: int) -> float:
     return 2 * source.numel() / seconds
 
 
+def free_memory() -> int:
+    """Bytes to be had on the device."""
+    return int(torch.cuda.mem_get_info()[0])
+
+
 def main(
     batches: Annotated[list[int], typer.Option("--batch")] = list(BATCHES),  # noqa: B006
     contexts: Annotated[list[int], typer.Option("--context")] = list(CONTEXTS),  # noqa: B006
@@ -195,9 +202,9 @@ def main(
     seed: int = 0,
 ) -> None:
     """Compares the search with vLLM's attention on made-up steps; needs a GPU, and vLLM built for it."""
-    if not torch.cuda.is_available():
+    if DEVICE == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("the benchmark needs a GPU, and there is none")
-    rng = torch.Generator("cuda").manual_seed(seed)
+    rng = torch.Generator(DEVICE).manual_seed(seed)
     copied = copy_bandwidth(repeats)
     layers_used: dict[str, int] = {}
     config = {"kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "page": PAGE, "search": vars(CONFIG), "layers": layers_used}
@@ -208,12 +215,11 @@ def main(
         worst = 0.0
         for batch in batches:
             # As many of the watched layers as memory has room for.
-            free, _ = torch.cuda.mem_get_info()
-            layers = min(WATCHED_LAYERS, int(0.7 * free / (batch * context * KV_HEADS * HEAD_DIM * 4)))
+            layers = min(WATCHED_LAYERS, int(0.7 * free_memory() / (batch * context * KV_HEADS * HEAD_DIM * 4)))
             layers_used[f"{batch}x{context}"] = layers
             for group in groups if layers else ():
                 name = f"batch {batch}, context {context}, group {group}"
-                step = make_step(layers, batch, context, group, "cuda", rng)
+                step = make_step(layers, batch, context, group, DEVICE, rng)
                 search, out = prepare_search(step, CONFIG)
                 # Graphs hold addresses: what they work on must outlive them.
                 works = [search, prepare_attention(step), prepare_search(step, replace(CONFIG, min_gain=0.0))[0]]
