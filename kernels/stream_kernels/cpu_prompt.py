@@ -112,7 +112,7 @@ def _store_nodes(beam: Beam, nodes: list[NodeStatistics]) -> None:
     offsets = beam.nodes.row_offset
     for level, first in enumerate(offsets[:-1]):
         some = slice(first, first + nodes[level].mean.shape[1])
-        for part, vectors in enumerate((nodes[level].mean, nodes[level].outlier)):
+        for part, vectors in enumerate((nodes[level].mean, *nodes[level].outliers.unbind(2))):
             bits = vectors.to(torch.bfloat16).view(torch.int16).numpy()
             beam.statistics[0, :, part, some] = bits.view(np.uint16)
         beam.summaries.spreads[0, :, some] = nodes[level].spread.numpy()

@@ -24,6 +24,7 @@ from stream_kernels.index import allocate_index, levels_for
 from stream_kernels.layout import PagedKeys, layer_refusals
 from stream_kernels.reference_descent import probe_offsets
 from stream_kernels.search import SearchConfig
+from stream_kernels.statistics import FANOUT
 
 STRATEGIES = {"descent": DESCENT, "exact": EXACT, "beam": BEAM}
 
@@ -116,7 +117,8 @@ def make_beam(g: Geometry, kv_heads: int, heads: int, config: SearchConfig) -> B
     levels = levels_for(config, context)
     index = allocate_index(config, levels, g.page_size, g.num_pages if config.strategy == "beam" else 1, context)
     scored, nodes = levels.most_scored, max(1, int(index.row_offset[-1]))
-    statistics = np.zeros((g.layers, kv_heads, 2, len(index.built), g.head_dim), np.uint16)
+    vectors = 1 + config.outlier_keys
+    statistics = np.zeros((g.layers, kv_heads, vectors, len(index.built), g.head_dim), np.uint16)
     return Beam(
         statistics=statistics,
         min_gain=float(config.min_gain),  # the compiled code takes no whole number
@@ -130,8 +132,10 @@ def make_beam(g: Geometry, kv_heads: int, heads: int, config: SearchConfig) -> B
             spreads=np.zeros((g.layers, kv_heads, len(index.built)), np.float32),
             kv_heads=kv_heads,
             slots=len(index.built),
-            node=np.zeros((2, g.head_dim), np.float32),
-            made=np.zeros((2, g.head_dim), np.float32),
+            node=np.zeros((vectors, g.head_dim), np.float32),
+            made=np.zeros((vectors, g.head_dim), np.float32),
+            candidates=np.zeros((FANOUT * config.outlier_keys, g.head_dim), np.float32),
+            distance=np.zeros(FANOUT * config.outlier_keys, np.float32),
         ),
         scratch=BeamScratch(
             profile=np.zeros(g.head_dim, np.float32),

@@ -57,7 +57,8 @@ class GpuSearch:
 
     Attributes:
         levels: under `beam`, levels of the pyramid that searches use.
-        summaries: under `beam`, bfloat16 [L, summary_slots, kv_heads, 2, head_dim]: mean and outlier of a node's keys.
+        summaries: under `beam`, bfloat16 [L, summary_slots, kv_heads, 1 + outlier_keys, head_dim]: mean and outliers of
+            a node's keys.
         spreads: under `beam`, float32 [L, summary_slots, kv_heads]: their variances, summed over the channels.
         units: how many groups of heads search together in a layer.
 
@@ -111,7 +112,9 @@ class GpuSearch:
         self._warps = 8 if self._shape.dim_tile > 128 or self._shape.nodes_tile > 2048 else 4
         slots = summary_slots if config.strategy == "beam" else 0
         self.summaries = torch.zeros(
-            self.layers, slots, keys[0].kv_heads, 2, self._shape.head_dim, dtype=torch.bfloat16, device=self.device
+            (self.layers, slots, keys[0].kv_heads, 1 + config.outlier_keys, self._shape.head_dim),
+            dtype=torch.bfloat16,
+            device=self.device,
         )
         self.spreads = torch.zeros(self.layers, slots, keys[0].kv_heads, device=self.device)
         self._tops = torch.from_numpy(levels.tops).to(self.device)

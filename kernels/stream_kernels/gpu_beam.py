@@ -10,6 +10,7 @@ from stream_kernels.gpu_keys import capped, from_bfloat16_bits, logaddexp, logsu
 from stream_kernels.gpu_moments import expected_excess, fit_line, join_moments, no_moments, predicted_mean
 from stream_kernels.gpu_selection import empty_top, fold, largest, sortable
 from stream_kernels.gpu_structures import Batch, BeamScratch, Cache, Fit, Plan, Pyramid, Results, Unit
+from stream_kernels.gpu_summaries import node_blocks
 from stream_kernels.gpu_unit import item_count, read_forced, spread_profile, store_unit, used_blocks
 
 
@@ -20,13 +21,6 @@ def _node_at(place, parents, parent_count, orphans, SHAPE: tl.constexpr):
     children = parent_count * SHAPE.fanout
     parent = tl.load(parents + place // SHAPE.fanout, mask=place < children, other=0)
     return tl.where(place < children, parent * SHAPE.fanout + place % SHAPE.fanout, orphans + place - children)
-
-
-@triton.jit
-def _block_count(node, level, SHAPE: tl.constexpr):
-    """Blocks that a node counts: all it covers but the sinks."""
-    span = tl.full([], 1, tl.int32) << (3 * level)
-    return span - tl.minimum(tl.maximum(SHAPE.sink_blocks - node * span, 0), span)
 
 
 @triton.jit
@@ -49,9 +43,14 @@ def _node_place(unit: Unit, pyramid: Pyramid, node, level, wanted, SHAPE: tl.con
 
 @triton.jit
 def _vector_logits(unit: Unit, pyramid: Pyramid, place, there, WHICH: tl.constexpr, SHAPE: tl.constexpr):
-    """Logits of every head, not capped, and the nodes' means (`WHICH` 0) or outliers (1), [group_tile, nodes]."""
+    """Logits of every head, not capped, and the nodes' means (`WHICH` 0) or outliers (1 on), [group_tile, nodes]."""
     channel = tl.arange(0, SHAPE.dim_tile)
-    at = pyramid.summaries + place[:, None] * (2 * SHAPE.head_dim) + WHICH * SHAPE.head_dim + channel[None, :]
+    at = (
+        pyramid.summaries
+        + place[:, None] * (SHAPE.vectors * SHAPE.head_dim)
+        + WHICH * SHAPE.head_dim
+        + channel[None, :]
+    )
     mask = there[:, None] & (channel < SHAPE.head_dim)[None, :]
     vectors = from_bfloat16_bits(tl.load(at, mask=mask, other=0))
     return tl.dot(unit.query, tl.trans(vectors), input_precision=SHAPE.dot_precision) * unit.scale
@@ -73,7 +72,7 @@ def _bulk_estimates(unit: Unit, pyramid: Pyramid, stretch, node, level, wanted, 
         centre = bounded
         variance = variance * slope * slope
     # `statistics.log_mean_exp`
-    keys = (_block_count(node, level, SHAPE) * SHAPE.block_size).to(tl.float32)
+    keys = (node_blocks(node, level, SHAPE) * SHAPE.block_size).to(tl.float32)
     square = 2.0 * tl.log(tl.maximum(keys / 2.0, 2.0))[None, :]
     beyond = tl.sqrt(square) * tl.sqrt(tl.maximum(variance, 1e-12)) - 0.5 * square
     estimate = centre + tl.where(variance < square, 0.5 * variance, beyond)
@@ -83,6 +82,7 @@ def _bulk_estimates(unit: Unit, pyramid: Pyramid, stretch, node, level, wanted, 
 @triton.jit
 def _look_again(unit: Unit, pyramid: Pyramid, scratch: BeamScratch, level, count, SHAPE: tl.constexpr):
     """Raises the estimates of the `count` nodes in `scratch.again` to what their outliers say, if that is more."""
+    vectors: tl.constexpr = SHAPE.vectors
     log_mass = scratch.log_mass + level * (SHAPE.group * SHAPE.nodes_tile)
     tile = tl.arange(0, SHAPE.nodes_read)
     head = tl.arange(0, SHAPE.group_tile)[:, None]
@@ -92,10 +92,12 @@ def _look_again(unit: Unit, pyramid: Pyramid, scratch: BeamScratch, level, count
         node = tl.load(scratch.again + SHAPE.nodes_tile + first + tile, mask=wanted, other=0)
         place, there = _node_place(unit, pyramid, node, level, wanted, SHAPE)
         logits = _vector_logits(unit, pyramid, place, there, 1, SHAPE)
+        for which in tl.static_range(2, vectors):
+            logits = tl.maximum(logits, _vector_logits(unit, pyramid, place, there, which, SHAPE))
         if SHAPE.softcap:
             logits = capped(logits, unit.softcap)
         # `statistics.outlier_scores`: the outlier has all the mass, so one of the node's blocks has its part of that.
-        estimate = logits - tl.log(tl.maximum(_block_count(node, level, SHAPE), 1).to(tl.float32))[None, :]
+        estimate = logits - tl.log(tl.maximum(node_blocks(node, level, SHAPE), 1).to(tl.float32))[None, :]
         at = log_mass + head * SHAPE.nodes_tile + position[None, :]
         mask = (head < SHAPE.group) & wanted[None, :]
         tl.store(at, tl.maximum(tl.load(at, mask=mask, other=0.0), estimate), mask=mask)
@@ -170,7 +172,7 @@ def _score_levels(
         for first in range(0, count, SHAPE.nodes_read):
             at = first + tile
             node = _node_at(at, parents, parent_count, orphans, SHAPE)
-            blocks = _block_count(node, level, SHAPE)
+            blocks = node_blocks(node, level, SHAPE)
             estimate = _bulk_estimates(unit, pyramid, stretch, node, level, (at < count) & (blocks > 0), SHAPE)
             mask = (head < SHAPE.group) & (at < count)[None, :]
             tl.store(log_mass + head * SHAPE.nodes_tile + at[None, :], estimate, mask=mask)
@@ -181,11 +183,11 @@ def _score_levels(
         score = _unit_scores(unit, scratch, level, count, norm, SHAPE)
 
         node = _node_at(place, parents, parent_count, orphans, SHAPE)
-        blocks = _block_count(node, level, SHAPE)
+        blocks = node_blocks(node, level, SHAPE)
         front = (place < count) & (blocks > 0)
         scored = tl.sum(front.to(tl.int32), 0)
         twice = (scored * SHAPE.outlier_256ths + 255) // 256
-        reads += scored + twice
+        reads += scored + twice * SHAPE.outlier_keys
         again = largest(sortable(score, front), twice)
         to = tl.cumsum(again.to(tl.int32), 0) - 1
         tl.store(scratch.again + to, place, mask=again)

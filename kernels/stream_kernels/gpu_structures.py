@@ -55,6 +55,10 @@ class Shape:
     min_gain: float
     first_lot: int
     outlier_256ths: int
+    outlier_keys: int
+    outliers_tile: int
+    vectors: int
+    """Of a node: its mean and outliers."""
     levels: int
     """Of the pyramid of summaries."""
     nodes_tile: int
@@ -120,7 +124,7 @@ class Pyramid(NamedTuple):
     """Block summaries and who owns which."""
 
     summaries: Any
-    """int16, the bits of bfloat16 [L, slots, kv_heads, 2, head_dim]: mean, outlier."""
+    """int16, the bits of bfloat16 [L, slots, kv_heads, vectors, head_dim]: mean, outliers."""
     spreads: Any
     """float32 [L, slots, kv_heads]."""
     slots: Any

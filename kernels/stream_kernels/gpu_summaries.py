@@ -31,14 +31,20 @@ def _farthest(vectors, distance):
 
 
 @triton.jit
-def _store(pyramid: Pyramid, layer, slot, kv_head, mean, outlier, spread, SHAPE: tl.constexpr):
+def _store(pyramid: Pyramid, layer, slot, kv_head, mean, vectors, distance, spread, SHAPE: tl.constexpr):
+    """Stores a node whose outliers are among `vectors` [N, dim_tile], at `distance` [N] from the mean."""
     channel = tl.arange(0, SHAPE.dim_tile)
     place = (layer.to(tl.int64) * pyramid.slots + slot) * SHAPE.kv_heads + kv_head
-    at = pyramid.summaries + place * (2 * SHAPE.head_dim) + channel
+    at = pyramid.summaries + place * (SHAPE.vectors * SHAPE.head_dim) + channel
     inside = (slot >= 0) & (slot < pyramid.slots)
     mask = channel < tl.where(inside, SHAPE.head_dim, 0)
     tl.store(at, to_bfloat16_bits(mean), mask=mask)
-    tl.store(at + SHAPE.head_dim, to_bfloat16_bits(outlier), mask=mask)
+    stored: tl.constexpr = SHAPE.vectors
+    for which in tl.static_range(1, stored):
+        outlier = _farthest(vectors, distance)
+        tl.store(at + which * SHAPE.head_dim, to_bfloat16_bits(outlier), mask=mask)
+        away = vectors - outlier[None, :]
+        distance = tl.minimum(distance, tl.sum(away * away, 1))
     tl.store(pyramid.spreads + place, spread, mask=inside)
 
 
@@ -74,7 +80,26 @@ def summarise_blocks_kernel(cache: Cache, batch: Batch, pyramid: Pyramid, jobs: 
             away = keys - mean[None, :]
             distance = tl.sum(away * away, 1)
             spread = tl.sum(distance, 0) / SHAPE.block_size
-            _store(pyramid, layer, tl.load(job + 1), kv_head, mean, _farthest(keys, distance), spread, SHAPE)
+            _store(pyramid, layer, tl.load(job + 1), kv_head, mean, keys, distance, spread, SHAPE)
+
+
+@triton.jit
+def _children(pyramid: Pyramid, layer, row, kv_head, level, node, SHAPE: tl.constexpr):
+    """Of a row's nodes: pointers to their means, which of them are stored at all, and their spreads."""
+    slot = tl.load(
+        pyramid.node_slots + row.to(tl.int64) * pyramid.node_row_stride + tl.load(pyramid.level_offsets + level) + node
+    )
+    inside = (slot >= 0) & (slot < pyramid.slots)
+    place = (layer.to(tl.int64) * pyramid.slots + slot) * SHAPE.kv_heads + kv_head
+    at = pyramid.summaries + place * (SHAPE.vectors * SHAPE.head_dim)
+    return at, inside, tl.load(pyramid.spreads + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def node_blocks(node, level, SHAPE: tl.constexpr):
+    """Blocks that a node counts: all it covers but the sinks."""
+    span = tl.full([], 1, tl.int32) << (3 * level)
+    return span - tl.minimum(tl.maximum(SHAPE.sink_blocks - node * span, 0), span)
 
 
 @triton.jit
@@ -82,32 +107,30 @@ def summarise_nodes_kernel(level, pyramid: Pyramid, jobs: Jobs, SHAPE: tl.conste
     """Builds the nodes of `level`, which is above 0, among the jobs, from the stored statistics of their children."""
     channel = tl.arange(0, SHAPE.dim_tile)
     child = tl.arange(0, SHAPE.fanout)
-    span = tl.full([], 1, tl.int32) << (3 * (level - 1))
+    outlier = tl.arange(0, SHAPE.fanout * SHAPE.outliers_tile)
     tasks = tl.minimum(tl.load(jobs.count), jobs.room) * (SHAPE.layers * SHAPE.kv_heads)
     for task in range(tl.program_id(0), tasks, tl.num_programs(0)):
         kv_head = task % SHAPE.kv_heads
         layer = (task // SHAPE.kv_heads) % SHAPE.layers
         job = jobs.nodes + (task // (SHAPE.kv_heads * SHAPE.layers)) * 4
         if tl.load(job) == level:
-            node = tl.load(job + 3) * SHAPE.fanout + child
-            slot = tl.load(
-                pyramid.node_slots
-                + tl.load(job + 2).to(tl.int64) * pyramid.node_row_stride
-                + tl.load(pyramid.level_offsets + level - 1)
-                + node
-            )
-            inside = (slot >= 0) & (slot < pyramid.slots)
-            place = (layer.to(tl.int64) * pyramid.slots + slot) * SHAPE.kv_heads + kv_head
-            at = pyramid.summaries + place[:, None] * (2 * SHAPE.head_dim) + channel[None, :]
+            row, first = tl.load(job + 2), tl.load(job + 3) * SHAPE.fanout
+            at, inside, spreads = _children(pyramid, layer, row, kv_head, level - 1, first + child, SHAPE)
             mask = inside[:, None] & (channel < SHAPE.head_dim)[None, :]
-            means = from_bfloat16_bits(tl.load(at, mask=mask, other=0))
-            outliers = from_bfloat16_bits(tl.load(at + SHAPE.head_dim, mask=mask, other=0))
-            spreads = tl.load(pyramid.spreads + place, mask=inside, other=0.0)
-            blocks = span - tl.minimum(tl.maximum(SHAPE.sink_blocks - node * span, 0), span)
+            means = from_bfloat16_bits(tl.load(at[:, None] + channel[None, :], mask=mask, other=0))
+            blocks = node_blocks(first + child, level - 1, SHAPE)
             share = blocks.to(tl.float32) / tl.maximum(tl.sum(blocks, 0), 1).to(tl.float32)
             mean = tl.sum(share[:, None] * means, 0)
             away = means - mean[None, :]
             spread = tl.sum(share * (spreads + tl.sum(away * away, 1)), 0)
+
+            # The children's outliers, child by child, filled up to a power of two.
+            owner, which = first + outlier // SHAPE.outliers_tile, outlier % SHAPE.outliers_tile
+            held = which < SHAPE.outlier_keys
+            at, inside, _ = _children(pyramid, layer, row, kv_head, level - 1, owner, SHAPE)
+            at = at + (1 + which) * SHAPE.head_dim
+            mask = (inside & held)[:, None] & (channel < SHAPE.head_dim)[None, :]
+            outliers = from_bfloat16_bits(tl.load(at[:, None] + channel[None, :], mask=mask, other=0))
             away = outliers - mean[None, :]
-            distance = tl.where(blocks > 0, tl.sum(away * away, 1), -1.0)
-            _store(pyramid, layer, tl.load(job + 1), kv_head, mean, _farthest(outliers, distance), spread, SHAPE)
+            distance = tl.where(held & (node_blocks(owner, level - 1, SHAPE) > 0), tl.sum(away * away, 1), -1.0)
+            _store(pyramid, layer, tl.load(job + 1), kv_head, mean, outliers, distance, spread, SHAPE)

@@ -79,8 +79,10 @@ def allocate_index(config: SearchConfig, levels: Levels, page_size: int, num_pag
 def summary_bytes(
     config: SearchConfig, page_size: int, num_pages: int, max_context: int, layers: int, kv_heads: int, head_dim: int
 ) -> int:
-    """Bytes that the summaries of a cache take: per node, layer and KV head two bfloat16 vectors and a float32; and the
-    index."""
+    """Bytes that the summaries of a cache take: per node, layer and KV head a mean and the outliers in bfloat16 and a
+    float32; and the index."""
     index = allocate_index(config, levels_for(config, max_context), page_size, num_pages, max_context)
     arrays = (part for part in index if isinstance(part, np.ndarray))
-    return len(index.built) * layers * kv_heads * (2 * head_dim * 2 + 4) + sum(array.nbytes for array in arrays)
+    return len(index.built) * layers * kv_heads * ((1 + config.outlier_keys) * head_dim * 2 + 4) + sum(
+        array.nbytes for array in arrays
+    )

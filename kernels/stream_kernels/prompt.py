@@ -97,10 +97,13 @@ def read_prompt(keys: torch.Tensor, query_heads: int, config: SearchConfig, soft
     count, levels = blocks.shape[1], 1
     while FANOUT**levels <= count:
         levels += 1
+    nodes = []
+    if config.strategy == "beam":
+        nodes = pyramid(blocks.contiguous(), levels, config.sink_blocks, config.outlier_keys)
     units = search_units(range(query_heads), query_heads // kv_heads, config)
     return Prompt(
         channels=blocks.mT.contiguous(),
-        nodes=pyramid(blocks.contiguous(), levels, config.sink_blocks) if config.strategy == "beam" else [],
+        nodes=nodes,
         kv_head=torch.tensor([kv_head for kv_head, _ in units], device=keys.device),
         softcap=softcap,
         config=config,

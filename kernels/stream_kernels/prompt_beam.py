@@ -91,7 +91,7 @@ def _score(
     """
     config, nodes, at = prompt.config, prompt.nodes[level], (prompt.kv_head[:, None], ids)
     blocks = nodes.blocks[ids]
-    own = NodeStatistics(nodes.mean[at], nodes.outlier[at], nodes.spread[at], blocks[:, None])
+    own = NodeStatistics(nodes.mean[at], nodes.outliers[at], nodes.spread[at], blocks[:, None])
     block = math.log(config.block_size)
     bulk = bulk_scores(queries, profile, own, config.block_size, prompt.softcap) + block
     scored = _Scored(ids, present & (blocks > 0), bulk, blocks[:, None].clamp(min=1.0))
@@ -105,7 +105,7 @@ def _score(
     again = scored.present & torch.zeros_like(best).scatter(1, order, best)
     outlier = outlier_scores(queries, own, config.block_size, prompt.softcap) + block
     scored = replace(scored, log_mass=torch.where(again[:, None], torch.maximum(bulk, outlier), bulk))
-    return scored, norm, count + twice
+    return scored, norm, count + twice * config.outlier_keys
 
 
 def _unit_score(shares: torch.Tensor, rows: int) -> torch.Tensor:

@@ -124,7 +124,7 @@ def beam(
 
     1. From `top_level` down, every level scores its nodes and keeps the `box_width` best of them; the children of
        those, and the up to seven nodes no whole parent covers, are scored next.
-    2. A node's estimate is what the mean and spread of its keys say (`bulk_scores`), or what its outlier says
+    2. A node's estimate is what the mean and spread of its keys say (`bulk_scores`), or what its best outlier says
        (`outlier_scores`) if that is more. Outliers are looked at only in the `outlier_share` best nodes by the former.
     3. A node's score is, per head, its estimated share of the row's attention; a unit's score is the heads' sum. Shares
        are relative to `outside` and the top level's nodes, these by their means and spreads.
@@ -147,7 +147,7 @@ def beam(
     inner = (end - config.sink_blocks).clamp(min=0)
     levels = max(1, math.floor(math.log(max(blocks, 1), FANOUT) + 1e-9) + 1)
     top = top_level(end, config.box_width, levels)
-    summaries = pyramid(block_keys, levels, config.sink_blocks)
+    summaries = pyramid(block_keys, levels, config.sink_blocks, config.outlier_keys)
     all_read = inner <= 2 * config.top_k
 
     reads = torch.zeros_like(outside[:, 0])
@@ -169,7 +169,7 @@ def beam(
         front = front & ~all_read[:, None]
         scored = front.sum(1)
         twice = (scored * config.outlier_256ths + 255) // 256
-        reads = reads + scored + twice
+        reads = reads + scored + twice * config.outlier_keys
 
         block, size = math.log(config.block_size), counts.clamp(min=1.0).log()
         bulk = bulk_scores(queries, profile, summaries[level], config.block_size, softcap) + block

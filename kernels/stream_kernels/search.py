@@ -36,7 +36,9 @@ class SearchConfig:
             the K blocks kept are then read in full, to give their mass.
         box_width: nodes that beam keeps per level of the summary pyramid.
         outlier_share: of the nodes that beam scores on a level, how many it looks at twice, in 256ths rounded up: all
-            by the mean of their keys, then the best of them by their outlier key too.
+            by the mean of their keys, then the best of them by their outlier keys too.
+        outlier_keys: outliers that a node holds. A second costs half as much memory again, and finds more where reads
+            are many: most of what one misses then is single keys that lie nearly as far out.
         min_gain: beam reads on while the heads of a unit may expect to gain this share of their attention, summed, per
             candidate read; 0 always reads `width * top_k`.
     """
@@ -52,6 +54,7 @@ class SearchConfig:
     rerank: bool = True
     box_width: int = 160
     outlier_share: float = 0.5
+    outlier_keys: int = 1
     min_gain: float = 0.0005
 
     def __post_init__(self) -> None:
@@ -73,6 +76,8 @@ class SearchConfig:
             raise ValueError(f"box_width is {self.box_width}; valid: 1 to 256")
         if not 0 <= self.outlier_share <= 1:
             raise ValueError(f"outlier_share is {self.outlier_share}; valid: 0 to 1")
+        if not 1 <= self.outlier_keys <= 4:
+            raise ValueError(f"outlier_keys is {self.outlier_keys}; valid: 1 to 4")
         if not 0 <= self.min_gain <= 1:
             raise ValueError(f"min_gain is {self.min_gain}; valid: 0 to 1")
 

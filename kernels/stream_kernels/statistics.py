@@ -1,6 +1,6 @@
 """What a block summary says about the block's logits: the statistics behind `beam`, in plain torch.
 
-A node of the summary pyramid holds the mean of its keys, the key that lies farthest from it, and how far they lie on
+A node of the summary pyramid holds the mean of its keys, the key or keys that lie farthest out, and how far they lie on
 average. Level 0 nodes are key blocks; a node of level l stands for `FANOUT**l` of them in a row, numbered from the
 start of the context, so that what a node covers never changes while the context grows. Only whole nodes exist. Sink
 blocks are left out of every node: the first token's key is unlike all others and would spoil its ancestors.
@@ -23,14 +23,15 @@ class NodeStatistics:
 
     Attributes:
         mean: [B, J, D], of each node's keys.
-        outlier: [B, J, D], the key farthest from the mean: in level 0 of all keys, above of its children's outliers.
+        outliers: [B, J, O, D], first the key farthest from the mean, then each time the one whose distance to the
+            nearest of the mean and those before is largest: in level 0 of all keys, above of its children's outliers.
             The first where several are as far.
         spread: [B, J], the keys' variances, summed over the channels.
         blocks: [J], how many blocks each node counts; 0 where it holds nothing but sink blocks.
     """
 
     mean: torch.Tensor
-    outlier: torch.Tensor
+    outliers: torch.Tensor
     spread: torch.Tensor
     blocks: torch.Tensor
 
@@ -103,13 +104,14 @@ def bulk_scores(
 
 
 def outlier_scores(queries: torch.Tensor, nodes: NodeStatistics, block_size: int, softcap: float) -> torch.Tensor:
-    """Log mean exponential of each node's logits if the outlier had all the mass: [B, n, J], as `bulk_scores`."""
-    logits = capped(queries @ nodes.outlier.mT, softcap)
-    return logits - (nodes.blocks * block_size).clamp(min=1).log()
+    """Log mean exponential of each node's logits if its best outlier had all the mass: [B, n, J], as `bulk_scores`."""
+    logits = capped(queries @ nodes.outliers.flatten(1, 2).mT, softcap)
+    best: torch.Tensor = logits.unflatten(-1, nodes.outliers.shape[1:3]).amax(-1)
+    return best - (nodes.blocks * block_size).clamp(min=1).log()
 
 
-def pyramid(block_keys: torch.Tensor, levels: int, sink_blocks: int) -> list[NodeStatistics]:
-    """All levels over keys [B, N, block_size, D] (N whole blocks), lowest first.
+def pyramid(block_keys: torch.Tensor, levels: int, sink_blocks: int, outlier_keys: int = 1) -> list[NodeStatistics]:
+    """All levels over keys [B, N, block_size, D] (N whole blocks), lowest first, with `outlier_keys` outliers a node.
 
     Vectors are bfloat16 at every level, as a cache of them stores them, and a level is made from the stored one below.
     """
@@ -118,7 +120,7 @@ def pyramid(block_keys: torch.Tensor, levels: int, sink_blocks: int) -> list[Nod
     distance = (block_keys - mean[:, :, None]).square().sum(-1)
     nodes = NodeStatistics(
         mean=_stored(mean),
-        outlier=_stored(_pick(block_keys, distance)),
+        outliers=_stored(_outliers(block_keys, distance, outlier_keys)),
         spread=distance.mean(-1),
         blocks=(blocks >= sink_blocks).to(block_keys.dtype),
     )
@@ -127,23 +129,29 @@ def pyramid(block_keys: torch.Tensor, levels: int, sink_blocks: int) -> list[Nod
         count = len(nodes.blocks) // FANOUT
         means, outliers, spreads = (
             part[:, : count * FANOUT].unflatten(1, (count, FANOUT))
-            for part in (nodes.mean, nodes.outlier, nodes.spread)
+            for part in (nodes.mean, nodes.outliers, nodes.spread)
         )
         weight = nodes.blocks[: count * FANOUT].unflatten(0, (count, FANOUT))
         total = weight.sum(1)
         share = weight / total.clamp(min=1.0)[:, None]
         mean = (share[..., None] * means).sum(2)
         spread = (share * (spreads + (means - mean[:, :, None]).square().sum(-1))).sum(2)
-        distance = (outliers - mean[:, :, None]).square().sum(-1).masked_fill(weight == 0, -1.0)
-        nodes = NodeStatistics(_stored(mean), _pick(outliers, distance), spread, total)
+        counted = (weight > 0).repeat_interleave(outlier_keys, 1)
+        outliers = outliers.flatten(2, 3)
+        distance = (outliers - mean[:, :, None]).square().sum(-1).masked_fill(~counted, -1.0)
+        nodes = NodeStatistics(_stored(mean), _outliers(outliers, distance, outlier_keys), spread, total)
         found.append(nodes)
     return found
 
 
-def _pick(keys: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
-    """Of keys [B, J, m, D] the one at the largest distance [B, J, m]."""
-    at = distance.argmax(-1)[..., None, None].expand(-1, -1, 1, keys.shape[-1])
-    return keys.gather(2, at)[:, :, 0]
+def _outliers(keys: torch.Tensor, distance: torch.Tensor, count: int) -> torch.Tensor:
+    """Of keys [B, J, m, D] at `distance` [B, J, m] from the mean, the `count` outliers [B, J, count, D]."""
+    found: list[torch.Tensor] = []
+    for _ in range(count):
+        at = distance.argmax(-1)[..., None, None].expand(-1, -1, 1, keys.shape[-1])
+        found.append(keys.gather(2, at))
+        distance = torch.minimum(distance, (keys - found[-1]).square().sum(-1))
+    return torch.cat(found, 2)
 
 
 def _stored(values: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,14 @@ class CompileOnly:
 
 
 def compile_search(
-    capability: int, strategy: str, key_type: str, query_type: str, head_dim: int, group: int, max_context: int
+    capability: int,
+    strategy: str,
+    key_type: str,
+    query_type: str,
+    head_dim: int,
+    group: int,
+    max_context: int,
+    outlier_keys: int,
 ) -> dict[str, Any]:
     driver.set_active(AbsentGpu(capability))
     found: dict[str, Any] = {}
@@ -69,7 +76,7 @@ def compile_search(
     searcher = gpu.GpuSearch(
         [DeviceKeys(cache, 0.1)] * 2,
         kv_heads * group,
-        SearchConfig(strategy=strategy),
+        SearchConfig(strategy=strategy, outlier_keys=outlier_keys),
         max_rows=rows,
         max_context=max_context,
         query_dtype=queries.dtype,

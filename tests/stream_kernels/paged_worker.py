@@ -128,6 +128,7 @@ class Worker:
             recent_blocks=1,
             probe_keys=1,
             box_width=1,
+            outlier_keys=2,
         )
         self._search = CpuSearch(
             [PagedKeys(cache, layout, 0.3, group) for group in shape.watched for cache in caches],
@@ -342,29 +343,28 @@ class Worker:
             logical = self._prefix_keys[ids[: end * self.config.block_size]]
             logical = logical[:, group * LAYERS_PER_GROUP : (group + 1) * LAYERS_PER_GROUP].double()
             blocks = logical.flatten(1, 2).transpose(0, 1).unflatten(1, (end, self.config.block_size))
-            expected = pyramid(blocks, levels, self.config.sink_blocks)
+            expected = pyramid(blocks, levels, self.config.sink_blocks, self.config.outlier_keys)
             for level in range(levels):
                 first = index.row_offset[level]
                 of_nodes = slots[first : first + end // FANOUT**level]
                 valid = np.flatnonzero(of_nodes >= 0)
                 found = self._stored(at * LAYERS_PER_GROUP, of_nodes[valid])
                 nodes = expected[level]
-                wanted = torch.cat([nodes.mean, nodes.outlier, nodes.spread[..., None]], dim=-1)
+                wanted = torch.cat([nodes.mean, nodes.outliers.flatten(2), nodes.spread[..., None]], dim=-1)
                 wanted = wanted.unflatten(0, (LAYERS_PER_GROUP, -1))[:, :, valid]
                 right = (found - wanted).abs() <= RELATIVE * wanted.abs() + ABSOLUTE
                 assert right.all(), f"level {level}, nodes {sorted(set(valid[(~right).nonzero()[:, 2]]))}"
                 self.compared[level] += right.numel() // wanted.shape[-1]
 
     def _stored(self, first_layer: int, slots: NDArray[np.int32]) -> torch.Tensor:
-        """Mean, outlier and spread in `slots` [n], float64 [LAYERS_PER_GROUP, kv_heads, n, 2 * HEAD_DIM + 1]."""
+        """Mean, outliers and spread in `slots` [n], float64 [LAYERS_PER_GROUP, kv_heads, n, (1 + O) * HEAD_DIM + 1]."""
         beam = self._search._beam
         layers, kv_heads = np.ogrid[first_layer : first_layer + LAYERS_PER_GROUP, : self.shape.kv_heads]
         places = self._search._geometry, beam.summaries, layers[..., None], slots.astype(np.int64), kv_heads[..., None]
         means = mean_address.py_func(*places)
         numbers = beam.statistics.reshape(-1, HEAD_DIM)
-        at = (np.stack([means, means + outlier_offset.py_func(*places[:2])], -1) - numbers.ctypes.data) // (
-            2 * HEAD_DIM
-        )
+        parts = np.arange(1 + self.config.outlier_keys) * outlier_offset.py_func(*places[:2])
+        at = (means[..., None] + parts - numbers.ctypes.data) // (2 * HEAD_DIM)
         vectors = torch.from_numpy(numbers.view(np.int16)[at]).view(torch.bfloat16).double().flatten(-2)
         spreads = torch.from_numpy(beam.summaries.spreads[layers[..., None], kv_heads[..., None], slots]).double()
         return torch.cat([vectors, spreads[..., None]], dim=-1)

@@ -54,6 +54,9 @@ CASES = {
     "beam, every outlier, soft cap": GpuCase(
         replace(BEAM, outlier_share=1.0, block_size=8), (1700,), **ONE_HEAD, softcap=2.0
     ),
+    "beam, two outliers a node": GpuCase(
+        replace(BEAM, outlier_share=1.0, outlier_keys=2, block_size=8, box_width=6), (1700,), **ONE_HEAD, softcap=2.0
+    ),
     "beam, every outlier, one query head": GpuCase(replace(BEAM, outlier_share=1.0), (2500,), **ONE_HEAD, group=1),
     "beam, a single recent key": GpuCase(replace(BEAM, recent_blocks=1), (1281,), **ONE_HEAD),
     "beam, wider than the context": GpuCase(replace(BEAM, width=256, min_gain=0.0), (1300, 400), **ONE_HEAD),
@@ -190,9 +193,10 @@ def test_rows_beyond_the_count_are_left_alone() -> None:
     assert (out.block_ids[:, 1:] == 77).all()
 
 
-def test_summaries_are_those_of_the_reference() -> None:
+@pytest.mark.parametrize("outlier_keys", [1, 2, 3])
+def test_summaries_are_those_of_the_reference(outlier_keys: int) -> None:
     """Slot by slot, on numbers where rounding to bfloat16 matters."""
-    config = replace(BEAM, block_size=8, box_width=1, sink_blocks=3)
+    config = replace(BEAM, block_size=8, box_width=1, sink_blocks=3, outlier_keys=outlier_keys)
     case = GpuCase(config, (1300,), kv_heads=2, grid=False, dtype=torch.float32, page_size=16, form=HND)
     inputs = same_inputs(case)
     searcher, _ = build(case, inputs)
@@ -201,16 +205,17 @@ def test_summaries_are_those_of_the_reference() -> None:
     for layer, keys in enumerate(inputs.keys):
         pages = inputs.block_tables[keys.table, 0, : -(-1300 // 16)]
         logical = keys.gather(pages)[: 1300 // 8 * 8].transpose(0, 1).unflatten(1, (-1, 8))
-        levels = pyramid(logical, searcher.levels, config.sink_blocks)
+        levels = pyramid(logical, searcher.levels, config.sink_blocks, config.outlier_keys)
         for level, slot, _, node in jobs.tolist():
             if level >= searcher.levels:
                 continue
-            mean, outlier = searcher.summaries[layer, slot].double().unbind(1)
+            vectors = searcher.summaries[layer, slot].double()
+            mean, outliers = vectors[:, 0], vectors[:, 1:]
             want = levels[level].mean[:, node]
             # Sums are taken in float32: a number in the middle between two of bfloat16 may go to either.
             torch.testing.assert_close(mean, want, atol=1e-6, rtol=2.0**-7)
             assert (mean == want).double().mean() > 0.97
-            assert torch.equal(outlier, levels[level].outlier[:, node])
+            assert torch.equal(outliers, levels[level].outliers[:, node])
             spread = searcher.spreads[layer, slot].double()
             torch.testing.assert_close(spread, levels[level].spread[:, node], atol=0.0, rtol=1e-4)
 
@@ -336,3 +341,30 @@ def test_nothing_is_found_where_there_is_nothing() -> None:
     found, _ = run_gpu(case, same_inputs(case))
     assert (found.block_ids == NO_BLOCK).all()
     assert (found.keys_read[:, 0] == 0).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph needs a GPU")
+@pytest.mark.parametrize("config", [EXACT, SHARED, BEAM], ids=lambda config: config.strategy)
+def test_a_search_in_a_cuda_graph_follows_its_inputs(config: SearchConfig) -> None:
+    """Captured once, replayed for queries and lengths that were written into the same buffers since."""
+    case = GpuCase(config, (1500, 1500), kv_heads=1)
+    inputs = same_inputs(case)
+    searcher, slots = build(case, inputs)
+    out = searcher.allocate_result()
+
+    def search() -> None:
+        searcher.run(inputs.queries, inputs.block_tables, inputs.context_lens, inputs.rows, out, slots)
+
+    search()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        search()
+    inputs.queries.neg_()
+    inputs.context_lens[1] = 700
+    graph.replay()
+    replayed = out.storage.clone()
+    out.storage.zero_()
+    search()
+    assert torch.equal(replayed, out.storage)
+    assert out.block_ids.min() >= NO_BLOCK
+    assert (out.block_ids[:, 0] != out.block_ids[:, 1]).any()

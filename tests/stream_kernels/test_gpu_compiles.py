@@ -19,6 +19,7 @@ DEFAULT = {
     "head_dim": 128,
     "group": 7,
     "max_context": 131072,
+    "outlier_keys": 1,
 }
 
 VARIANTS = {
@@ -33,6 +34,7 @@ VARIANTS = {
     "head size 80": {"head_dim": 80, "group": 1},
     "head size 256": {"head_dim": 256, "group": 4},
     "sixteen query heads": {"group": 16},
+    "two outliers a node": {"outlier_keys": 2},
     "a million tokens": {"max_context": 1 << 20},
 }
 

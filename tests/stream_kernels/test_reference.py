@@ -99,14 +99,23 @@ def test_an_outlier_is_the_farthest_key_and_above_the_farthest_outlier() -> None
     blocks, boxes = pyramid(keys, 2, sink_blocks=1)
     for block in (3, 6):
         wanted = keys[0, block, {3: 5, 6: 31}[block]]
-        assert torch.equal(blocks.outlier[0, block], wanted.bfloat16().float())
-    assert torch.equal(boxes.outlier[0, 0], keys[0, 6, 31].bfloat16().float())
+        assert torch.equal(blocks.outliers[0, block, 0], wanted.bfloat16().float())
+    assert torch.equal(boxes.outliers[0, 0, 0], keys[0, 6, 31].bfloat16().float())
 
 
 def test_equal_outliers_fall_to_the_first() -> None:
     keys = torch.zeros(1, 1, 32, 4)
     keys[0, 0, 7, 1], keys[0, 0, 9, 1] = 3.0, -3.0
-    assert pyramid(keys, 1, 0)[0].outlier[0, 0, 1] == 3.0
+    assert pyramid(keys, 1, 0)[0].outliers[0, 0, 0, 1] == 3.0
+
+
+def test_a_second_outlier_is_far_from_the_mean_and_from_the_first() -> None:
+    keys = torch.zeros(1, 9, 32, 4)
+    keys[0, 0, 3, 0], keys[0, 0, 4, 0], keys[0, 0, 20, 1] = 9.0, 8.0, -5.0
+    keys[0, 5, 2, 2] = 7.0
+    blocks, boxes = pyramid(keys, 2, sink_blocks=0, outlier_keys=2)
+    assert blocks.outliers[0, 0].tolist() == [[9.0, 0.0, 0.0, 0.0], [0.0, -5.0, 0.0, 0.0]], "not the first one's like"
+    assert boxes.outliers[0, 0].tolist() == [[9.0, 0.0, 0.0, 0.0], [0.0, 0.0, 7.0, 0.0]]
 
 
 def test_the_profile_is_of_the_keys_that_are_there() -> None:

@@ -4,11 +4,11 @@ Nothing here allocates. Inner loops run over tokens, channels outside: vLLM's CP
 side, so that eight keys are scored at once and no sum over a vector's lanes is needed. Keys are widened to float32 once
 per unit, in a tile [head_dim, tokens] that stays in the first-level cache, and every head of the unit reads it there.
 
-`rows` finds and builds a row's nodes (`nodes`, `summaries`), then calls `unit`, which calls `descent` or `beam`; all
-read through `keys`, `logits` and `selection`. `prompt` calls `beam` for a block of rows at a time.
+`rows` finds and builds a row's nodes (`nodes`, `summaries`), then calls `unit`, which calls `descent`, or `beam` and
+its `reading`; all read through `keys`, `logits` and `selection`. `prompt` calls `beam` for a block of rows at a time.
 """
 
-from stream_kernels.cpu_kernel.beam import Beam, BeamScratch
+from stream_kernels.cpu_kernel.beam_structures import Beam, BeamScratch
 from stream_kernels.cpu_kernel.prompt import search_query_block
 from stream_kernels.cpu_kernel.rows import search_rows
 from stream_kernels.cpu_kernel.structures import (

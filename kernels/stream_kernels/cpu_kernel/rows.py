@@ -7,7 +7,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from stream_kernels.cpu_kernel.beam import Beam
+from stream_kernels.cpu_kernel.beam_structures import Beam
 from stream_kernels.cpu_kernel.compiling import cached_jit, jit
 from stream_kernels.cpu_kernel.intrinsics import acquire_fence, pointer
 from stream_kernels.cpu_kernel.keys import load_query

@@ -1,7 +1,7 @@
 """The statistics in the nodes: made from keys or from the nodes below, and turned into scores.
 
-A layer has bfloat16 vectors [KV heads, 2, slots, head_dim], first all nodes' means, which are read in a row, then their
-outliers, of which some are; and spreads, float32 [KV heads, slots]. `statistics.NodeStatistics` defines them.
+A layer has bfloat16 vectors [KV heads, 1 + O, slots, head_dim], first all nodes' means, which are read in a row, then
+their O outliers, of which some are; and spreads, float32 [KV heads, slots]. `statistics.NodeStatistics` defines them.
 """
 
 import math
@@ -42,9 +42,13 @@ class Summaries(NamedTuple):
     kv_heads: int
     slots: int
     node: Floats
-    """[2, D], a node's mean and outlier, widened."""
+    """[1 + O, D], a node's mean and outliers, widened."""
     made: Floats
-    """[2, D], those of the node being built."""
+    """[1 + O, D], those of the node being built."""
+    candidates: Floats
+    """[8 O, D], the children's outliers."""
+    distance: Floats
+    """[8 O], how far each is from the nearest of the mean and the outliers chosen."""
 
 
 @jit()
@@ -56,9 +60,9 @@ def _to_bfloat16(value: np.float32) -> np.uint16:
 
 @jit()
 def mean_address(g: Geometry, m: Summaries, layer: int, slot: int, kv_head: int) -> int:
-    """Of the mean in a slot; the outlier is `outlier_offset` bytes on."""
-    address: int = m.address[layer]
-    return address + 2 * g.head_dim * (kv_head * 2 * m.slots + slot)
+    """Of the mean in a slot; each outlier is `outlier_offset` bytes on."""
+    address: int = m.address[layer] + 2 * g.head_dim * (kv_head * len(m.node) * m.slots + slot)
+    return address
 
 
 @jit()
@@ -68,7 +72,7 @@ def outlier_offset(g: Geometry, m: Summaries) -> int:
 
 @jit()
 def _load_node(g: Geometry, m: Summaries, address: int) -> None:
-    for part in range(2):
+    for part in range(len(m.node)):
         stored = numba.carray(pointer(address + part * outlier_offset(g, m), types.uint16), (g.head_dim,))
         for c in range(g.head_dim):
             m.node[part, c] = bfloat16_to_float(stored[c])
@@ -76,7 +80,7 @@ def _load_node(g: Geometry, m: Summaries, address: int) -> None:
 
 @jit()
 def _store_node(g: Geometry, m: Summaries, address: int) -> None:
-    for part in range(2):
+    for part in range(len(m.made)):
         stored = numba.carray(pointer(address + part * outlier_offset(g, m), types.uint16), (g.head_dim,))
         for c in range(g.head_dim):
             stored[c] = _to_bfloat16(m.made[part, c])
@@ -84,7 +88,7 @@ def _store_node(g: Geometry, m: Summaries, address: int) -> None:
 
 @jit(fastmath=_REORDER)
 def _summarise_keys(tile: Floats, count: int, head_dim: int, made: Floats, distance: Floats) -> np.float32:
-    """Mean and outlier of the tile's first `count` keys, in `made`; returns their spread. `distance` is overwritten."""
+    """Mean and outliers of the tile's first `count` keys, in `made`; returns their spread. Overwrites `distance`."""
     for t in range(count):
         distance[t] = ZERO
     for c in range(head_dim):
@@ -92,15 +96,30 @@ def _summarise_keys(tile: Floats, count: int, head_dim: int, made: Floats, dista
         made[0, c] = mean
         for t in range(count):
             distance[t] += (tile[c, t] - mean) * (tile[c, t] - mean)
-    farthest = 0
     total = ZERO
     for t in range(count):
         total += distance[t]
-        if distance[t] > distance[farthest]:
-            farthest = t
-    for c in range(head_dim):
-        made[1, c] = tile[c, farthest]
+    for part in range(1, len(made)):
+        farthest = _farthest(distance, count)
+        for c in range(head_dim):
+            made[part, c] = tile[c, farthest]
+        if part + 1 < len(made):
+            for t in range(count):
+                away = ZERO
+                for c in range(head_dim):
+                    away += (tile[c, t] - made[part, c]) * (tile[c, t] - made[part, c])
+                distance[t] = min(distance[t], away)
     return total / np.float32(count)
+
+
+@jit()
+def _farthest(distance: Floats, count: int) -> int:
+    """Index of the largest of the first `count`, the first of equal ones."""
+    farthest = 0
+    for i in range(1, count):
+        if distance[i] > distance[farthest]:
+            farthest = i
+    return farthest
 
 
 @jit(fastmath=_REORDER)
@@ -177,7 +196,7 @@ def build_nodes(
 def _join(
     g: Geometry, m: Summaries, layer: int, kv_head: int, level: int, node: int, children: NDArray[np.int32]
 ) -> np.float32:
-    """m.made = mean and outlier of a node, from its eight children in slots `children`; returns the spread."""
+    """m.made = mean and outliers of a node, from its eight children in slots `children`; returns the spread."""
     total = np.float32(node_blocks(level, node, g.sink_blocks))
     m.made[:] = ZERO
     for i in range(1 << FANOUT_BITS):
@@ -187,21 +206,31 @@ def _join(
             share = np.float32(blocks) / total
             for c in range(g.head_dim):
                 m.made[0, c] += share * m.node[0, c]
-    spread, farthest = ZERO, np.float32(-1)
+    spread, count = ZERO, 0
     for i in range(1 << FANOUT_BITS):
         blocks = node_blocks(level - 1, (node << FANOUT_BITS) + i, g.sink_blocks)
         if blocks <= 0:
             continue
         _load_node(g, m, mean_address(g, m, layer, children[i], kv_head))
-        between, distance = ZERO, ZERO
-        for c in range(g.head_dim):
-            between += (m.node[0, c] - m.made[0, c]) * (m.node[0, c] - m.made[0, c])
-            distance += (m.node[1, c] - m.made[0, c]) * (m.node[1, c] - m.made[0, c])
+        between = _square_distance(m.node[0], m.made[0])
         spread += np.float32(blocks) / total * (m.spreads[layer, kv_head, children[i]] + between)
-        if distance > farthest:
-            farthest = distance
-            m.made[1] = m.node[1]
+        for part in range(1, len(m.node)):
+            m.candidates[count] = m.node[part]
+            m.distance[count] = _square_distance(m.node[part], m.made[0])
+            count += 1
+    for part in range(1, len(m.made)):
+        m.made[part] = m.candidates[_farthest(m.distance, count)]
+        for i in range(count):
+            m.distance[i] = min(m.distance[i], _square_distance(m.candidates[i], m.made[part]))
     return spread
+
+
+@jit(fastmath=_REORDER)
+def _square_distance(one: Floats, other: Floats) -> np.float32:
+    total = ZERO
+    for c in range(len(one)):
+        total += (one[c] - other[c]) * (one[c] - other[c])
+    return total
 
 
 @jit()

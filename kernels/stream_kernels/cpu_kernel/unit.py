@@ -4,7 +4,8 @@ import math
 
 import numpy as np
 
-from stream_kernels.cpu_kernel.beam import Beam, search_nodes
+from stream_kernels.cpu_kernel.beam import search_nodes
+from stream_kernels.cpu_kernel.beam_structures import Beam
 from stream_kernels.cpu_kernel.candidates import note_strongest, read_candidate
 from stream_kernels.cpu_kernel.compiling import jit
 from stream_kernels.cpu_kernel.descent import descend
