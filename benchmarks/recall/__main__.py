@@ -32,6 +32,7 @@ def main(
     text: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(KINDS)}; may be repeated.")] = None,
     traces: Annotated[Path | None, typer.Option(help="JSON lines of recorded reasoning; adds that text.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Context length; may be repeated.")] = None,
+    top_k: Annotated[list[int], typer.Option(help="Blocks kept; may be repeated.")] = list(TOP_KS),  # noqa: B006
     seed: Annotated[int, typer.Option(help="Of the texts and the resamples.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="16,000 and 32,000 tokens too (hours).")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the plots and all points.")] = Path("benchmarks/results"),
@@ -40,29 +41,31 @@ def main(
     models = model or [Path(os.environ.get("MODEL_CACHE", ".cache/models")) / "smollm2"]
     kinds = text or [kind for kind in KINDS if kind != "reasoning" or traces]
     _check(models, kinds, traces, tokens)
-    cases = list(_cases(models, kinds, traces, tokens, seed, full))
+    if not all(1 <= k <= 16 for k in top_k):
+        raise typer.BadParameter(f"--top-k {max(top_k)}: from 1 to 16")
+    cases = list(_cases(models, kinds, traces, tokens, top_k, seed, full))
     report = Report(
         benchmark="recall",
         config={
             "cases": [f"{case.model}/{case.tokens}/{case.text}" for case in cases],
-            "top_k": list(TOP_KS),
+            "top_k": top_k,
             "rows_per_case": QUERY_ROWS,
         },
         seed=seed,
         n=len(cases) * QUERY_ROWS,
     )
     for name in dict.fromkeys((case.model, case.tokens) for case in cases):
-        _account([case for case in cases if (case.model, case.tokens) == name], report)
-    _write(out, cases, report)
+        _account([case for case in cases if (case.model, case.tokens) == name], top_k, report)
+    _write(out, cases, top_k, report)
     report.finish()
 
 
-def _write(out: Path, cases: Sequence[Case], report: Report) -> None:
+def _write(out: Path, cases: Sequence[Case], top_ks: Sequence[int], report: Report) -> None:
     """The JSON line's content, every point measured, and the plots."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "recall.json").write_text(json.dumps(report.content(), indent=1) + "\n")
     (out / "recall-points.json").write_text(json.dumps([asdict(case) for case in cases]) + "\n")
-    for top_k in TOP_KS:
+    for top_k in top_ks:
         plot(cases, top_k, out / f"recall-k{top_k}.png")
 
 
@@ -96,6 +99,7 @@ def _cases(
     kinds: Sequence[str],
     traces: Path | None,
     tokens: Sequence[int] | None,
+    top_ks: Sequence[int],
     seed: int,
     full: bool,
 ) -> Iterator[Case]:
@@ -110,23 +114,25 @@ def _cases(
                 except ValueError as error:
                     raise typer.BadParameter(str(error)) from error
                 of_text(model, ids)  # a forward pass, where the cache folder has none, takes every core
-                jobs.append((model, kind, wanted, ids, TOP_KS))
+                jobs.append((model, kind, wanted, ids, top_ks))
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         for case in pool.map(measure, *zip(*jobs, strict=True)):
             print(f"measured {case.model}, {case.text}, {case.length} tokens", flush=True)
             yield case
 
 
-def _account(cases: Sequence[Case], report: Report) -> None:
+def _account(cases: Sequence[Case], top_ks: Sequence[int], report: Report) -> None:
     """Prints the tables of one model and length, and adds its figures to the report."""
     name = f"{cases[0].model}/{cases[0].tokens}"
-    for top_k in TOP_KS:
+    for top_k in top_ks:
         print(f"\n{name}, K = {top_k}: inner recall, % of the oracle's, mean over {len(cases)} texts, by keys read")
         print(f"{'':24}" + "".join(f"{budget:>9.0%}" for budget in BUDGETS))
         for method in cases[0].methods():
             print(f"{method:24}" + "".join(_cell(cases, method, top_k, budget) for budget in BUDGETS))
         _margins(cases, top_k, name, report)
         _print_figures(cases, top_k)
+    if TARGET_TOP_K not in top_ks:
+        return
     for bound, recall in targets(cases[0].group, cases[0].tokens):
         figure = f"inner/{name}/k{TARGET_TOP_K}/reads<={bound:.0%}"
         report.must[figure] = (">=", recall)

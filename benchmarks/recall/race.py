@@ -23,6 +23,8 @@ OUTLIER_SHARES = (0.0, 0.5, 1.0)
 
 GAINS = (1e-2, 3e-3, 1e-3, 5e-4, 2e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 
+_SWEPT = ("width", "min_gain", "box_width", "outlier_share", "outlier_keys")
+
 
 def measure(model: Path, kind: str, wanted: int, ids: list[int], top_ks: Sequence[int]) -> Case:
     """The case of one text `ids` of a kind, `wanted` tokens long, through a model, on one thread."""
@@ -61,14 +63,17 @@ def _product_settings(config: SearchConfig) -> Iterator[tuple[str, str, SearchCo
     yield BEAM, DEFAULT, config
     wide = replace(config, width=max(WIDTHS))
     swept = [replace(wide, min_gain=gain, outlier_share=share) for share in OUTLIER_SHARES for gain in GAINS]
-    fixed = [(width, share) for width in WIDTHS for share in ((0.5, 1.0) if width > 3 else OUTLIER_SHARES)]
+    fixed = [(width, share) for width in WIDTHS for share in ((0.25, 0.5, 1.0) if width > 3 else OUTLIER_SHARES)]
     swept += [replace(config, width=width, min_gain=0.0, outlier_share=share) for width, share in fixed]
+    two = [replace(wide, min_gain=gain, outlier_share=share) for share in (0.5, 1.0) for gain in GAINS if gain < 5e-4]
+    two += [replace(config, width=width, min_gain=0.0, outlier_share=1.0) for width in WIDTHS if width > 3]
+    swept += [replace(own, outlier_keys=2) for own in two]
     for box in NARROW_BOXES:
         narrow = replace(config, box_width=box, outlier_share=0.0)
         swept += [replace(narrow, width=width, min_gain=0.0) for width in (1, 2, 3)]
         swept += [replace(narrow, width=max(WIDTHS), min_gain=gain) for gain in (0.003, 0.001)]
     for own in swept:
-        parts = [f"{name} {getattr(own, name):g}" for name in ("width", "min_gain", "box_width", "outlier_share")]
+        parts = [f"{name} {getattr(own, name):g}" for name in _SWEPT]
         yield BEAM, ", ".join(parts), own
     for probes in (1, 4, config.block_size):
         plain = replace(SearchConfig.paper(config.top_k), probe_keys=probes)
