@@ -523,7 +523,7 @@ class Ledger(_message.Message):
     for several query heads counts once.
     """
     record_bytes: _builtins.int
-    """Bytes of the records written to the ring."""
+    """Bytes of the records written to the ring before this one."""
     sent: _builtins.int
     """Summaries handed to the stream, this one included; one that is sent again counts again."""
     @_builtins.property

@@ -92,7 +92,7 @@ def test_the_plug_in_captured_meanwhile_and_lost_nothing_unseen(arms):
     told = arms["stream"].summaries[-1].ledger
     assert {queue.name for queue in told.queues} == {"estimator", "ring", "backlog"}
     assert told.key_bytes > 0
-    assert told.sent == len(arms["stream"].summaries)
+    assert told.sent >= len(arms["stream"].summaries)
     # Rows of the aborted request's last step may have been computed and then dropped by the engine.
     assert 0 <= counts["expected"] // (30 * 9) - sampled <= 1
 
