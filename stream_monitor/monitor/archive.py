@@ -6,6 +6,7 @@ while it cannot be opened, nothing is found in it.
 
 import asyncio
 import contextlib
+import logging
 import sqlite3
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ PAGE = 500
 ERASE_SECONDS = 30.0
 """How long a deletion may take; beyond it, it goes on by itself."""
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -223,7 +225,11 @@ class Archive:
             for key, trace in changed.items():
                 # It may have been deleted or stored meanwhile.
                 if self._traces.get(*key) is trace:
-                    self.recorder.put_trace(_stored(trace, going=False))
+                    try:
+                        self.recorder.put_trace(_stored(trace, going=False))
+                    except Exception:
+                        self.recorder.lost["trace", "error"] += 1
+                        log.exception("store: a trace was not stored")
                     await asyncio.sleep(0)
 
     def _evicting(self, trace: RequestTrace) -> None:
@@ -235,22 +241,28 @@ class Archive:
     async def _retain(self) -> None:
         """At start and once a minute: let go what is too old or too much."""
         while True:
-            now = time.time_ns()
-            before = now - self._max_age_ns
-            removed = Removed({("", ""): 1})
-            while removed:
-                removed, forgotten, self.bytes = await self._write(
-                    lambda database: (
-                        let_go_some(database, before, self.max_bytes),  # noqa: B023  # awaited here
-                        database.meta("forgotten"),
-                        database.used_bytes,
-                    )
-                )
-                self.removed += removed
-                self._events.let_go(forgotten)
-            await self._write(lambda database: housekeep(database, before, now))  # noqa: B023
-            self._graveyard.expire(now)
+            try:
+                await self._let_go(time.time_ns())
+            except Exception:
+                log.exception("store: retention failed; it is tried again in a minute")
             await asyncio.sleep(RETENTION_SECONDS)
+
+    async def _let_go(self, now: int) -> None:
+        before = now - self._max_age_ns
+        while True:
+            removed, forgotten, self.bytes = await self._write(
+                lambda database: (
+                    let_go_some(database, before, self.max_bytes),
+                    database.meta("forgotten"),
+                    database.used_bytes,
+                )
+            )
+            self.removed += removed
+            self._events.let_go(forgotten)
+            if not removed:
+                break
+        await self._write(lambda database: housekeep(database, before, now))
+        self._graveyard.expire(now)
 
     async def _write(self, work: Callable[[Database], T]) -> T:
         assert self.recorder is not None

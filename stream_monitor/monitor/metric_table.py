@@ -346,7 +346,7 @@ STORE_LOST = _define(
     ("record", "reason"),
     "What found no room in that queue and was never written, by what kept the store from being written: `disk_full`, "
     "`read_only`, `cannot_open`, `busy`, `io_error`, `corrupt`, `refused` (the file is not ours, or of a newer "
-    "version), or `queue_full` (it is too slow).",
+    "version), `error` (a fault of the monitor; its log has it), or `queue_full` (it is too slow).",
 )
 STORE_REMOVED = _define(
     _S,

@@ -170,7 +170,7 @@ class Recorder(threading.Thread):
             self._write_batch(self._database)
             if not (self._events or self._traces):
                 self._run_calls(self._database)
-        except (OSError, sqlite3.Error, StoreRefused) as error:
+        except Exception as error:  # A fault of ours too: a thread that ended in silence would look like an idle one.
             self._fail(error)
             return False
         if self.trouble:
@@ -222,7 +222,7 @@ class Recorder(threading.Thread):
                     database.add_loss(events[0].sequence, missing)
                 database.add_events(filter(self._wanted, events), now)
                 database.put_traces(filter(self._wanted, traces), now)
-        except (OSError, sqlite3.Error):
+        except Exception:
             self._put_back(events, traces)
             raise
         if self._commits is not None:

@@ -21,7 +21,7 @@ _BY_CODE = {
     sqlite3.SQLITE_BUSY: "busy",
     sqlite3.SQLITE_LOCKED: "busy",
 }
-REASONS = ("disk_full", "read_only", "cannot_open", "busy", "io_error", "corrupt", "refused", "queue_full")
+REASONS = ("disk_full", "read_only", "cannot_open", "busy", "io_error", "corrupt", "refused", "error", "queue_full")
 """Why the store cannot be written; the label `reason` of `stream_monitor_store_lost_total`."""
 _ASIDE = ".corrupt-"
 
@@ -42,7 +42,7 @@ def reason(error: BaseException) -> str:
         return "refused"
     if isinstance(error, sqlite3.Error):
         return _BY_CODE.get((getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF, "io_error")
-    return "cannot_open"
+    return "cannot_open" if isinstance(error, OSError) else "error"
 
 
 class Lock:

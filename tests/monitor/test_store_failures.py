@@ -217,6 +217,21 @@ def test_what_found_no_room_is_counted_and_told_on_resumption(
     assert [response.lost for response in responses[-3:]] == [lost, 0, 0]
 
 
+def test_a_fault_of_our_own_is_told_and_overcome(
+    run: Callable[..., Running], store: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor = run(store=str(store))
+    stream = subscribe(monitor.api)
+    with monkeypatch.context() as broken:
+        broken.setattr(Database, "add_events", lambda *_: 1 / 0)
+        monitor.publish(Engine().request("a-aaaaaaaa", SHIFTING))
+        assert next(stream).event.external_id == "a"
+        until(lambda: monitor.metric("stream_monitor_store_up") == 0)
+    assert "cannot be written (error: division by zero)" in caplog.text
+    until(lambda: stored(store, "SELECT count(*) FROM events") == [(1,)])
+    until(lambda: monitor.metric("stream_monitor_store_up") == 1)
+
+
 def test_a_process_that_may_write_no_more(tmp_path: Path) -> None:
     """Errors of the operating system itself, given and taken away from outside."""
     process = MonitorProcess(tmp_path)
