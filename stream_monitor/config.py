@@ -120,6 +120,17 @@ class CaptureSettings(_Layered):
     queue_steps: int = Field(
         4, ge=1, le=64, description="Captured steps that may wait for the estimator; more are dropped, counted."
     )
+    max_overhead: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Part of the engine's time that capture may take on its runner thread, and the search where it has "
+        "no CPU of its own. Above it the stride is doubled, to 64 times at most, and halved when there is room again; "
+        "0: never.",
+    )
+    gpu_share: float = Field(
+        0.125, gt=0, le=1, description="Part of a GPU's multiprocessors that a search may occupy beside the engine."
+    )
     send_token_ids: bool = Field(
         False,
         description="Let token ids, and so text, leave the engine: those of the output, and of prompts up to 131,072 "

@@ -128,12 +128,14 @@ class RowLedger(msgspec.Struct):
     """Cumulative row counts of one class of rows (tokens or chunks), in rows x layers x heads.
 
     Once nothing is in flight, expected = captured + sampled_out + raced + sum(dropped) + sum(refused) + sum(discarded).
-    In the ring `captured` counts what was written to it; the publisher replaces that by what the monitor acknowledged.
+    `governed` are those sampled out by the governor, in the sum too. In the ring `captured` counts what was written to
+    it; the publisher replaces that by what the monitor acknowledged.
     """
 
     expected: int = 0
     captured: int = 0
     sampled_out: int = 0
+    governed: int = 0
     raced: int = 0
     dropped: dict[str, int] = {}
     refused: dict[str, int] = {}
@@ -161,6 +163,8 @@ class Ledger(msgspec.Struct):
     record_bytes: int = 0
     sent: int = 0
     queues: list[QueueState] = []
+    hook_seconds: float = 0.0
+    stride: int = 0
 
 
 class Audit(msgspec.Struct):

@@ -19,7 +19,7 @@ def register() -> None:
 
         if disabled():
             return
-        from stream_monitor.engine.compat import register_backends
+        from stream_monitor.engine.compat.engine import register_backends
 
         register_backends()
     except Exception as error:

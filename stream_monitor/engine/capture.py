@@ -11,16 +11,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream_monitor.engine.blocks import BlockGenerations
-from stream_monitor.engine.compat import ScheduledStep, read_batch_v1, read_schedule, sampled_tokens
+from stream_monitor.engine.compat.runner import RunnerView, is_pending, sampled_tokens
+from stream_monitor.engine.compat.schedule import ScheduledStep, read_schedule
+from stream_monitor.engine.device import Device, StepSlot
 from stream_monitor.engine.estimator import Estimator
+from stream_monitor.engine.governor import Governor
 from stream_monitor.engine.ledger import count, snapshot
 from stream_monitor.engine.requests import RequestTable, RowLabel
-from stream_monitor.engine.steps import Job, LayerTap, StepSlot
+from stream_monitor.engine.steps import Job
 from stream_monitor.records import Ledger, QueueState, RequestFinished, RequestStarted, TokenRun
 
 log = logging.getLogger("vllm.stream_monitor")
 
 CAPTURE_OFF = "capture_off"
+PAUSED = "paused"
 ESTIMATOR_BUSY = "estimator_busy"
 MAX_FAULT = 200
 """Characters of a fault that travel; the log has all of it."""
@@ -44,40 +48,42 @@ class Capture:
 
     Args:
         runner: vLLM's model runner.
-        block_tokens: tokens per scheduler block, per KV cache group.
         connector: whether a KV connector is configured.
-        taps: of the watched layers, in plan order.
-        slots: free buffers.
+        device: brings the slots.
         table: requests and labels.
         generations: shared with the estimator.
         heads_per_row: watched (layer, head) pairs of this rank.
+        governor: decides how much more sparsely rows are sampled.
     """
 
     def __init__(
         self,
-        runner: Any,
-        block_tokens: list[int],
+        runner: RunnerView,
         connector: bool,
-        taps: list[LayerTap],
-        slots: list[StepSlot],
+        device: Device,
         table: RequestTable,
         generations: BlockGenerations,
         heads_per_row: int,
+        governor: Governor,
     ) -> None:
         self._runner = runner
-        self._block_tokens = block_tokens
+        self._block_tokens = runner.block_tokens()
         self._connector = connector
-        self._taps = taps
-        self._slots = len(slots)
-        self._free: deque[StepSlot] = deque(slots)
+        self._device = device
+        self._slots = len(device.slots)
+        self._free: deque[StepSlot] = deque(device.slots)
         self._table = table
         self._generations = generations
         self._heads = heads_per_row
+        self.governor = governor
+        self.paused = False
+        """Whether rows are refused for the time being; requests are followed all the same."""
         self._ledger = Ledger()
         self._steps = 0
         self._current: _CurrentStep | None = None
         self._started: list[RequestStarted] = []
         self._tokens: list[TokenRun] = []
+        self._arrived: deque[tuple[dict[str, int], dict[str, list[int]]]] = deque()
         self._finished: list[RequestFinished] = []
         self._estimator: Estimator | None = None
         self._reported = ""
@@ -106,8 +112,7 @@ class Capture:
             return
         self._ledger.fault = " ".join(reason.split())[:MAX_FAULT]
         log.error("Stream Monitor: capture is off, decoding goes on: %s", reason)
-        for tap in self._taps:
-            tap.slot = None
+        self._device.stop()
         if self._current is not None and self._current.slot is not None:
             count(self._ledger, self._current.sampled, "dropped", "fault", self._heads)
             self._free.append(self._current.slot)
@@ -123,17 +128,32 @@ class Capture:
             return
         if self._reported:
             self.fail(self._reported)
+        self._govern()
         step = read_schedule(scheduler_output, self._block_tokens, self._connector)
         self._steps += 1
         self._mark_rewritten(step)
+        self._device.follow(step)
+        self._take_arrived()
         self._follow_requests(step)
         labels = [self._table.label(request) for request in step.requests]
         sampled = self._count_and_sample(labels)
         slot = self._acquire(sampled)
-        for tap in self._taps:
-            tap.slot = slot
         positions = {label.request_id: label.position for label in labels}
         self._current = _CurrentStep(self._steps, positions, sampled, slot)
+
+    def _govern(self) -> None:
+        assert self._estimator is not None
+        if self._estimator.shares_cpus:
+            self.governor.add_shared(self._estimator.seconds)
+        self.governor.add("taps", self._device.take_tap_ns())
+        self.governor.next_step(time.perf_counter_ns())
+        if self._table.factor != self.governor.factor:
+            self._table.factor = self.governor.factor
+            log.warning(
+                "Stream Monitor: capture took %.2f%% of the engine's time; one row in %d positions is sampled now",
+                100 * self.governor.overhead,
+                self._table.stride,
+            )
 
     def after_forward(self, sampling_follows: bool) -> None:
         """Copy what locates the sampled rows' keys, before the runner's buffers change."""
@@ -142,7 +162,9 @@ class Capture:
             return
         current.forward_end_ns = time.time_ns()
         if current.slot is not None:
-            self._close_taps(current.slot)
+            fault = current.slot.snapshot(self._runner.batch(), current.sampled, self._generations.now)
+            if fault:
+                self.fail(fault)
         if not sampling_follows:
             self._submit(current)
 
@@ -151,9 +173,34 @@ class Capture:
         current = self._current
         if current is None:
             return
-        for request_id, token_ids in sampled_tokens(output).items():
-            self._table.add_tokens(request_id, current.positions[request_id] + 1, token_ids)
+        if is_pending(output):
+            self._await_tokens(output, current.positions)
+        else:
+            self._add_tokens(current.positions, sampled_tokens(output))
         self._submit(current)
+
+    def _await_tokens(self, output: Any, positions: dict[str, int]) -> None:
+        """The tokens are on their way from the device: note them when the engine itself asks for them, on whichever
+        thread that is. They travel with a later step."""
+        native = output.get_output
+
+        def get_output() -> Any:
+            result = native()
+            try:
+                self._arrived.append((positions, sampled_tokens(result)))
+            except Exception as error:
+                self.report(f"get_output: {type(error).__name__}: {error}")
+            return result
+
+        output.get_output = get_output
+
+    def _take_arrived(self) -> None:
+        while self._arrived:
+            self._add_tokens(*self._arrived.popleft())
+
+    def _add_tokens(self, positions: dict[str, int], tokens: dict[str, list[int]]) -> None:
+        for request_id, token_ids in tokens.items():
+            self._table.add_tokens(request_id, positions[request_id] + 1, token_ids)
 
     def invalidate(self) -> None:
         """The KV cache may change as a whole: wait until no search reads it, and let no older row pass."""
@@ -163,6 +210,7 @@ class Capture:
 
     def close(self) -> None:
         """Submit what is left, with the final counts."""
+        self._take_arrived()
         if self._estimator is not None:
             self._estimator.submit(self._job(self._steps, time.time_ns(), None))
 
@@ -190,8 +238,10 @@ class Capture:
         for label in labels:
             if label.refused_reason:
                 count(self._ledger, [label], "refused", label.refused_reason, self._heads)
+            elif self.paused:
+                count(self._ledger, [label], "refused", PAUSED, self._heads)
             elif not label.sampled:
-                count(self._ledger, [label], "sampled_out", "", self._heads)
+                count(self._ledger, [label], "governed" if label.governed else "sampled_out", "", self._heads)
             elif self._ledger.fault:
                 count(self._ledger, [label], "refused", CAPTURE_OFF, self._heads)
             else:
@@ -206,24 +256,8 @@ class Capture:
         except IndexError:
             count(self._ledger, sampled, "dropped", ESTIMATOR_BUSY, self._heads)
             return None
-        slot.taken[:] = 0
+        slot.open()
         return slot
-
-    def _close_taps(self, slot: StepSlot) -> None:
-        """Check that every watched layer left exactly the batch's rows, then copy tables."""
-        batch = read_batch_v1(self._runner)
-        for layer, tap in enumerate(self._taps):
-            tap.slot = None
-            if tap.fault:
-                return self.fail(tap.fault)
-            if slot.taken[layer] != len(batch.request_ids):
-                return self.fail(
-                    f"watched layer {layer} left {slot.taken[layer]} query rows where the batch has "
-                    f"{len(batch.request_ids)}"
-                )
-        assert self._current is not None
-        slot.snapshot(batch, self._current.sampled, self._generations.now)
-        return None
 
     def _submit(self, current: _CurrentStep) -> None:
         assert self._estimator is not None
@@ -235,6 +269,8 @@ class Capture:
         self._estimator.submit(self._job(current.number, current.forward_end_ns, current.slot))
 
     def _job(self, step: int, wall_time_ns: int, slot: StepSlot | None) -> Job:
+        self._ledger.hook_seconds = self.governor.hook_seconds
+        self._ledger.stride = 0 if self.paused or self._ledger.fault else self._table.stride
         self._ledger.queues = [QueueState("estimator", self._slots - len(self._free), self._slots)]
         job = Job(
             step,

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from stream_monitor.config import CaptureSettings, SettingsError, load
-from stream_monitor.engine import compat
+from stream_monitor.engine.compat import engine as compat
+from stream_monitor.engine.compat.doctor import build_on_meta, single_rank_groups
+from stream_monitor.engine.compat.layers import attention_layers
 from stream_monitor.engine.plan import CapturePlan, make_plan
 
 
@@ -47,8 +49,8 @@ def plan_for(model: str, settings: CaptureSettings) -> CapturePlan:
     config = EngineArgs(model=model, worker_cls="stream_monitor.engine.worker.StreamWorker").create_engine_config()
     refusals = compat.engine_refusals(config, settings.allow_untested_engine)
     with _single_rank(config):
-        compat.build_on_meta(config)
-        facts = [facts for facts, _ in compat.attention_layers(config)]
+        build_on_meta(config)
+        facts = [facts for facts, _ in attention_layers(config)]
     return make_plan(facts, refusals, settings)
 
 
@@ -57,7 +59,7 @@ def _single_rank(config: Any) -> Iterator[None]:
     """Process groups of size one, as vLLM's layers expect them."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        compat.single_rank_groups(config, f"file://{Path(folder) / 'rendezvous'}"),
+        single_rank_groups(config, f"file://{Path(folder) / 'rendezvous'}"),
     ):
         yield
 

@@ -12,16 +12,14 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
+from msgspec.structs import replace
 
-from stream_kernels.cpu import ROW_INVALID, ROW_OK, ROW_RACED, CpuSearch
-from stream_kernels.search import BlockSummary
-from stream_monitor.engine.blocks import BlockGenerations
+from stream_kernels.cpu import ROW_INVALID, ROW_OK, ROW_RACED
+from stream_monitor.engine.device import RowSearch, StepSlot
 from stream_monitor.engine.ledger import count, merged
 from stream_monitor.engine.packing import pack_rows
 from stream_monitor.engine.requests import RowLabel
-from stream_monitor.engine.steps import Job, StepSlot
+from stream_monitor.engine.steps import Job
 from stream_monitor.records import Audit, Ledger, Phase, Rows, StepRecord, encode
 from stream_monitor.ring import RingWriter
 
@@ -32,9 +30,7 @@ class Estimator:
     """Owns the search, the ring's writing end and the counts of what became of submitted rows.
 
     Args:
-        search: compiled for the watched layers.
-        summary: output arrays for as many rows as a slot holds.
-        generations: bumped by the runner thread.
+        search: of the watched layers.
         heads_per_row: watched (layer, head) pairs, the ledger's unit.
         head_key_bytes: bytes of one key of one KV head.
         audit_every: recompute one (layer, row, head) exactly every so many searched steps; 0 never.
@@ -46,9 +42,7 @@ class Estimator:
 
     def __init__(
         self,
-        search: CpuSearch,
-        summary: BlockSummary,
-        generations: BlockGenerations,
+        search: RowSearch,
         heads_per_row: int,
         head_key_bytes: int,
         ring: RingWriter,
@@ -59,8 +53,6 @@ class Estimator:
         after_job: Callable[[], None],
     ) -> None:
         self._search = search
-        self._summary = summary
-        self._generations = generations
         self._heads = heads_per_row
         self._head_key_bytes = head_key_bytes
         self._ring = ring
@@ -85,6 +77,21 @@ class Estimator:
         with self._idle:
             self._unfinished += 1
         self._jobs.put(job)
+
+    @property
+    def shares_cpus(self) -> bool:
+        """Whether the search has no CPU that the engine does not use."""
+        return not self._cpus
+
+    @property
+    def seconds(self) -> float:
+        """Run time of all searches so far."""
+        return self._ledger.estimate_seconds
+
+    @property
+    def ledger(self) -> Ledger:
+        """What became of submitted rows; the estimator thread's, so that a reader may see a step half counted."""
+        return self._ledger
 
     @property
     def backlog(self) -> int:
@@ -136,14 +143,12 @@ class Estimator:
     def _estimate(self, slot: StepSlot) -> tuple[Rows | None, list[Audit]]:
         """Search the slot's rows; those whose keys may have been rewritten meanwhile are counted `raced`, left out."""
         labels, rows = slot.labels, len(slot.labels)
-        queries = slot.queries[:, slot.batch_rows[:rows]]
-        tables = [table[:rows] for table in slot.tables]
-        contexts, taken = slot.contexts[:rows], slot.generations[:rows]
         begin = time.perf_counter()
-        status = self._search.run(queries, tables, contexts, self._summary, self._generations.of_block, taken)
+        status = self._search.run(slot)
         self._ledger.estimate_seconds += time.perf_counter() - begin
         self._ledger.estimates += 1
-        keys = self._summary.keys_read[:, :rows].sum(dtype=np.float64) * self._summary.unobserved_lse.shape[2]
+        summary = self._search.summary.first_rows(rows)
+        keys = summary.keys_read.sum(dtype=np.float64) * summary.unobserved_lse.shape[2]
         self._ledger.key_bytes += int(keys) * self._head_key_bytes
         raced = [labels[row] for row in range(rows) if status[row] == ROW_RACED]
         invalid = [labels[row] for row in range(rows) if status[row] == ROW_INVALID]
@@ -152,28 +157,18 @@ class Estimator:
         keep = [row for row in range(rows) if status[row] == ROW_OK]
         if not keep:
             return None, []
-        packed = pack_rows(self._summary.first_rows(rows), labels, keep)
-        return packed, self._audit(keep, queries, tables, contexts, taken)
+        packed = pack_rows(summary, labels, keep)
+        return packed, self._audit(slot, keep)
 
-    def _audit(
-        self,
-        keep: list[int],
-        queries: torch.Tensor,
-        tables: list[NDArray[np.int32]],
-        contexts: NDArray[np.int32],
-        taken: NDArray[np.int64],
-    ) -> list[Audit]:
+    def _audit(self, slot: StepSlot, keep: list[int]) -> list[Audit]:
         """Every `audit_every` steps, judge one (layer, kept row, head) by exact attention."""
         if not self._audit_every or self._ledger.estimates % self._audit_every:
             return []
-        layers, _, heads = self._summary.unobserved_lse.shape
+        layers, _, heads = self._search.summary.unobserved_lse.shape
         layer, index, head = (int(self._random.integers(size)) for size in (layers, len(keep), heads))
-        found = self._search.audit(
-            layer, keep[index], head, queries, tables, contexts, self._summary, self._generations.of_block, taken
-        )
-        if found is None:  # the row's blocks were reused since the search
-            return []
-        return [Audit(index, layer, head, found.recall, found.unobserved_error)]
+        found = self._search.audit(slot, layer, keep[index], head)
+        # The row's index in the record, not in the slot; none where its blocks were reused since the search.
+        return [] if found is None else [replace(found, row=index)]
 
     def _write(self, job: Job, rows: Rows | None, audits: list[Audit]) -> None:
         labels = _labels_of(rows)

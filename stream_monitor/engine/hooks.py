@@ -6,6 +6,7 @@ The runner is wrapped, not the worker: Ray calls `worker.model_runner.execute_mo
 
 import functools
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -61,9 +62,11 @@ def install_worker_hooks(worker: Any, capture: Capture, replaced: Callable[[], N
 
 
 def guard(capture: Capture, step: Callable[..., None], *args: Any) -> None:
-    """Call a part of the capture; any exception becomes its fault, never the engine's."""
+    """Call a part of the capture, and take its time; any exception becomes its fault, never the engine's."""
+    begin = time.perf_counter_ns()
     try:
         step(*args)
     except Exception as error:
         log.debug("Stream Monitor: fault", exc_info=True)
         capture.fail(f"{step.__name__}: {type(error).__name__}: {error}")
+    capture.governor.add(step.__name__, time.perf_counter_ns() - begin)

@@ -3,28 +3,38 @@
 import logging
 import os
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from stream_kernels.cpu import CpuSearch
+import msgspec
+
 from stream_kernels.index import summary_bytes
-from stream_kernels.search import BlockSummary, SearchConfig
+from stream_kernels.search import SearchConfig
 from stream_monitor import __version__
 from stream_monitor.config import CaptureSettings, SettingsError, load
-from stream_monitor.engine import compat
+from stream_monitor.engine.binding import Binding
 from stream_monitor.engine.blocks import BlockGenerations
 from stream_monitor.engine.capture import Capture
 from stream_monitor.engine.channels import Channels
+from stream_monitor.engine.compat import engine as compat
+from stream_monitor.engine.compat import layers as layer_facts
+from stream_monitor.engine.compat import runner as runners
+from stream_monitor.engine.compat.runner_v1 import RunnerV1
+from stream_monitor.engine.compat.runner_v2 import RunnerV2
+from stream_monitor.engine.cpu.device import CpuDevice
 from stream_monitor.engine.estimator import Estimator
+from stream_monitor.engine.governor import Governor
 from stream_monitor.engine.hooks import install_runner_hooks, install_worker_hooks
-from stream_monitor.engine.paged_keys import check_against_dense, paged_keys
+from stream_monitor.engine.ledger import merged
 from stream_monitor.engine.plan import CapturePlan, make_plan
 from stream_monitor.engine.requests import RequestTable
 from stream_monitor.engine.search_settings import search_config
-from stream_monitor.engine.steps import LayerTap, StepSlot
 from stream_monitor.engine.vocabulary import PromptRoles, token_flags
 from stream_monitor.publisher.launch import PublisherProcess
-from stream_monitor.records import EngineInfo, Geometry
+from stream_monitor.records import EngineInfo, Geometry, Ledger
 from stream_monitor.ring import RingWriter
+
+if TYPE_CHECKING:
+    from stream_monitor.engine.gpu.device import GpuDevice
 
 log = logging.getLogger("vllm.stream_monitor")
 
@@ -43,7 +53,9 @@ class Installation:
         self._settings = settings
         self.capture_plan = plan
         self._layers = layers
-        self._taps = [LayerTap(index) for index in range(len(layers))]
+        runner = worker.model_runner
+        self._runner = RunnerV2(runner) if compat.uses_v2_runner(worker.vllm_config) else RunnerV1(runner)
+        self._device = self._make_device()
         self._capture: Capture | None = None
         self._estimator: Estimator | None = None
         self._ring: RingWriter | None = None
@@ -59,7 +71,7 @@ class Installation:
             settings = load(CaptureSettings)
             if settings.disable:
                 return None
-            found = compat.attention_layers(worker.vllm_config)
+            found = layer_facts.attention_layers(worker.vllm_config)
             refusals = compat.engine_refusals(worker.vllm_config, settings.allow_untested_engine)
             plan = make_plan([facts for facts, _ in found], refusals, settings)
         except SettingsError as error:
@@ -70,8 +82,6 @@ class Installation:
             return None
         layer_of = {facts.name: layer for facts, layer in found}
         installation = cls(worker, settings, plan, [layer_of[planned.facts.name] for planned in plan.watched])
-        for layer, tap in zip(installation._layers, installation._taps, strict=True):
-            layer.impl.stream_tap = tap
         log.info(
             "Stream Monitor: watching layers %s, %d query heads each%s",
             [planned.facts.index for planned in plan.watched],
@@ -111,7 +121,7 @@ class Installation:
         config = self._search_config
         if config.strategy != "beam" or self._kv_tokens_lost:
             return config
-        needed, free = self._summary_bytes(page, pages), compat.free_memory()
+        needed, free = self._summary_bytes(page, pages), compat.free_memory(compat.platform_name())
         if needed <= free // 2:
             return config
         log.warning(
@@ -122,59 +132,63 @@ class Installation:
         )
         return replace(config, strategy="descent")
 
+    def _make_device(self) -> "CpuDevice | GpuDevice":
+        config, settings = self._worker.vllm_config, self._settings
+        if compat.platform_name() == "cpu":
+            return CpuDevice(self._layers)
+        from stream_monitor.engine.gpu.device import GpuDevice
+
+        requests = runners.max_requests(self._worker.model_runner)
+        return GpuDevice(self._layers, self._runner, requests, config.model_config.dtype, settings.gpu_share)
+
     def bind(self) -> None:
-        """Compile the search for the allocated KV cache and check it there against dense attention."""
+        """Build the search over the allocated KV cache and check it there against dense attention."""
         worker, settings, watched = self._worker, self._settings, self.capture_plan.watched
-        facts, runner, config = watched[0].facts, worker.model_runner, worker.vllm_config
-        caches = compat.layer_caches(
-            runner, [planned.facts.name for planned in watched], config.compilation_config.static_forward_context
+        facts, config = watched[0].facts, worker.vllm_config
+        on_cpu = compat.platform_name() == "cpu"
+        caches = layer_facts.layer_caches(
+            worker.model_runner,
+            [planned.facts.name for planned in watched],
+            config.compilation_config.static_forward_context,
+            contiguous_tiles=on_cpu,
         )
-        keys = paged_keys(caches, self._layers)
-        block_tokens = compat.tokens_per_block(runner)
-        rows = config.scheduler_config.max_num_seqs
-        fitting = self._without_room_for_summaries(keys[0].layout.page_size, keys[0].num_pages)
-        self._search_config = fitting
-        self.search = search = CpuSearch(
-            keys,
-            facts.query_heads,
-            fitting,
-            max_rows=rows,
-            max_context=config.model_config.max_model_len,
-            query_dtype=config.model_config.dtype,
-            query_heads=watched[0].query_heads,
-        )
-        check_against_dense(search, keys, self._layers, caches, fitting)
-        search.forget()
-        generations = BlockGenerations(runner.kv_cache_config.num_blocks)
-        slots = [
-            StepSlot(
-                len(watched),
-                rows,
-                facts.query_heads,
-                facts.head_dim,
-                compat.table_pages(runner),
-                config.model_config.dtype,
+        _, _, page, _ = caches[0].tensor.shape
+        self._search_config = self._without_room_for_summaries(page, min(len(cache.tensor) for cache in caches))
+        if not on_cpu and self._search_config.strategy == "beam" and len({cache.group for cache in caches}) > 1:
+            log.warning(
+                "Stream Monitor: the watched layers are of several KV cache groups, for which there are no block "
+                "summaries on a GPU: strategy descent is used instead of beam. Watch layers of one group"
             )
-            for _ in range(settings.queue_steps)
-        ]
+            self._search_config = replace(self._search_config, strategy="descent")
+        generations = BlockGenerations(worker.model_runner.kv_cache_config.num_blocks)
+        binding = Binding(
+            self._runner,
+            self._layers,
+            caches,
+            facts.query_heads,
+            watched[0].query_heads,
+            runners.max_requests(worker.model_runner),
+            config.model_config.max_model_len,
+            config.model_config.dtype,
+            generations,
+        )
+        self._device.bind(binding, self._search_config, settings.queue_steps)
+        self.search = self._device.search
         heads_per_row = len(watched) * len(watched[0].query_heads)
         self._capture = Capture(
-            runner,
-            block_tokens,
+            self._runner,
             config.kv_transfer_config is not None,
-            self._taps,
-            slots,
+            self._device,
             self._request_table(),
             generations,
             heads_per_row,
+            Governor(settings.max_overhead),
         )
         self._ring = RingWriter(settings.ring_bytes)
         self._estimator = Estimator(
-            search,
-            BlockSummary.allocate(len(watched), rows, len(watched[0].query_heads), fitting),
-            generations,
+            self.search,
             heads_per_row,
-            keys[0].layout.head_dim * keys[0].tensor.element_size(),
+            facts.head_dim * caches[0].tensor.element_size(),
             self._ring,
             settings.audit_every,
             self._free_cpus(),
@@ -182,7 +196,7 @@ class Installation:
             self._capture.report,
             self._publisher_alive,
         )
-        install_runner_hooks(runner, self._capture)
+        install_runner_hooks(worker.model_runner, self._capture)
         install_worker_hooks(worker, self._capture, self._take_sinks)
 
     def arm(self) -> None:
@@ -205,23 +219,36 @@ class Installation:
         self._ring.close()
         self._publisher = None
 
+    def pause(self, paused: bool) -> None:
+        """Refuse rows for the time being (`paused`), or capture again. On the runner thread."""
+        if self._capture is not None:
+            self._capture.paused = paused
+
     def status(self) -> dict[str, Any]:
-        """Plain values for people and tests."""
-        capture = self._capture
+        """Plain values for people, benchmarks and tests."""
+        capture, estimator = self._capture, self._estimator
+        ledger = merged(capture.ledger, estimator.ledger) if capture and estimator else Ledger()
         return {
             "capturing": capture is not None and not capture.fault,
             "reason": capture.fault if capture else "",
             "layers": [planned.facts.index for planned in self.capture_plan.watched],
             "query_heads": list(self.capture_plan.watched[0].query_heads),
             "refused": list(self.capture_plan.reasons),
-            "backlog": self._estimator.backlog if self._estimator else 0,
+            "backlog": estimator.backlog if estimator else 0,
             "strategy": self._search_config.strategy,
             "kv_tokens_lost": self._kv_tokens_lost,
+            "device_waits": self._device.waits,
+            "paused": capture is not None and capture.paused,
+            "stride_factor": capture.governor.factor if capture else 1,
+            "overhead": capture.governor.overhead if capture else 0.0,
+            "hook_ns": dict(capture.governor.hook_ns) if capture else {},
+            "ledger": msgspec.to_builtins(ledger),
+            "summary_bytes": self.search.summary_bytes if capture else 0,
         }
 
     def _take_sinks(self) -> None:
         """Learned sinks are weights: read them again when the engine may have replaced its weights."""
-        self.search.set_sinks([compat.learned_sinks(layer) for layer in self._layers])
+        self.search.set_sinks([layer_facts.learned_sinks(layer) for layer in self._layers])
 
     def _publisher_alive(self) -> None:
         """Start the publisher again if it died (called on the estimator thread, once a job)."""

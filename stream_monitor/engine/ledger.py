@@ -7,7 +7,7 @@ from typing import Literal
 from stream_monitor.engine.requests import RowLabel
 from stream_monitor.records import Ledger, Phase, RowLedger
 
-Outcome = Literal["expected", "captured", "sampled_out", "raced", "dropped", "refused", "discarded"]
+Outcome = Literal["expected", "captured", "sampled_out", "governed", "raced", "dropped", "refused", "discarded"]
 
 
 def count(ledger: Ledger, labels: Iterable[RowLabel], outcome: Outcome, reason: str, heads_per_row: int) -> None:
@@ -33,6 +33,8 @@ def merged(runner: Ledger, estimator: Ledger) -> Ledger:
         key_bytes=runner.key_bytes + estimator.key_bytes,
         record_bytes=runner.record_bytes + estimator.record_bytes,
         queues=runner.queues,
+        hook_seconds=runner.hook_seconds,
+        stride=runner.stride,
     )
 
 
@@ -49,6 +51,7 @@ def _added(a: RowLedger, b: RowLedger) -> RowLedger:
         expected=a.expected + b.expected,
         captured=a.captured + b.captured,
         sampled_out=a.sampled_out + b.sampled_out,
+        governed=a.governed + b.governed,
         raced=a.raced + b.raced,
         dropped=cells(a.dropped, b.dropped),
         refused=cells(a.refused, b.refused),

@@ -7,14 +7,12 @@ from dataclasses import dataclass
 
 from stream_monitor.config import CaptureSettings, SettingsError
 
-MAX_HEAD_DIM = 512
-"""The largest that the search is tested with, and that vLLM's CPU attention takes."""
 AUTO_MAX_LAYERS = 4
 
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What the plan needs to know of one attention layer; filled by compat.py.
+    """What the plan needs to know of one attention layer; filled by compat/layers.py.
 
     Attributes:
         name: vLLM's layer name, such as `model.layers.3.self_attn.attn`.
@@ -24,6 +22,7 @@ class LayerFacts:
         query_heads, kv_heads: on this rank.
         scale: factor on q.k before the softmax.
         tapped: the implementation is one of ours.
+        most_head_dim: the largest that this platform's search is tested with.
         Others: as vLLM names them; None, 0 or "" mean the layer does without.
     """
 
@@ -42,6 +41,7 @@ class LayerFacts:
     alibi: bool = False
     shares_kv_with: str = ""
     draft: bool = False
+    most_head_dim: int = 512
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def make_plan(layers: list[LayerFacts], engine_refusals: tuple[str, ...], settin
 
     Args:
         layers: the attention layers of this rank, any order.
-        engine_refusals: reasons that rule out this engine as a whole, from compat.py.
+        engine_refusals: reasons that rule out this engine as a whole, from compat/engine.py.
         settings: the operator's choice of layers and heads.
 
     Raises:
@@ -134,7 +134,7 @@ def layer_refusals(facts: LayerFacts) -> tuple[str, ...]:
             facts.kv_cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
             f"KV cache of type {facts.kv_cache_dtype}",
         ),
-        (facts.head_dim > MAX_HEAD_DIM, f"head size {facts.head_dim} above {MAX_HEAD_DIM}"),
+        (facts.head_dim > facts.most_head_dim, f"head size {facts.head_dim} above {facts.most_head_dim}"),
     ]
     return tuple(reason for applies, reason in checks if applies)
 

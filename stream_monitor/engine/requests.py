@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.engine.channels import Channels
-from stream_monitor.engine.compat import NewRequest, ScheduledRequest
+from stream_monitor.engine.compat.schedule import NewRequest, ScheduledRequest
 from stream_monitor.engine.policy import RequestPolicy, decide
 from stream_monitor.engine.vocabulary import PromptRoles, overlay_untrusted
 from stream_monitor.records import Phase, RequestFinished, RequestStarted, TokenRun
@@ -32,6 +32,7 @@ class RowLabel:
         attempt: resumptions of the request so far.
         refused_reason: why the request is not captured; empty when it is.
         sampled: the stride picked this row.
+        governed: the configured stride did, and the one that the governor made of it did not.
     """
 
     request_id: str
@@ -40,6 +41,7 @@ class RowLabel:
     phase: Phase
     refused_reason: str
     sampled: bool
+    governed: bool = False
 
 
 @dataclass(slots=True)
@@ -48,6 +50,8 @@ class _Tracked:
     refused_reason: str
     attempt: int = 0
     total_tokens: int = 0
+    stops: frozenset[int] = frozenset()
+    stopped: bool = False
     pending_first: int = 0
     last_token: int = -1
     pending_flags: bytearray = field(default_factory=bytearray)
@@ -78,9 +82,12 @@ class RequestTable:
         channels: Channels | None = None,
     ) -> None:
         self._stride = stride
+        self.factor = 1
+        """By which the governor multiplies the stride."""
         self._max_requests = max_requests
         self._client_may_disable = client_may_disable
         self._flags = token_flags
+        self._flag_of = b"" if token_flags is None else token_flags.tobytes()
         self._roles = roles
         self._send_ids = send_token_ids
         self._channels = channels
@@ -90,11 +97,16 @@ class RequestTable:
         self.refused_arguments: dict[str, int] = {}
 
     def start(self, new: NewRequest) -> RequestStarted | None:
-        """A request was scheduled for the first time (again, if the id is known: then as its next attempt).
+        """A request was scheduled for the first time, or again: with the same prompt as its next attempt, with another
+        one as a session that goes on.
 
-        Returns what to announce; None for a request whose id cannot be sent.
+        Returns what to announce; None for a request that is announced already or whose id cannot be sent.
         """
         known = self._tracked.get(new.request_id)
+        if known is not None and known.prompt_tokens == new.prompt_tokens:
+            # What model runner V2 is told of a preempted request that runs again.
+            known.attempt += 1
+            return None
         if known is not None:
             self._forget(new.request_id)
         policy = decide(new.extra_args, new.prompt_tokens, self._client_may_disable)
@@ -103,6 +115,7 @@ class RequestTable:
         reason = self._refusal(new, policy)
         tracked = _Tracked(new.prompt_tokens, reason, attempt=known.attempt + 1 if known else 0)
         tracked.total_tokens = new.prompt_tokens
+        tracked.stops = new.stop_token_ids
         if new.prompt_token_ids:
             tracked.last_token = new.prompt_token_ids[-1]
         self._tracked[new.request_id] = tracked
@@ -153,26 +166,40 @@ class RequestTable:
         else:
             phase = Phase.PREFILL_END
         # Chunk ends are few and show how the prompt was read, so all are taken.
-        sampled = phase is Phase.PREFILL_CHUNK or (end - tracked.prompt_tokens) % self._stride == 0
-        return RowLabel(request.request_id, end - 1, tracked.attempt, phase, tracked.refused_reason, sampled)
+        place, chunk = end - tracked.prompt_tokens, phase is Phase.PREFILL_CHUNK
+        sampled = chunk or place % (self._stride * self.factor) == 0
+        governed = not sampled and place % self._stride == 0
+        return RowLabel(request.request_id, end - 1, tracked.attempt, phase, tracked.refused_reason, sampled, governed)
+
+    @property
+    def stride(self) -> int:
+        """The stride in force."""
+        return self._stride * self.factor
 
     def add_tokens(self, request_id: str, first_position: int, token_ids: list[int]) -> None:
         """Tokens were sampled: `token_ids[0]` stands at `first_position`."""
         tracked = self._tracked.get(request_id)
-        if tracked is None:
+        if tracked is None or tracked.stopped:
             return
+        if tracked.stops and (ends := [n for n, token in enumerate(token_ids) if token in tracked.stops]):
+            # Asynchronous scheduling samples past the end before it knows of it.
+            token_ids, tracked.stopped = token_ids[: ends[0] + 1], True
         tracked.total_tokens = first_position + len(token_ids)
         if self._flags is None or tracked.refused_reason:
             return
         if not tracked.pending_flags:
             tracked.pending_first = first_position
-        ids = np.asarray(token_ids, np.int64)
-        flags = self._flags_of(ids)
-        if self._channels is not None:
+        if self._channels is None:
+            # One token as a rule, on the runner thread: arrays would take ten times as long.
+            known = len(self._flag_of)
+            tracked.pending_flags += bytes(self._flag_of[token] if token < known else 0 for token in token_ids)
+        else:
+            ids = np.asarray(token_ids, np.int64)
+            flags = self._flags_of(ids)
             self._channels.add_flags(flags, ids, tracked.last_token)
+            tracked.pending_flags += flags.tobytes()
         if token_ids:
             tracked.last_token = token_ids[-1]
-        tracked.pending_flags += flags.tobytes()
         if self._send_ids:
             tracked.pending_ids += token_ids
         self._with_tokens[request_id] = None

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from stream_monitor.engine.compat import native_worker_class
+from stream_monitor.engine.compat.engine import native_worker_class
 from stream_monitor.engine.policy import disabled
 
 log = logging.getLogger("vllm.stream_monitor")
@@ -58,6 +58,16 @@ class StreamWorker(NativeWorker):
         if self.stream_installation is None:
             return {"capturing": False, "reason": "disabled, or a fault at load; see the log"}
         return self.stream_installation.status()
+
+    def stream_monitor_pause(self) -> None:
+        """Capture nothing until `stream_monitor_resume`; requests are followed on; for `collective_rpc`."""
+        if self.stream_installation is not None:
+            self.stream_installation.pause(True)
+
+    def stream_monitor_resume(self) -> None:
+        """Capture again, without a restart; for `collective_rpc`."""
+        if self.stream_installation is not None:
+            self.stream_installation.pause(False)
 
     def _plan(self) -> None:
         # Imported here, so that a fault of the import is a fault of the capture and not of the engine.

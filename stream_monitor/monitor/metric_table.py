@@ -190,6 +190,21 @@ ESTIMATES = _define(
 ESTIMATE_SECONDS = _define(
     _S, "counter", "estimate_seconds_total", ENGINE, "Their run time, on a thread beside decoding."
 )
+HOOK_SECONDS = _define(
+    _S,
+    "counter",
+    "hook_seconds_total",
+    ENGINE,
+    "Time that capture took on the thread that runs the engine's steps, over all ranks: what a user can feel of it.",
+)
+STRIDE = _define(
+    _S,
+    "gauge",
+    "stride",
+    ENGINE,
+    "One row in every so many positions is searched now, on the connected rank that searches least; above the setting "
+    "where the governor keeps the cost below `max_overhead`. 0 while every rank is paused or faulty, or none is there.",
+)
 KEY_BYTES = _define(
     _S,
     "counter",

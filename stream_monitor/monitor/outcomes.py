@@ -9,7 +9,10 @@ _ELSEWHERE = "a reason that this release of the monitor does not know"
 
 ROWS: dict[str, tuple[str, dict[str, str]]] = {
     "captured": ("in the monitor and in use", {"": ""}),
-    "sampled_out": ("left out on purpose: only one position in `stride` is searched", {"": ""}),
+    "sampled_out": (
+        "left out on purpose: only one position in `stride` is searched",
+        {"": "", "governor": "the stride was raised to keep the cost below `max_overhead`"},
+    ),
     "raced": ("left out because the engine gave a key block away before the search was done with it", {"": ""}),
     "dropped": (
         "lost on the way",
@@ -34,6 +37,7 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
             "id_too_long": "an id of over 1,024 characters",
             "unknown_request": "it was running when capture was armed",
             "capture_off": "after a fault",
+            "paused": "capture was paused by `stream_monitor_pause`",
             "too_many_ranks": "the monitor holds `max_engines` ranks with open streams",
             "rank_retired": "the rank returned after the monitor had closed its account",
             "monitor_invalid_argument": "the monitor found the message unsound",

@@ -27,6 +27,7 @@ class Totals:
 
     estimates: int = 0
     estimate_seconds: float = 0.0
+    hook_seconds: float = 0.0
     key_bytes: int = 0
     record_bytes: int = 0
     sent: int = 0
@@ -38,6 +39,7 @@ class Totals:
         newest = rank.ledger.newest
         self.estimates += newest.estimates
         self.estimate_seconds += newest.estimate_seconds
+        self.hook_seconds += newest.hook_seconds
         self.key_bytes += newest.key_bytes
         self.record_bytes += newest.record_bytes
         self.sent += newest.sent

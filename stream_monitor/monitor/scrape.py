@@ -89,6 +89,7 @@ class StateCollector:
         totals = {pair: self.ranks.totals(pair, ranks) for pair, ranks in engines.items()}
         yield table.ESTIMATES, [(pair, each.estimates) for pair, each in totals.items()]
         yield table.ESTIMATE_SECONDS, [(pair, each.estimate_seconds) for pair, each in totals.items()]
+        yield table.HOOK_SECONDS, [(pair, each.hook_seconds) for pair, each in totals.items()]
         yield table.KEY_BYTES, [(pair, each.key_bytes) for pair, each in totals.items()]
         yield table.RECORD_BYTES, [(pair, each.record_bytes) for pair, each in totals.items()]
         yield table.SENT, [(pair, each.sent) for pair, each in totals.items()]
@@ -123,6 +124,8 @@ class StateCollector:
         yield table.REQUESTS_ACTIVE, [(pair, active[pair]) for pair in live]
         held = {pair: sum(rank.engine.summary_bytes for rank in ranks) for pair, ranks in live.items()}
         yield table.SUMMARY_BYTES, list(held.items())
+        strides = {pair: max((rank.ledger.newest.stride for rank in ranks), default=0) for pair, ranks in live.items()}
+        yield table.STRIDE, list(strides.items())
         lost = {pair: max((rank.engine.kv_tokens_lost for rank in ranks), default=0) for pair, ranks in live.items()}
         yield table.KV_TOKENS_LOST, list(lost.items())
 

@@ -150,6 +150,8 @@ def _check_ledger(ledger: summary_pb2.Ledger) -> None:
             raise invalid("value", "ledger: two cells of one outcome and reason")
     if not ledger.estimate_seconds >= 0:
         raise invalid("value", "ledger.estimate_seconds must be a number from 0")
+    if not ledger.hook_seconds >= 0:
+        raise invalid("value", "ledger.hook_seconds must be a number from 0")
     if len(ledger.refused_arguments) > MAX_LEDGER_CELLS:
         raise invalid("limit", f"ledger: more than {MAX_LEDGER_CELLS} refused arguments")
     for key in ledger.refused_arguments:

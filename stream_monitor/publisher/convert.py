@@ -127,6 +127,8 @@ def _ledger(ledger: Ledger) -> pb.Ledger:
         estimate_seconds=ledger.estimate_seconds,
         fault=ledger.fault,
         refused_arguments=ledger.refused_arguments,
+        hook_seconds=ledger.hook_seconds,
+        stride=ledger.stride,
         key_bytes=ledger.key_bytes,
         record_bytes=ledger.record_bytes,
         sent=ledger.sent,
@@ -137,6 +139,8 @@ def _ledger(ledger: Ledger) -> pb.Ledger:
 def _counts(rows: RowLedger) -> Iterator[pb.RowCount]:
     for outcome in ("expected", "captured", "sampled_out", "raced"):
         yield pb.RowCount(outcome=outcome, count=getattr(rows, outcome))
+    if rows.governed:
+        yield pb.RowCount(outcome="sampled_out", reason="governor", count=rows.governed)
     for outcome in ("dropped", "refused", "discarded"):
         for reason, count in getattr(rows, outcome).items():
             yield pb.RowCount(outcome=outcome, reason=reason, count=count)

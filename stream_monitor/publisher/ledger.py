@@ -74,6 +74,7 @@ def _corrected(rows: RowLedger, written: int, name: str, losses: Losses) -> RowL
         expected=rows.expected + written - rows.captured,
         captured=written - total,
         sampled_out=rows.sampled_out,
+        governed=rows.governed,
         raced=rows.raced,
         dropped=dict(by_outcome["dropped"]),
         refused=dict(by_outcome["refused"]),

@@ -513,6 +513,8 @@ class Ledger(_message.Message):
     RECORD_BYTES_FIELD_NUMBER: _builtins.int
     SENT_FIELD_NUMBER: _builtins.int
     QUEUES_FIELD_NUMBER: _builtins.int
+    HOOK_SECONDS_FIELD_NUMBER: _builtins.int
+    STRIDE_FIELD_NUMBER: _builtins.int
     estimates: _builtins.int
     """Estimator calls, and their summed run time."""
     estimate_seconds: _builtins.float
@@ -526,6 +528,12 @@ class Ledger(_message.Message):
     """Bytes of the records written to the ring before this one."""
     sent: _builtins.int
     """Summaries handed to the stream, this one included; one that is sent again counts again."""
+    hook_seconds: _builtins.float
+    """Time that the capture took on the thread that runs the engine's steps."""
+    stride: _builtins.int
+    """One row in every so many positions is searched now: the setting, or more where the governor raised it. 0 while
+    nothing is captured.
+    """
     @_builtins.property
     def token_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowCount]:
         """Rows from which a token was sampled: phases PREFILL_END and DECODE."""
@@ -555,10 +563,12 @@ class Ledger(_message.Message):
         record_bytes: _builtins.int = ...,
         sent: _builtins.int = ...,
         queues: _abc.Iterable[Global___QueueState] | None = ...,
+        hook_seconds: _builtins.float = ...,
+        stride: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_rows", b"chunk_rows", "estimate_seconds", b"estimate_seconds", "estimates", b"estimates", "fault", b"fault", "key_bytes", b"key_bytes", "queues", b"queues", "record_bytes", b"record_bytes", "refused_arguments", b"refused_arguments", "sent", b"sent", "token_rows", b"token_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_rows", b"chunk_rows", "estimate_seconds", b"estimate_seconds", "estimates", b"estimates", "fault", b"fault", "hook_seconds", b"hook_seconds", "key_bytes", b"key_bytes", "queues", b"queues", "record_bytes", b"record_bytes", "refused_arguments", b"refused_arguments", "sent", b"sent", "stride", b"stride", "token_rows", b"token_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,9 +11,11 @@ import torch
 
 from stream_monitor.engine.blocks import BlockGenerations
 from stream_monitor.engine.capture import Capture
+from stream_monitor.engine.compat.runner_v1 import RunnerV1
+from stream_monitor.engine.cpu.slots import CpuSlot, LayerTap
+from stream_monitor.engine.governor import Governor
 from stream_monitor.engine.hooks import install_runner_hooks, install_worker_hooks
 from stream_monitor.engine.requests import RequestTable
-from stream_monitor.engine.steps import LayerTap, StepSlot
 from stream_monitor.records import RowLedger
 
 HEADS, WATCHED = 2, 6
@@ -25,6 +27,8 @@ class Runner:
     def __init__(self, taps: list[LayerTap]) -> None:
         self.taps = taps
         table = SimpleNamespace(block_table=SimpleNamespace(np=np.ones((4, 8), np.int32)), block_size=16)
+        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))
+        self.kv_cache_config = SimpleNamespace(kv_cache_groups=[group])
         self.input_batch = SimpleNamespace(req_ids=["a"], block_table=SimpleNamespace(block_tables=[table]))
         self.broken_layer: int | None = None
 
@@ -42,6 +46,8 @@ class Runner:
 
 class Estimator:
     """Keeps what it is given and lets go of the slot at once, or never."""
+
+    shares_cpus, seconds = False, 0.0
 
     def __init__(self, capture: Capture, frees: bool = True) -> None:
         self.jobs, self.backlog, self._capture, self._frees = [], 0, capture, frees
@@ -87,22 +93,42 @@ def step(number: int):
     )
 
 
+class Device:
+    """Slots over the taps, and no search."""
+
+    search = None
+    waits = 0
+
+    def __init__(self, taps: list[LayerTap], slots: int) -> None:
+        self.taps = taps
+        self.slots = [CpuSlot(taps, 4, HEADS, 4, [8], torch.float32) for _ in range(slots)]
+
+    def follow(self, step) -> None:
+        pass
+
+    def take_tap_ns(self) -> int:
+        return 0
+
+    def stop(self) -> None:
+        for tap in self.taps:
+            tap.slot = None
+
+
 class Rig:
     """A capture over the stand-ins, driven as a worker drives its runner."""
 
-    def __init__(self, slots: int = 1, frees: bool = True) -> None:
+    def __init__(self, slots: int = 1, frees: bool = True, max_overhead: float = 0.0) -> None:
         taps = [LayerTap(0), LayerTap(1)]
         self.runner = Runner(taps)
         self.generations = BlockGenerations(16)
         self.capture = Capture(
-            self.runner,
-            [16],
+            RunnerV1(self.runner),
             False,
-            taps,
-            [StepSlot(2, 4, HEADS, 4, [8], torch.float32) for _ in range(slots)],
+            Device(taps, slots),
             RequestTable(1, 8, False, np.zeros(10, np.uint8), None, False),
             self.generations,
             WATCHED,
+            Governor(max_overhead),
         )
         self.estimator = Estimator(self.capture, frees)
         install_runner_hooks(self.runner, self.capture)
@@ -224,3 +250,43 @@ def test_a_dummy_run_is_not_looked_at():
     install_runner_hooks(native, rig.capture)
     assert native.execute_model(None, dummy_run=True) == "ran"
     assert rig.capture.fault == ""
+
+
+def test_a_pause_refuses_rows_and_follows_requests_on():
+    rig = Rig().arm()
+    rig.run(2)
+    rig.capture.paused = True
+    rig.run(3, first=2)
+    assert rig.rows.refused == {"paused": 3 * WATCHED}
+    rig.capture.paused = False
+    rig.run(1, first=5)
+    assert rig.estimator.jobs[-1].slot.labels[0].position == 8, "and knows where they are when it goes on"
+    assert rig.rows.expected == 6 * WATCHED
+    assert rig.estimator.jobs[-1].ledger.stride == 1
+
+
+def test_a_cost_above_the_bound_raises_the_stride_and_counts_what_that_leaves_out():
+    rig = Rig(max_overhead=1e-9).arm()
+    rig.run(140)
+    assert rig.capture.governor.factor == 2
+    searched = sum(len(job.slot.labels) for job in rig.estimator.jobs if job.slot)
+    assert rig.rows.governed == rig.rows.expected - searched * WATCHED == 6 * WATCHED
+    assert rig.rows.sampled_out == 0
+    assert rig.estimator.jobs[-1].ledger.stride == 2
+    assert rig.estimator.jobs[-1].ledger.hook_seconds > 0
+
+
+def test_tokens_that_are_still_on_the_device_are_noted_when_the_engine_asks_for_them():
+    rig = Rig().arm()
+    pending = SimpleNamespace(get_output=lambda: SimpleNamespace(req_ids=["a"], sampled_token_ids=[[7]]))
+    rig.runner.sample_tokens = None
+    rig.capture.before_step(step(0))
+    rig.runner.execute_model.__wrapped__(step(0))
+    rig.capture.after_forward(True)
+    rig.capture.after_sampling(pending)
+    assert [run for job in rig.estimator.jobs for run in job.tokens] == []
+    assert pending.get_output().sampled_token_ids == [[7]]
+    rig.capture.before_step(step(1))
+    rig.runner.execute_model.__wrapped__(step(1))
+    rig.capture.after_forward(False)
+    assert [(run.first_position, len(run.flags)) for job in rig.estimator.jobs for run in job.tokens] == [(4, 1)]

@@ -4,13 +4,16 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from stream_kernels.cpu import CpuSearch
 from stream_kernels.layout import KeyLayout, PagedKeys
-from stream_kernels.search import SearchConfig
-from stream_monitor.engine.compat import PagedLayerCache, learned_sinks, soft_cap
+from stream_kernels.search import BlockSummary, SearchConfig
+from stream_monitor.engine.binding import Binding
+from stream_monitor.engine.blocks import BlockGenerations
+from stream_monitor.engine.compat.layers import PagedLayerCache, learned_sinks, soft_cap
 from stream_monitor.engine.paged_keys import LayoutError, check_against_dense, paged_keys
 
 PAGE, HEADS, KV_HEADS, DIM, PAGES = 32, 4, 2, 16, 12
@@ -48,8 +51,18 @@ def caches() -> list[PagedLayerCache]:
     return [PagedLayerCache(first, 0), PagedLayerCache(second, 0), PagedLayerCache(first, 2)]
 
 
-def search_of(keys: list[PagedKeys]) -> CpuSearch:
-    return CpuSearch(keys, HEADS, CONFIG, max_rows=1, max_context=PAGES * PAGE, query_dtype=torch.float32)
+def check(searched: list[PagedKeys], keys: list[PagedKeys], layers: list[Any], caches: list[PagedLayerCache]) -> None:
+    """The self-check of a search over `searched`, where `keys` are right."""
+    search = CpuSearch(searched, HEADS, CONFIG, max_rows=1, max_context=PAGES * PAGE, query_dtype=torch.float32)
+
+    def search_once(queries: torch.Tensor, tables: list[Any], context: int) -> BlockSummary:
+        summary = BlockSummary.allocate(len(keys), 1, HEADS, CONFIG)
+        search.run(queries, tables, np.array([context], np.int32), summary)
+        return summary
+
+    heads = tuple(range(HEADS))
+    binding = Binding(None, layers, caches, HEADS, heads, 1, PAGES * PAGE, torch.float32, BlockGenerations(PAGES))
+    check_against_dense(search_once, keys, binding, CONFIG)
 
 
 def test_caps_and_sinks_are_read_off_the_implementation(layers, caches):
@@ -69,7 +82,7 @@ def test_caps_and_sinks_are_read_off_the_implementation(layers, caches):
 def test_a_right_search_passes_and_the_cache_is_as_before(layers, caches):
     before = [cache.tensor.clone() for cache in caches]
     keys = paged_keys(caches, layers)
-    check_against_dense(search_of(keys), keys, layers, caches, CONFIG)
+    check(keys, keys, layers, caches)
     assert all(torch.equal(cache.tensor, content) for cache, content in zip(caches, before, strict=True))
 
 
@@ -88,11 +101,11 @@ def test_a_search_that_weighs_or_reads_otherwise_is_found_out(layers, caches, wh
     keys = paged_keys(caches, layers)
     searched = [replace(k, **wrong) if n in where else k for n, k in enumerate(keys)]
     with pytest.raises(LayoutError, match="self-check failed"):
-        check_against_dense(search_of(searched), keys, layers, caches, CONFIG)
+        check(searched, keys, layers, caches)
 
 
 def test_a_cache_without_a_page_for_each_group_is_refused(layers, caches):
     few = [PagedLayerCache(cache.tensor[:2], cache.group) for cache in caches]
     keys = paged_keys(few, layers)
     with pytest.raises(LayoutError, match="no page to check"):
-        check_against_dense(search_of(keys), keys, layers, few, CONFIG)
+        check(keys, keys, layers, few)

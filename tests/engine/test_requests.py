@@ -1,9 +1,11 @@
 """Labels of rows and lifecycle of requests, from the scheduler's words alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from stream_monitor.engine.compat import NewRequest, ScheduledRequest
+from stream_monitor.engine.compat.schedule import NewRequest, ScheduledRequest
 from stream_monitor.engine.requests import RequestTable
 from stream_monitor.engine.vocabulary import PromptRoles
 from stream_monitor.records import Phase, Role
@@ -123,8 +125,23 @@ def test_the_request_limit_refuses_the_next_and_frees_with_the_first():
 def test_a_request_added_again_begins_a_new_attempt():
     requests = table(max_requests=1)
     requests.start(new())
-    assert requests.start(new()).refused_reason == ""
+    assert requests.start(new()) is None, "with the same prompt it is preempted and runs again: known already"
     assert requests.label(scheduled(0, 10, 0)).attempt == 1
+    longer = replace(new(), prompt_tokens=12, prompt_token_ids=list(range(12)))
+    assert requests.start(longer).prompt_tokens == 12, "with another it is a session that goes on"
+    assert requests.label(scheduled(0, 12, 0)).attempt == 2
+
+
+def test_tokens_past_the_end_do_not_count():
+    requests = table()
+    requests.start(replace(new(), stop_token_ids=frozenset({3})))
+    requests.add_tokens("a", 10, [5])
+    requests.add_tokens("a", 11, [3])
+    requests.add_tokens("a", 12, [6])  # sampled by asynchronous scheduling, which did not know yet
+    (run,) = requests.take_tokens()
+    assert (run.first_position, len(run.flags)) == (10, 2)
+    _, finished = requests.finish("a")
+    assert finished.total_tokens == 12
 
 
 def test_rows_of_an_unknown_request_are_refused_not_guessed():

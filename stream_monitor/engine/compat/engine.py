@@ -1,0 +1,196 @@
+"""The engine as a whole: version and platform, what rules capture out, and who a worker is.
+
+Paths are under `vllm/`, read in 0.32.0.
+"""
+
+import hashlib
+import os
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+TESTED_VERSIONS = {"cpu": ("0.32",), "cuda": ("0.26", "0.32")}
+"""Platform -> vLLM minor versions. On CPUs the suite runs them; on CUDA 0.26 ran with its kernels interpreted (see
+tests/gpu) and 0.32 was read: nothing of it has run on a GPU yet."""
+
+BACKENDS = {
+    "cpu": {"CPU_ATTN": "stream_monitor.engine.backends.cpu.StreamCPUAttentionBackend"},
+    "cuda": {
+        "FLASH_ATTN": "stream_monitor.engine.backends.flash_attn.StreamFlashAttentionBackend",
+        "FLASHINFER": "stream_monitor.engine.backends.flashinfer.StreamFlashInferBackend",
+        "TRITON_ATTN": "stream_monitor.engine.backends.triton_attn.StreamTritonAttentionBackend",
+    },
+}
+"""Platform -> native member of AttentionBackendEnum -> our subclass. The plan refuses a platform that is not here."""
+
+NATIVE_WORKERS = {
+    "cpu": "vllm.v1.worker.cpu_worker.CPUWorker",
+    "cuda": "vllm.v1.worker.gpu_worker.Worker",
+    "rocm": "vllm.v1.worker.gpu_worker.Worker",
+    "xpu": "vllm.v1.worker.xpu_worker.XPUWorker",
+}
+
+
+def platform_name() -> str:
+    """cpu, cuda, rocm, xpu, ..."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_name)
+
+
+def vllm_version() -> str:
+    """Version of the running vLLM."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def register_backends() -> None:
+    """Put our subclasses over the native backends of this platform (v1/attention/backends/registry.py:340)."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    for member, path in BACKENDS.get(platform_name(), {}).items():
+        register_backend(AttentionBackendEnum[member], path)
+
+
+def native_worker_class() -> type:
+    """The worker class vLLM would choose by itself (platforms/*.py, `worker_cls == "auto"`)."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    worker: type = resolve_obj_by_qualname(NATIVE_WORKERS[platform_name()])
+    return worker
+
+
+def engine_refusals(vllm_config: Any, allow_untested: bool) -> tuple[str, ...]:
+    """Reasons, true of the engine as a whole, why rows could not be labelled or keys not be read correctly."""
+    parallel, model, scheduler = vllm_config.parallel_config, vllm_config.model_config, vllm_config.scheduler_config
+    version, platform = vllm_version(), platform_name()
+    versions = TESTED_VERSIONS.get(platform, ())
+    tested = any(version.startswith(f"{minor}.") for minor in versions)
+    checks: list[tuple[bool, str]] = [
+        (
+            platform not in BACKENDS,
+            f"platform {platform} is not supported by this release; supported: {', '.join(BACKENDS)}",
+        ),
+        (
+            not tested and not allow_untested,
+            f"vLLM {version} was not tested with this release (tested: {', '.join(versions) or 'none'}); "
+            "STREAM_MONITOR_ALLOW_UNTESTED_ENGINE=1 tries all the same",
+        ),
+        (
+            platform == "cpu" and uses_v2_runner(vllm_config),
+            "model runner V2 on CPUs is not supported by this release; VLLM_USE_V2_MODEL_RUNNER=0 selects V1",
+        ),
+        (model.runner_type != "generate", f"a {model.runner_type} model generates no text"),
+        (bool(getattr(model, "is_encoder_decoder", False)), "encoder-decoder models are not supported"),
+        (
+            getattr(parallel, "decode_context_parallel_size", 1) > 1,
+            "decode context parallelism shards the keys of a request",
+        ),
+        (
+            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
+            "prefill context parallelism shards the keys of a request",
+        ),
+        (bool(getattr(parallel, "use_ubatching", False)), "dual-batch overlap runs two forward passes per step"),
+        (
+            platform == "cpu" and bool(getattr(scheduler, "async_scheduling", False)),
+            "asynchronous scheduling on CPUs is not supported by this release",
+        ),
+        (vllm_config.speculative_config is not None, "speculative decoding is not supported by this release"),
+        (
+            bool(getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False)),
+            "kv_sharing_fast_prefill runs reduced query rows",
+        ),
+    ]
+    return tuple(reason for applies, reason in checks if applies)
+
+
+def uses_v2_runner(vllm_config: Any) -> bool:
+    """Whether the engine picks model runner V2 (config/vllm.py `use_v2_model_runner`)."""
+    return bool(getattr(vllm_config, "use_v2_model_runner", False))
+
+
+def engine_instance(vllm_config: Any, distributed_init_method: str) -> str:
+    """One UUID per engine start, equal on all tensor- and pipeline-parallel ranks of an engine core.
+
+    Both ingredients are made anew at each start and are the same for all workers of a core: `instance_id`
+    (config/vllm.py) and the rendezvous address. Dense data-parallel engines reset `data_parallel_rank`, not the index.
+    """
+    parallel = vllm_config.parallel_config
+    text = f"{vllm_config.instance_id}|{distributed_init_method}|{parallel.data_parallel_index}"
+    return str(uuid.UUID(bytes=hashlib.sha256(text.encode()).digest()[:16], version=4))
+
+
+def served_model_name(vllm_config: Any) -> str:
+    """The `model_name` label of vLLM's own metrics (v1/metrics/loggers.py)."""
+    return str(vllm_config.model_config.served_model_name)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this worker stands in its engine."""
+
+    tensor: int
+    pipeline: int
+    last_pipeline: bool
+
+
+def ranks() -> Ranks:
+    """From the process groups (distributed/parallel_state.py)."""
+    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+    pipeline = get_pp_group()
+    return Ranks(get_tensor_model_parallel_rank(), pipeline.rank_in_group, pipeline.is_last_rank)
+
+
+def sends_tokens() -> bool:
+    """Whether this rank reports sampled tokens: the output rank alone (v1/executor/multiproc_executor.py:1057)."""
+    here = ranks()
+    return here.tensor == 0 and here.last_pipeline
+
+
+def compute_cpus() -> set[int]:
+    """CPUs that vLLM's CPU workers of this host compute on (utils/ompmultiprocessing.py:96).
+
+    This worker's own are its affinity. An explicit binding such as `0-3|4-7` names the other ranks' too; `auto` names
+    none.
+    """
+    cpus = set(os.sched_getaffinity(0))
+    binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")
+    for part in binding.replace("|", ",").split(","):
+        first, _, last = part.strip().partition("-")
+        if first.isdigit() and (last.isdigit() or not last):
+            cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def load_tokenizer(vllm_config: Any) -> Any | None:
+    """The model's Hugging Face tokenizer; None with skip_tokenizer_init or a tokenizer of another family."""
+    from transformers import PreTrainedTokenizerBase
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(vllm_config.model_config)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+
+def kv_size_is_explicit(vllm_config: Any) -> bool:
+    """Whether the size of the KV cache was asked for, in bytes or blocks (`determine_available_memory` of the workers
+    returns early, v1/core/kv_cache_utils.py overrides)."""
+    cache = vllm_config.cache_config
+    return cache.kv_cache_memory_bytes is not None or cache.num_gpu_blocks_override is not None
+
+
+def kv_bytes_per_token(worker: Any) -> float:
+    """Bytes that one token takes in this worker's KV cache, over all layers (v1/kv_cache_interface.py)."""
+    return float(sum(spec.page_size_bytes / spec.block_size for spec in worker.get_kv_cache_spec().values()))
+
+
+def free_memory(device: str) -> int:
+    """Bytes that are free in the memory of a device: cpu (psutil is vLLM's own) or cuda."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)

@@ -1,0 +1,123 @@
+"""Attention layers and their caches.
+
+Paths are under `vllm/`, read in 0.26.0 and 0.32.0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stream_monitor.engine.compat.engine import platform_name
+from stream_monitor.engine.plan import LayerFacts
+
+MOST_HEAD_DIM = {"cpu": 512, "cuda": 256}
+"""Largest head that the search of a platform takes, and is tested with; vLLM's CPU attention takes no larger one."""
+
+
+def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
+    """Every layer of this rank that keeps something of the context, with its facts
+    (model_executor/layers/attention_layer_base.py, model_executor/layers/attention/attention.py)."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    from stream_monitor.engine.backends.tap import TappedAttention
+
+    found = []
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if not isinstance(layer, AttentionLayerBase):
+            continue  # such as a fused mixture-of-experts layer
+        impl = getattr(layer, "impl", None)
+        attention = getattr(layer, "attn_type", "decoder")
+        facts = LayerFacts(
+            name=name,
+            index=extract_layer_index(name),
+            kind=type(layer).__name__,
+            implementation="-" if impl is None else type(impl).__name__,
+            query_heads=int(getattr(layer, "num_heads", 0)),
+            kv_heads=int(getattr(layer, "num_kv_heads", 0)),
+            head_dim=int(getattr(layer, "head_size", 0)),
+            scale=float(getattr(impl, "scale", 0.0)),
+            tapped=isinstance(impl, TappedAttention),
+            attention_type=str(getattr(attention, "value", attention)),
+            kv_cache_dtype=str(getattr(layer, "kv_cache_dtype", "auto")),
+            sliding_window=_sliding_window(layer),
+            alibi=getattr(impl, "alibi_slopes", None) is not None,
+            shares_kv_with=getattr(layer, "kv_sharing_target_layer_name", None) or "",
+            draft=name.startswith("draft"),
+            most_head_dim=MOST_HEAD_DIM.get(platform_name(), 0),
+        )
+        found.append((facts, layer))
+    return found
+
+
+def _sliding_window(layer: Any) -> int:
+    """Window in tokens, 0 for none. The layer says None, its CPU implementation -1 (v1/attention/backends/cpu_attn.py),
+    implementations on GPUs (window - 1, 0) or (-1, -1); either may have it alone."""
+    windows = [getattr(layer, "sliding_window", None)]
+    of_impl = getattr(getattr(layer, "impl", None), "sliding_window", None)
+    windows.append(of_impl[0] + 1 if isinstance(of_impl, tuple) else of_impl)
+    return max([0, *(window for window in windows if isinstance(window, int))])
+
+
+def soft_cap(layer: Any) -> float:
+    """Bound c of the logits, c * tanh(logit / c), 0 for none (`logits_soft_cap` of the implementation)."""
+    return float(getattr(layer.impl, "logits_soft_cap", 0) or 0)
+
+
+def learned_sinks(layer: Any) -> Any | None:
+    """A copy of the learned sink logits of this rank's query heads, float32 [heads]; None for none.
+
+    Call after the weights are in, and again when they were replaced. The engine computes with them in bfloat16 or
+    float32, which this copy holds exactly; others it casts to float32 itself.
+    """
+    sinks = getattr(layer.impl, "sinks", None)
+    return None if sinks is None else sinks.detach().float().clone()
+
+
+@dataclass(frozen=True)
+class PagedLayerCache:
+    """The KV cache of one layer, a view of [pages, kv_heads, page_size, 2 * head_dim], and the group it belongs to."""
+
+    tensor: Any
+    group: int
+
+
+def layer_caches(
+    runner: Any, names: list[str], static_forward_context: dict[str, Any], contiguous_tiles: bool
+) -> list[PagedLayerCache]:
+    """Caches of the named layers; call after the final `initialize_kv_cache`.
+
+    All backends of ours see [pages, kv_heads, page_size, 2 * head_dim], keys before values in the last dimension. On
+    CPUs a (page, head) tile is contiguous (`contiguous_tiles`) and ordered by the kernel; on GPUs the layout, NHD or
+    HND, is in the strides.
+
+    Raises:
+        ValueError: a cache is not of that shape.
+    """
+    groups = {
+        name: group_id
+        for group_id, group in enumerate(runner.kv_cache_config.kv_cache_groups)
+        for name in group.layer_names
+    }
+    caches = []
+    for name in names:
+        layer = static_forward_context[name]
+        tensor = layer.kv_cache
+        if tensor.dim() != 4 or tensor.shape[1] != layer.num_kv_heads or tensor.shape[3] != 2 * layer.head_size:
+            raise ValueError(f"unknown KV cache shape {tuple(tensor.shape)} in {name}")
+        packed = (tensor.shape[2] * tensor.shape[3], tensor.shape[3], 1)
+        if tensor.stride(3) != 1 or (contiguous_tiles and tensor.stride()[1:] != packed):
+            raise ValueError(f"unknown KV cache strides {tensor.stride()} in {name}")
+        caches.append(PagedLayerCache(tensor, groups[name]))
+    return caches
+
+
+def cache_writer(layer: Any) -> Callable[[Any, Any, Any], None]:
+    """A function (key [tokens, kv_heads, head_dim], cache like a layer's, slots int64 [tokens]) that stores keys as the
+    engine does, values zero (`do_kv_cache_update` of v1/attention/backends/*.py)."""
+    import torch
+
+    def write(key: Any, cache: Any, slots: Any) -> None:
+        layer.impl.do_kv_cache_update(layer, key, torch.zeros_like(key), cache, slots)
+
+    return write

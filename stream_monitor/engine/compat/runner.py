@@ -1,0 +1,71 @@
+"""What the capture asks of vLLM's model runner, whichever it is, and what the runner answers with."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class BatchRows:
+    """The runner's batch after a forward pass, in row order.
+
+    Attributes:
+        request_ids: internal ids.
+        block_tables: per KV cache group, int32 [at least rows, pages]; a view of the runner's own buffer. Empty where
+            the host has none.
+        page_tokens: per group, tokens per page of that table.
+    """
+
+    request_ids: list[str]
+    block_tables: list[NDArray[np.int32]]
+    page_tokens: list[int]
+
+
+@dataclass(frozen=True)
+class DeviceInputs:
+    """Tensors on the device that the runner fills before each forward pass, in row order, at fixed addresses.
+
+    Attributes:
+        seq_lens: int32 [requests], keys of each request once the step is done.
+        block_tables: per KV cache group, int32 [requests, pages].
+    """
+
+    seq_lens: Any
+    block_tables: list[Any]
+
+
+class RunnerView(Protocol):
+    """`RunnerV1` or `RunnerV2`."""
+
+    def block_tokens(self) -> list[int]: ...
+
+    def table_pages(self) -> list[int]: ...
+
+    def batch(self) -> BatchRows: ...
+
+    def query_start_loc(self) -> Any: ...
+
+    def device_inputs(self) -> DeviceInputs: ...
+
+
+def max_requests(runner: Any) -> int:
+    """Most requests in a batch (`max_num_reqs` of both runners)."""
+    return int(runner.max_num_reqs)
+
+
+def sampled_tokens(output: Any) -> dict[str, list[int]]:
+    """Token ids sampled in a step by request, as a ModelRunnerOutput has them; {} where there are none."""
+    ids = getattr(output, "sampled_token_ids", None)
+    request_ids = getattr(output, "req_ids", None)
+    if not ids or not request_ids:
+        return {}
+    return {request_id: list(tokens) for request_id, tokens in zip(request_ids, ids, strict=True) if len(tokens)}
+
+
+def is_pending(output: Any) -> bool:
+    """Whether an output's tokens are still on the device: an AsyncModelRunnerOutput, whose `get_output` waits for them
+    and runs on the output rank alone, on a thread of its own where scheduling is asynchronous (v1/outputs.py,
+    v1/executor/multiproc_executor.py:1057)."""
+    return callable(getattr(output, "get_output", None))

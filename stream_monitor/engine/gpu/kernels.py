@@ -1,0 +1,82 @@
+"""Kernels on the engine's main stream: gather the query rows of a layer, snapshot the sampled ones.
+
+They move bits, not numbers: the host hands 16- and 32-bit elements over as integers, whatever they mean.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# Triton gives every name in a kernel its type.
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def gather_rows_kernel(query, query_stride, query_start_loc, rows, passes, width, CHUNK: tl.constexpr):
+    """Copies the last query row of each request, and counts the pass.
+
+    Grid (requests, chunks of a row). Requests of a CUDA graph that the batch does not fill have no tokens: their two
+    entries of `query_start_loc` are equal (v1/worker/gpu/model_runner.py `prepare_inputs`).
+
+    Args:
+        query: [tokens, width], elements of a row contiguous, `query_stride` elements from one to the next.
+        query_start_loc: int32 [requests + 1].
+        rows: [requests, width].
+        passes: int32 [1], goes up by 1.
+    """
+    request = tl.program_id(0)
+    element = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    end = tl.load(query_start_loc + request + 1)
+    if end > tl.load(query_start_loc + request):
+        inside = element < width
+        row = tl.load(query + (end - 1).to(tl.int64) * query_stride + element, mask=inside)
+        tl.store(rows + request.to(tl.int64) * width + element, row, mask=inside)
+    if request == 0 and tl.program_id(1) == 0:
+        tl.store(passes, tl.load(passes) + 1)
+
+
+@triton.jit
+def snapshot_kernel(
+    batch_rows,
+    rows,
+    layer_stride,
+    queries,
+    slot_layer_stride,
+    width,
+    layers,
+    seq_lens,
+    slot_seq_lens,
+    table,
+    table_stride,
+    slot_table,
+    slot_table_stride,
+    page_tokens,
+    CHUNK: tl.constexpr,
+):
+    """Copies query rows, lengths and block-table rows of the sampled requests into a slot.
+
+    Grid (sampled rows, layers + 1): the last program of a row copies its length and its pages.
+
+    Args:
+        batch_rows: int32 [sampled rows], where each is in the batch.
+        rows: [layers, requests, width]; queries: [layers, slot rows, width].
+        seq_lens: int32 [requests]; slot_seq_lens: int32 [slot rows].
+        table: int32 [requests, pages]; slot_table: int32 [slot rows, pages].
+    """
+    n = tl.program_id(0)
+    layer = tl.program_id(1)
+    batch_row = tl.load(batch_rows + n).to(tl.int64)
+    offset = tl.arange(0, CHUNK)
+    if layer < layers:
+        source = rows + layer.to(tl.int64) * layer_stride + batch_row * width
+        target = queries + layer.to(tl.int64) * slot_layer_stride + n.to(tl.int64) * width
+        for start in range(0, width, CHUNK):
+            inside = start + offset < width
+            tl.store(target + start + offset, tl.load(source + start + offset, mask=inside), mask=inside)
+    else:
+        length = tl.load(seq_lens + batch_row)
+        tl.store(slot_seq_lens + n, length)
+        pages = tl.minimum((length + page_tokens - 1) // page_tokens, slot_table_stride)
+        for start in range(0, pages, CHUNK):
+            inside = start + offset < pages
+            ids = tl.load(table + batch_row * table_stride + start + offset, mask=inside)
+            tl.store(slot_table + n.to(tl.int64) * slot_table_stride + start + offset, ids, mask=inside)

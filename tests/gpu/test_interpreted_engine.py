@@ -1,0 +1,192 @@
+"""The GPU side in a real engine without a GPU: model runner V2, its scheduler, TRITON_ATTN and the paged cache of
+vLLM's CUDA build, on a CPU with every kernel interpreted.
+
+Runs where that build is installed (docs/design.md says how) and is skipped elsewhere. Streams and CUDA graphs do not
+exist there: what is held to the truth is whose row is whose, where its keys are, and what the search makes of them.
+"""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.e2e.conftest import OfflineResult, ledger
+from tests.e2e.offline_engine import Request, Spec
+from tests.e2e.recorder import Recorder
+from tests.e2e.tiny_models import make_model
+from tests.e2e.truth import attention_rows, block_masses
+
+ROOT = Path(__file__).resolve().parents[2]
+MINOR = "0.26"
+BLOCK, NEW_TOKENS = 32, 5
+PROMPTS = {"a": 100, "b": 230}
+LAYERS, HEADS = 4, 4
+TOLERANCE = 0.004
+"""Of a row's attention: the engine computes in float16, the truth in float32."""
+
+
+def installed() -> bool:
+    """Whether vLLM's CUDA build of the release that the pretence was written for is here, and no GPU."""
+    try:
+        version = importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return version.startswith(f"{MINOR}.") and not Path("/proc/driver/nvidia").exists()
+
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(not installed(), reason=f"needs vLLM {MINOR} built for CUDA, on a machine without a GPU"),
+]
+
+
+def random_ids(count: int, seed: int) -> list[int]:
+    return torch.randint(256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen3")
+    make_model(folder, "qwen3")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def interpreted(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Callable[..., OfflineResult]:
+    """Run PROMPTS in an engine of their own; keyword arguments are settings of the plug-in."""
+
+    def run(worker: str, asynchronous: bool, blocks: int = 64, **settings: object) -> OfflineResult:
+        folder = tmp_path_factory.mktemp("interpreted")
+        target = f"unix:{folder / 'ingest.sock'}"
+        engine = {
+            "dtype": "float16",
+            "enforce_eager": True,
+            "max_model_len": 512,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 128,  # prompts come in chunks
+            "num_gpu_blocks_override": blocks,
+            "attention_config": {"backend": "TRITON_ATTN"},
+            "async_scheduling": asynchronous,
+        }
+        requests = [Request(name, random_ids(length, length), NEW_TOKENS) for name, length in PROMPTS.items()]
+        (folder / "spec.json").write_text(json.dumps(asdict(Spec(str(model), worker, engine, requests))))
+        environment = os.environ | {
+            "STREAM_MONITOR_TARGET": target,
+            "STREAM_MONITOR_MAX_OVERHEAD": "0",
+            "STREAM_MONITOR_QUEUE_STEPS": "64",  # an interpreted search is slower than an interpreted step
+            "STREAM_MONITOR_STRIDE": "1",
+            **{f"STREAM_MONITOR_{key.upper()}": str(value) for key, value in settings.items()},
+        }
+        files = str(folder / "spec.json"), str(folder / "result.json")
+        recorder = Recorder(target)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.gpu.interpreted_engine", *files],
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=900,
+                check=False,
+            )
+        finally:
+            recorder.stop()
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        result = json.loads((folder / "result.json").read_text())
+        return OfflineResult(result["runs"], result["status"], recorder.summaries)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def plain(interpreted) -> dict[bool, OfflineResult]:
+    """Without the plug-in, by whether scheduling is asynchronous."""
+    return {asynchronous: interpreted("plain", asynchronous) for asynchronous in (False, True)}
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["synchronous", "asynchronous"])
+def exact(request, interpreted) -> tuple[bool, OfflineResult]:
+    """Every block of every row in every layer and head."""
+    everything = {"strategy": "exact", "layers": "all", "heads": "all", "top_k": 16}
+    return request.param, interpreted("stream", request.param, **everything)
+
+
+def texts(result: OfflineResult) -> dict[str, list[int]]:
+    return {name: random_ids(length, length) + result.runs[0]["tokens"][name][0] for name, length in PROMPTS.items()}
+
+
+def test_answers_and_schedules_are_those_of_the_plain_engine(plain, exact):
+    asynchronous, result = exact
+    assert result.status["capturing"], result.status
+    assert result.runs[0]["schedule"] == plain[asynchronous].runs[0]["schedule"]
+    assert result.runs[0]["tokens"] == plain[asynchronous].runs[0]["tokens"]
+
+
+def test_every_row_is_there_once_under_its_own_name(exact):
+    _, result = exact
+    for name, length in PROMPTS.items():
+        rows = [row for row in result.rows if row.request_id == name]
+        assert [row.position for row in rows if row.phase != 1] == list(range(length - 1, length + NEW_TOKENS - 1))
+        assert {row.layers for row in rows} == {tuple(range(LAYERS))}
+    assert [row for row in result.rows if row.phase == 1], "no prompt came in chunks"
+    for kind in ("token_rows", "chunk_rows"):
+        counts = ledger(result.summaries, kind)
+        assert counts["captured"] == counts["expected"] > 0
+        assert counts["captured"] == len([r for r in result.rows if (r.phase == 1) == (kind == "chunk_rows")]) * 16
+
+
+def test_captured_shares_are_the_models_attention(exact, model):
+    _, result = exact
+    worst = 0.0
+    for name, ids in texts(result).items():
+        truth = block_masses(attention_rows(str(model), ids, 0, torch.float32), BLOCK)
+        for row in (row for row in result.rows if row.request_id == name):
+            blocks = row.position // BLOCK + 1
+            worst = max(worst, float(np.abs(row.distribution() - truth[row.position][..., :blocks]).max()))
+    print(f"largest difference of a share from transformers: {worst:.5f}")
+    assert worst <= TOLERANCE
+
+
+def test_tokens_arrive_with_their_positions(exact):
+    _, result = exact
+    for name, length in PROMPTS.items():
+        runs = [run for summary in result.summaries for run in summary.tokens if run.request_id == name]
+        places = [run.first_position + n for run in runs for n in range(len(run.flags))]
+        assert places == list(range(length, length + NEW_TOKENS))
+        (end,) = [done for summary in result.summaries for done in summary.finished if done.request_id == name]
+        assert end.total_tokens == length + NEW_TOKENS
+
+
+def test_a_beam_over_summaries_on_the_device_finds_what_exact_search_finds(interpreted, exact):
+    asynchronous, truth = exact
+    narrow = {"strategy": "beam", "layers": "all", "heads": "all", "top_k": 2, "block_size": 16, "min_gain": 0}
+    result = interpreted("stream", asynchronous, audit_every=1, **narrow)
+    assert result.status["strategy"] == "beam"
+    assert result.status["summary_bytes"] > 0
+    counts = ledger(result.summaries)
+    assert counts["captured"] == counts["expected"]
+    audits = [audit.recall for summary in result.summaries for audit in summary.audits]
+    print(f"recall of {len(audits)} audits: mean {np.mean(audits):.3f}, least {min(audits):.3f}")
+    assert np.mean(audits) > 0.8
+    totals = {(row.request_id, row.position): row.total_lse for row in truth.rows}
+    for row in result.rows:
+        np.testing.assert_allclose(row.total_lse, totals[row.request_id, row.position], atol=0.5)
+
+
+def test_preempted_requests_keep_their_rows(interpreted, plain):
+    """So few blocks that one request has to make room for the other, whose blocks it gets."""
+    result = interpreted("stream", False, blocks=22, strategy="exact", layers="all", heads="all", top_k=16)
+    assert result.status["capturing"], result.status
+    counts = ledger(result.summaries)
+    assert counts["expected"] == sum(count for outcome, count in counts.items() if outcome != "expected")
+    for name, length in PROMPTS.items():
+        positions = {row.position for row in result.rows if row.request_id == name and row.phase != 1}
+        assert positions <= set(range(length - 1, length + NEW_TOKENS - 1))

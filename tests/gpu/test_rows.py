@@ -1,0 +1,127 @@
+"""Gathering and snapshotting query rows, with the kernels interpreted where there is no GPU."""
+
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stream_monitor.engine.compat.runner import BatchRows, DeviceInputs
+from stream_monitor.engine.compat.schedule import ScheduledRequest, ScheduledStep
+from stream_monitor.engine.gpu.rows import GatherTap, GpuSlot, RowBuffers
+from stream_monitor.engine.gpu.streams import streams_of
+from stream_monitor.engine.gpu.tables import HostTables
+from stream_monitor.engine.requests import RowLabel
+from stream_monitor.records import Phase
+
+DEVICE = "cuda" if Path("/proc/driver/nvidia").exists() else "cpu"
+LAYERS, REQUESTS, HEADS, DIM, PAGES, PAGE = 2, 5, 3, 16, 6, 16
+
+
+def buffers(lengths: list[int], dtype: torch.dtype = torch.float16) -> RowBuffers:
+    """For a batch whose requests have these many query tokens; the rest of query_start_loc is padded as vLLM pads."""
+    starts = np.cumsum([0, *lengths, *[0] * (REQUESTS - len(lengths))])
+    start_loc = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+    return RowBuffers(LAYERS, REQUESTS, HEADS, DIM, dtype, start_loc)
+
+
+def queries(tokens: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """As a model has them: a part of the rows that one projection makes of queries, keys and values."""
+    both = torch.randn(tokens, 5 * HEADS * DIM, generator=torch.Generator().manual_seed(tokens)).to(dtype)
+    return both[:, HEADS * DIM : 2 * HEADS * DIM].to(DEVICE).view(tokens, HEADS, DIM)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_last_row_of_each_request_is_kept(dtype):
+    batch = buffers([3, 1, 4], dtype)
+    before = batch.rows.clone()
+    query = queries(8, dtype)
+    GatherTap(batch, 1).take(query)
+    assert batch.faults == []
+    assert torch.equal(batch.rows[1, :3], query[[2, 3, 7]])
+    assert torch.equal(batch.rows[1, 3:], before[1, 3:]), "padding writes nothing"
+    assert torch.equal(batch.rows[0], before[0])
+    assert batch.passes.tolist() == [0, 1]
+
+
+def test_a_graph_of_more_tokens_than_the_batch_gathers_the_batch():
+    batch = buffers([1, 1])
+    query = queries(4)  # padded to the graph's size
+    GatherTap(batch, 0).take(query)
+    assert torch.equal(batch.rows[0, :2], query[:2])
+    assert (batch.rows[0, 2:] == 0).all()
+
+
+def test_queries_of_another_shape_are_a_fault_and_no_exception():
+    batch = buffers([1])
+    GatherTap(batch, 0).take(queries(1).float())
+    assert "query rows of watched layer 0 could not be gathered: queries are torch.float32" in batch.faults[0]
+
+
+def request(request_id: str, blocks: list[int], fresh: bool = True) -> ScheduledRequest:
+    return ScheduledRequest(request_id, 0, 1, 0, tuple(blocks), (blocks,), fresh)
+
+
+def step(*requests: ScheduledRequest, finished: tuple[str, ...] = ()) -> ScheduledStep:
+    return ScheduledStep((), frozenset(), requests, frozenset(finished), ())
+
+
+def label(request_id: str, position: int) -> RowLabel:
+    return RowLabel(request_id, position, 0, Phase.DECODE, "", True)
+
+
+def slot_of(batch: RowBuffers, inputs: DeviceInputs, tables: HostTables, reading: deque) -> GpuSlot:
+    streams = streams_of(batch.rows.device)
+    return GpuSlot(batch, inputs, tables, [1], [PAGE, PAGE], REQUESTS, streams, reading)
+
+
+def test_a_snapshot_outlives_what_the_next_step_overwrites():
+    batch = buffers([1, 1, 1])
+    for layer in range(LAYERS):
+        batch.rows[layer] = torch.randn(REQUESTS, HEADS, DIM).to(batch.rows)
+        batch.passes[layer] = 7
+    lengths = torch.tensor([40, 17, 5, 0, 0], dtype=torch.int32, device=DEVICE)
+    table = torch.arange(REQUESTS * PAGES, dtype=torch.int32, device=DEVICE).view(REQUESTS, PAGES)
+    inputs = DeviceInputs(lengths, [table * 0, table])
+    tables = HostTables([1], [PAGES, PAGES])
+    tables.follow(
+        step(*(ScheduledRequest(i, 0, 1, 0, (), ([], list(table[n, :3])), True) for n, i in enumerate("abc")))
+    )
+    reading: deque[GpuSlot] = deque()
+    slot = slot_of(batch, inputs, tables, reading)
+    kept = batch.rows.clone()
+    assert slot.snapshot(BatchRows(["a", "b", "c"], [], []), [label("b", 16), label("a", 39)], 3) == ""
+    batch.rows.zero_(), lengths.zero_(), table.zero_()
+    assert torch.equal(slot.queries[:, :2], kept[:, [1, 0]])
+    assert slot.seq_lens[:2].tolist() == [17, 40]
+    assert slot.block_tables[1, 0, :2].tolist() == [6, 7]
+    assert slot.block_tables[1, 1, :3].tolist() == [0, 1, 2]
+    assert slot.passes.tolist() == [7, 7]
+    assert [pages.tolist() for pages in slot.pages[1]] == [[6, 7], [0, 1, 2]]
+    assert (slot.generation, slot.launched, slot.finished) == (3, False, False)
+    assert list(reading) == [slot]
+
+
+def test_a_fault_of_a_tap_is_told_by_the_snapshot():
+    batch = buffers([1])
+    batch.faults.append("broken")
+    inputs = DeviceInputs(torch.zeros(5, dtype=torch.int32), [torch.zeros(5, 6, dtype=torch.int32)] * 2)
+    slot = slot_of(batch, inputs, HostTables([1], [6, 6]), deque())
+    assert slot.snapshot(BatchRows(["a"], [], []), [label("a", 0)], 1) == "broken"
+
+
+def test_host_tables_follow_requests_and_keep_what_rows_refer_to():
+    tables = HostTables([0], [4])
+    tables.follow(step(request("a", [5, 6])))
+    first = tables.pages("a", 0, 2)
+    tables.follow(step(request("a", [7], fresh=False)))
+    assert tables.pages("a", 0, 3).tolist() == [5, 6, 7]
+    tables.follow(step(request("a", [9, 8])))  # preempted, and back
+    assert tables.pages("a", 0, 2).tolist() == [9, 8]
+    assert first.tolist() == [5, 6]
+    with pytest.raises(ValueError, match="holds 2 pages of group 0, and its row needs 3"):
+        tables.pages("a", 0, 3)
+    tables.follow(step(finished=("a",)))
+    with pytest.raises(KeyError):
+        tables.pages("a", 0, 1)
