@@ -64,6 +64,7 @@ class Estimator:
         self._ledger = Ledger()
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._unfinished = 0
+        self._given_up = False
         self._idle = threading.Condition()
         self._random = np.random.default_rng(0)
         self._thread = threading.Thread(target=self._run, name="stream-monitor-estimator", daemon=True)
@@ -104,9 +105,11 @@ class Estimator:
             return self._idle.wait_for(lambda: self._unfinished == 0, timeout)
 
     def stop(self, timeout: float) -> None:
-        """Finish what was handed over, then end the thread."""
+        """Finish what was handed over, then end the thread; what is not done after `timeout` seconds is given up, and
+        the ring is not touched any more."""
         self._jobs.put(None)
         self._thread.join(timeout)
+        self._given_up = self._thread.is_alive()
 
     def _run(self) -> None:
         if self._cpus:
@@ -114,7 +117,7 @@ class Estimator:
                 os.sched_setaffinity(0, self._cpus)
             except OSError as error:
                 log.warning("Stream Monitor: estimator thread keeps the engine's CPUs %s: %s", self._cpus, error)
-        while (job := self._jobs.get()) is not None:
+        while (job := self._jobs.get()) is not None and not self._given_up:
             try:
                 self._work(job)
                 self._after_job()
@@ -171,6 +174,8 @@ class Estimator:
         return [] if found is None else [replace(found, row=index)]
 
     def _write(self, job: Job, rows: Rows | None, audits: list[Audit]) -> None:
+        if self._given_up:
+            return
         labels = _labels_of(rows)
         count(self._ledger, labels, "captured", "", self._heads)
         record = StepRecord(
