@@ -270,7 +270,7 @@ def test_a_cost_above_the_bound_raises_the_stride_and_counts_what_that_leaves_ou
     rig.run(140)
     assert rig.capture.governor.factor == 2
     searched = sum(len(job.slot.labels) for job in rig.estimator.jobs if job.slot)
-    assert rig.rows.governed == rig.rows.expected - searched * WATCHED == 6 * WATCHED
+    assert rig.rows.governed == rig.rows.expected - searched * WATCHED == 7 * WATCHED
     assert rig.rows.sampled_out == 0
     assert rig.estimator.jobs[-1].ledger.stride == 2
     assert rig.estimator.jobs[-1].ledger.hook_seconds > 0
