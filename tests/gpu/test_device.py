@@ -124,8 +124,7 @@ class Rig:
         return self.snapshot()
 
 
-@pytest.mark.parametrize("order", ["HND", "NHD"])
-@pytest.mark.parametrize("strategy", ["beam", "descent", "exact"])
+@pytest.mark.parametrize(("strategy", "order"), [("beam", "HND"), ("exact", "NHD")])
 def test_a_search_finds_what_the_reference_finds(strategy, order):
     rig = Rig(replace(BEAM, strategy=strategy), order)
     unchanged = [torch.equal(cache.tensor, before) for cache, before in zip(rig.caches, rig.before, strict=True)]
