@@ -1,6 +1,7 @@
 """PROMPT_DETACHMENT: the reasoning looks at the user's prompt less than it did."""
 
 import math
+from copy import copy
 
 from stream_monitor.anchors.page_hinkley import RiseDetector
 from stream_monitor.anchors.reference import Reference, Stratum
@@ -58,6 +59,12 @@ class PromptDetachment(RiseDetector):
         self.normal = reference
         self.fall = 0.0
         self._scored = 0
+
+    def unbroken(self) -> "PromptDetachment":
+        """Right after an alarm: the same as if its threshold had not been passed, nor ever will be."""
+        twin = copy(self)
+        twin._test = self._test.unbroken()
+        return twin
 
     def update(
         self,

@@ -40,6 +40,13 @@ class SparseMass(NamedTuple):
         """All of it."""
         return float(self.shares.sum())
 
+    def heaviest(self) -> tuple[int, float] | None:
+        """The sentence that got most, and its part of all of it; None where none got any."""
+        if not len(self.shares) or not (total := self.total):
+            return None
+        place = int(np.argmax(self.shares))
+        return int(self.columns[place]), float(self.shares[place]) / total
+
     def before(self, sentence: int) -> "SparseMass":
         """The part on sentences below a number."""
         end = int(np.searchsorted(self.columns, sentence))

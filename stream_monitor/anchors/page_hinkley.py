@@ -1,5 +1,7 @@
 """A sequential test for a rise of the mean."""
 
+from copy import copy
+
 
 class PageHinkley:
     """Page-Hinkley test, upward only, after E. S. Page, Continuous Inspection Schemes, Biometrika 41 (1954).
@@ -53,6 +55,12 @@ class PageHinkley:
         self._sum = 0.0
         self._lowest = float("inf")
         self.since_lowest = 0
+
+    def unbroken(self) -> "PageHinkley":
+        """A copy that goes on from here without alarms, as if this one had raised none."""
+        twin = copy(self)
+        twin.threshold, twin.drift_detected = float("inf"), False
+        return twin
 
     def update(self, x: float) -> None:
         """Take in one value; starts afresh after an alarm."""

@@ -153,13 +153,9 @@ class Panel:
         self.verdicts: dict[Kind, Verdict] = {}
         self.values: dict[Kind, tuple[Stratum, float]] = {}
         self.highest = {kind: Highest() for kind in Kind}
-        self._unbroken_shift = self._new_shift()
-        self._unbroken_detachment = self._new_detachment()
-        self._unbroken_shift.threshold = self._unbroken_detachment.threshold = math.inf
-        self._unbroken: dict[Kind, _Detector] = {
-            Kind.ANCHOR_SHIFT: self._unbroken_shift,
-            Kind.PROMPT_DETACHMENT: self._unbroken_detachment,
-        }
+        # Until the first alarm these are the detectors above: nothing else tells them apart.
+        self._unbroken_shift: AnchorShift | None = None
+        self._unbroken_detachment: PromptDetachment | None = None
         self._raised: set[Kind] = set()
         self._prompt: _Prompt | None = None
         self._begins = {kind: _Begins() for kind in Kind}
@@ -196,8 +192,14 @@ class Panel:
             Kind.PROMPT_DETACHMENT: self.detachment.update(*told),
             Kind.ANCHOR_LOCK: self.lock.update(seen.lags, seen.lag_shares),
         }
-        self._unbroken_shift.update(far, limit, seen.rows, role)
-        self._unbroken_detachment.update(*told)
+        if self._unbroken_shift is not None:
+            self._unbroken_shift.update(far, limit, seen.rows, role)
+        elif self.shift.drift_detected:
+            self._unbroken_shift = self.shift.unbroken()
+        if self._unbroken_detachment is not None:
+            self._unbroken_detachment.update(*told)
+        elif self.detachment.drift_detected:
+            self._unbroken_detachment = self.detachment.unbroken()
         shown = {Kind.ANCHOR_SHIFT: self.shift.divergence, Kind.PROMPT_DETACHMENT: self.detachment.fall}
         stratum = Stratum.of(seen.rows, limit, role)
         self.values = {
@@ -235,7 +237,8 @@ class Panel:
         return self._prompt
 
     def _note(self, kind: Kind, index: int) -> None:
-        score = self._unbroken.get(kind, self._detectors[kind]).score
+        unbroken = {Kind.ANCHOR_SHIFT: self._unbroken_shift, Kind.PROMPT_DETACHMENT: self._unbroken_detachment}
+        score = (unbroken.get(kind) or self._detectors[kind]).score
         if score > self.highest[kind].score:
             self.highest[kind] = Highest(score, index)
 

@@ -1,5 +1,7 @@
 """ANCHOR_SHIFT: the distribution over anchors left its running reference."""
 
+from copy import copy
+
 import numpy as np
 
 from stream_monitor.anchors.matrix import Mass, Positions, SparseMass
@@ -86,7 +88,7 @@ class AnchorShift(RiseDetector):
         self.normal = reference
         self.divergence = 0.0
         self.entering = 0.0
-        self.reference = self.before = SparseMass.of(np.zeros(0))
+        self.reference = self.before = self._current = SparseMass.of(np.zeros(0))
         self._known = 0
         self._scored = 0
 
@@ -102,7 +104,7 @@ class AnchorShift(RiseDetector):
         total = mass.total
         if rows < self.min_rows or total < self.min_mass:
             return Verdict.INSUFFICIENT
-        current = SparseMass(mass.columns, mass.shares / total)
+        current = self._current = SparseMass(mass.columns, mass.shares / total)
         common, self._known = min(self._known, candidates), candidates
         if common == 0:
             self.reference = current
@@ -126,6 +128,14 @@ class AnchorShift(RiseDetector):
         self._learn(current)
         return Verdict.WARM_UP if self._scored < self.warm_up else Verdict.STEADY
 
+    def unbroken(self) -> "AnchorShift":
+        """Right after an alarm: the same as if its threshold had not been passed, nor ever will be."""
+        twin = copy(self)
+        twin._test = self._test.unbroken()
+        twin.reference = self.before
+        twin._learn(self._current)
+        return twin
+
     def _learn(self, current: SparseMass) -> None:
         columns, old, new = _side_by_side(self.reference, current)
         shares = (1.0 - self.weight) * old + self.weight * new
@@ -137,8 +147,10 @@ class AnchorShift(RiseDetector):
 
 def _side_by_side(one: SparseMass, other: SparseMass) -> tuple[Positions, Mass, Mass]:
     """All columns of both, and the shares of each there."""
-    columns, places = np.unique(np.concatenate([one.columns, other.columns]), return_inverse=True)
-    shares = np.zeros((2, len(columns)))
-    shares[0, places[: len(one.columns)]] = one.shares
-    shares[1, places[len(one.columns) :]] = other.shares
-    return columns, shares[0], shares[1]
+    # Over all sentences and not sorted: a table of them costs less, however many there are.
+    size = max(int(mass.columns[-1]) + 1 if len(mass.columns) else 0 for mass in (one, other))
+    shares = np.zeros((2, size))
+    shares[0, one.columns] = one.shares
+    shares[1, other.columns] = other.shares
+    columns = np.flatnonzero(shares[0] + shares[1])
+    return columns, shares[0, columns], shares[1, columns]

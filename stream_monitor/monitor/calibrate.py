@@ -61,14 +61,15 @@ def _is_whole(info: monitor_pb2.RequestInfo) -> bool:
 
 
 def _asked(monitor: Monitor, info: monitor_pb2.RequestInfo) -> Served | None:
-    """What the monitor holds of a request; None if it is gone by now."""
+    """What the monitor holds of a request; None if it is gone by now, or kept without its heads."""
     key = info.key
     try:
-        return served(monitor.get_trace(key.request_id, engine_instance=key.engine_instance, with_heads=True).message)
+        trace = monitor.get_trace(key.request_id, engine_instance=key.engine_instance, with_heads=True).message
     except MonitorError as error:
         if error.code is grpc.StatusCode.NOT_FOUND:
             return None
         raise
+    return served(trace) if trace.head_row else None
 
 
 def served(trace: monitor_pb2.GetTraceResponse) -> Served:

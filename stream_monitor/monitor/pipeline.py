@@ -122,8 +122,7 @@ class Pipeline:
             seen = trace.observation(index, row, shares)
             alarms = trace.panel.update(seen)
             mass = seen.mass.before(index - ANCHOR_GAP + 1)
-            heaviest = views.anchors(trace, mass)[:1]
-            trace.top_anchor = (heaviest[0].sentence.index, heaviest[0].share) if heaviest else None
+            trace.top_anchor = mass.heaviest()
             self.metrics.sentences.labels(*trace.labels).inc()
             for kind, verdict in trace.panel.verdicts.items():
                 self.metrics.verdicts.labels(*trace.labels, kind.value, verdict.value).inc()

@@ -12,6 +12,8 @@ from stream_monitor.monitor.rows import HeadEntries, Row
 
 MAX_HEADS = 256
 """Heads of a request that are told apart, evenly those watched of each rank, as many as it is the first to bring."""
+SINK = 0xFFFFFFFF
+"""In place of a sentence: the entry lies on the context's first token and counts for none."""
 
 
 class RequestHeads:
@@ -35,15 +37,16 @@ class RequestHeads:
             if row.by_head is None:
                 continue
             count += 1
-            places = self._places_of(row)[row.by_head.heads]
-            told = places >= 0
-            heads.append(places[told])
-            columns.append(row.by_head.places[told])
-            mass.append(row.by_head.mass[told])
+            heads.append(self._places_of(row)[row.by_head.heads])
+            columns.append(row.by_head.places)
+            mass.append(row.by_head.mass)
             row.by_head = None
         shares = NO_SHARES
         if heads:
-            shares = HeadShares.of_rows(np.concatenate(heads), np.concatenate(columns), np.concatenate(mass), count)
+            places, of_entries = np.concatenate(heads), np.concatenate(columns)
+            told = np.flatnonzero((places >= 0) & (of_entries != SINK))
+            entries = places[told], of_entries[told].astype(np.int64), np.concatenate(mass)[told]
+            shares = HeadShares.of_rows(*entries, count)
         if count:
             self._shares[sentence] = shares
             self.bytes += shares.nbytes
@@ -98,12 +101,12 @@ def fold_entries(entries: HeadEntries, columns: NDArray[np.int64], sink: bool) -
     Args:
         entries: of a row.
         columns: int64 [keys], the sentence of each of its keys.
-        sink: whether the first key is the context's first token: what lies there is left out.
+        sink: whether the first key is the context's first token: what lies there goes to `SINK`.
     """
+    numbers = columns.astype(np.uint32)
     if sink:
-        kept = entries.places > 0
-        entries = HeadEntries(entries.heads[kept], entries.places[kept], entries.mass[kept])
-    return entries._replace(places=columns[entries.places].astype(np.uint32))
+        numbers[0] = SINK
+    return HeadEntries(entries.heads, numbers[entries.places], entries.mass)
 
 
 def _evenly(count: int, most: int) -> Sequence[int]:

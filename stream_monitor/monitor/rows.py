@@ -169,7 +169,8 @@ def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tupl
     edges = np.searchsorted(combined, np.arange(count + 1) * MAX_POSITION)
     heads = np.arange(lead[1] * lead[2], dtype=np.uint16).reshape(lead[1], lead[2], 1)
     heads_used = np.broadcast_to(heads, keys.shape)[used]
-    places -= edges[rows_used]
+    key_places = (places - edges[rows_used]).astype(np.uint32)
+    mass_used = shares_used.astype(np.float32)
     ends = np.concatenate([[0], np.cumsum(used.sum(axis=(1, 2, 3)))])
     distinct = (combined % MAX_POSITION).astype(np.uint32)
     rest_of = rest.sum(axis=(1, 2))
@@ -188,8 +189,8 @@ def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tupl
                 sources,
                 by_head=HeadEntries(
                     heads_used[ends[row] : ends[row + 1]].copy(),
-                    places[ends[row] : ends[row + 1]].astype(np.uint32),
-                    shares_used[ends[row] : ends[row + 1]].astype(np.float32),
+                    key_places[ends[row] : ends[row + 1]].copy(),
+                    mass_used[ends[row] : ends[row + 1]].copy(),
                 ),
             )
         )
