@@ -143,7 +143,8 @@ def _prompt(
     ids, needle = needle_prompt(model.tokenizer, tokens, seed, depth, CONTINUATION)
     began = time.monotonic()
     dense = dense_run(model, ids)
-    answered.append(needle in model.tokenizer.decode(dense.continuation))
+    said = model.tokenizer.decode(dense.continuation).strip()
+    answered.append(bool(said) and needle.startswith(said))
     print(
         f"\n{len(ids):,} tokens, needle at {depth:.0%}, seed {seed}: {model.tokenizer.decode(dense.continuation)!r} "
         f"({time.monotonic() - began:.0f} s; the needle is {needle})\n"

@@ -37,4 +37,5 @@ def whole_folder(out: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
-        raise TracingError(f"cannot write {out}: {error.strerror or error}") from error
+        reason = os.strerror(error.errno) if error.errno else error
+        raise TracingError(f"cannot write {out}: {reason}") from error

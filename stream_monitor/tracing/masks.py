@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
 from stream_kernels.prefill import PrefillSummary
 from stream_monitor.tracing.errors import TracingError
-from stream_monitor.tracing.parquet import open_parquet
+from stream_monitor.tracing.parquet import LayerWriter, open_parquet
 
 _KEY = b"stream_monitor"
 MASKS = "masks.parquet"
@@ -92,22 +91,21 @@ class MaskWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._writer: pq.ParquetWriter | None = None
+        self._writer: LayerWriter | None = None
         self._layers = 0
 
     def write(self, masks: LayerMasks) -> None:
         """Adds the next layer."""
         table = _table(self._layers, masks)
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, table.schema, compression="zstd")
-        self._writer.write_table(table, row_group_size=len(table))
+            self._writer = LayerWriter(self._path, table.schema)
+        self._writer.write(table)
         self._layers += 1
 
     def close(self, metadata: dict[str, Any]) -> None:
         """Finishes the file with what a reader must know; JSON values only."""
         assert self._writer is not None, "no layer was written"
-        self._writer.add_key_value_metadata({_KEY: json.dumps(metadata | {"format": _FORMAT}).encode()})
-        self._writer.close()
+        self._writer.close({_KEY: json.dumps(metadata | {"format": _FORMAT}).encode()})
 
 
 def _table(layer: int, masks: LayerMasks) -> pa.Table:

@@ -117,7 +117,7 @@ class TracedModel:
 
 
 def read_messages(path: Path) -> list[dict[str, str]]:
-    """Chat messages of a JSON file: a list of objects with the strings `role` and `content`.
+    """Chat messages of a JSON file: a list of objects with the strings `role` and `content`, at least one.
 
     Raises:
         TracingError: the file cannot be read, or holds something else.
@@ -132,6 +132,8 @@ def read_messages(path: Path) -> list[dict[str, str]]:
     )
     if not fits:
         raise TracingError(f"{path} is not a list of messages with the strings role and content")
+    if not found:
+        raise TracingError(f"there are no messages in {path}")
     return list(found)
 
 
@@ -139,9 +141,12 @@ def read_prompt(path: Path) -> str:
     """A text file in UTF-8.
 
     Raises:
-        TracingError: the file cannot be read.
+        TracingError: the file cannot be read, or is blank.
     """
-    return _read(path)
+    text = _read(path)
+    if not text.strip():
+        raise TracingError(f"the prompt in {path} is empty")
+    return text
 
 
 def _read(path: Path) -> str:

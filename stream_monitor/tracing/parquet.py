@@ -1,11 +1,42 @@
-"""Opening the Parquet files of a trace."""
+"""The Parquet files of a trace: a row group per layer, written as layers come."""
 
+import weakref
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stream_monitor.tracing.errors import TracingError
+
+
+class LayerWriter:
+    """Writes a table per layer; the file is readable once `close` was called.
+
+    One that is given up, because another file of the trace could not be written, is closed when it is collected.
+    pyarrow would do so too, but print it if that fails for want of space.
+
+    Raises:
+        OSError: from any method, if it cannot be written.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._writer = pq.ParquetWriter(path, schema, compression="zstd")
+        weakref.finalize(self, _close_quietly, self._writer)
+
+    def write(self, table: pa.Table) -> None:
+        """Adds the next layer."""
+        self._writer.write_table(table, row_group_size=len(table))
+
+    def close(self, metadata: dict[bytes, bytes] | None = None) -> None:
+        """Finishes the file."""
+        self._writer.add_key_value_metadata(metadata or {})
+        self._writer.close()
+
+
+def _close_quietly(writer: pq.ParquetWriter) -> None:
+    with suppress(OSError):
+        writer.close()
 
 
 def open_parquet(path: Path, content: str) -> pq.ParquetFile:

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stream_monitor.tracing.errors import TracingError
-from stream_monitor.tracing.parquet import open_parquet
+from stream_monitor.tracing.parquet import LayerWriter, open_parquet
 from stream_monitor.tracing.sentence_mass import SentenceMass
 
 UNOBSERVED = -1
@@ -27,7 +26,7 @@ class SentenceWriter:
     """Writes layers as they come; the file is readable once `close` was called."""
 
     def __init__(self, path: Path) -> None:
-        self._writer = pq.ParquetWriter(path, _SCHEMA, compression="zstd")
+        self._writer = LayerWriter(path, _SCHEMA)
         self._layers = 0
 
     def write(self, layer: SentenceMass) -> None:
@@ -40,8 +39,7 @@ class SentenceWriter:
             "key": np.concatenate([layer.key, np.full(len(query), UNOBSERVED, np.int32)]),
             "mass": np.concatenate([layer.mass, layer.unobserved.ravel()]),
         }
-        table = pa.table(columns, schema=_SCHEMA)
-        self._writer.write_table(table, row_group_size=len(table))
+        self._writer.write(pa.table(columns, schema=_SCHEMA))
         self._layers += 1
 
     def close(self) -> None:

@@ -75,7 +75,7 @@ def test_windows_are_said(windowed_folder: Path, prompt: Path, tmp_path: Path) -
         (("--messages", "x.json"), "give either --prompt or --messages"),
         (("--model", "/nowhere"), "/nowhere is not the folder of a Hugging Face model"),
         (("--prompt", "/nowhere"), "cannot read /nowhere: No such file or directory"),
-        (("--prompt", "/dev/null"), "the prompt is empty"),
+        (("--prompt", "/dev/null"), "the prompt in /dev/null is empty"),
         (("--needle", "four"), "the context does not contain 'four'"),
         (("--out", "/dev/null"), "/dev/null exists already"),
         (("--out", "/proc/out"), "cannot write /proc/out: "),
