@@ -1,16 +1,23 @@
-const bytes = Uint8Array.from(atob(trace.masks.entries), (letter) => letter.charCodeAt(0));
 const starts = [0];
 for (const count of trace.masks.counts) starts.push(starts.at(-1) + count);
 const config = { responsive: true, displaylogo: false };
 
-/* An entry is two bytes of row, two of column, one of the square root of the share in 255ths. */
+/* Of every entry its row, two bytes, then of every entry its column, two, and the square root of its share in 255ths. */
+async function unpack() {
+  const packed = Uint8Array.from(atob(trace.masks.entries), (letter) => letter.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
+  const buffer = await new Response(stream).arrayBuffer();
+  const count = starts.at(-1);
+  trace.masks.row = new Uint16Array(buffer, 0, count);
+  trace.masks.column = new Uint16Array(buffer, 2 * count, count);
+  trace.masks.share = new Uint8Array(buffer, 4 * count, count);
+}
+
 function fill(grid, index) {
+  const { row, column, share } = trace.masks;
   for (let entry = starts[index]; entry < starts[index + 1]; entry++) {
-    const at = 5 * entry;
-    const row = bytes[at] + 256 * bytes[at + 1];
-    const column = bytes[at + 2] + 256 * bytes[at + 3];
-    const share = (bytes[at + 4] / 255) ** 2;
-    grid[row][column] = Math.max(grid[row][column] ?? 0, share);
+    const cells = grid[row[entry]];
+    cells[column[entry]] = Math.max(cells[column[entry]] ?? 0, (share[entry] / 255) ** 2);
   }
 }
 
@@ -126,7 +133,7 @@ function drawRoutes() {
 }
 
 fillSelectors();
-drawMasks();
 drawSentences();
 drawAnchors();
 drawRoutes();
+unpack().then(drawMasks);
