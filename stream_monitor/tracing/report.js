@@ -33,7 +33,7 @@ function drawMasks() {
   const figure = {
     ...shareHeatmap(tokens, tokens, grid),
     text: grid.map((row) => row.map((share) => (share === null ? "" : percent(share)))),
-    hovertemplate: "queries from token %{y}<br>keys from token %{x}<br>%{text}<extra></extra>",
+    hovertemplate: "queries from token %{y:,d}<br>keys from token %{x:,d}<br>%{text}<extra></extra>",
   };
   const layout = {
     height: 640, margin: { t: 20 }, plot_bgcolor: "white", ...squareAxes("keys, token", "queries, token"),
