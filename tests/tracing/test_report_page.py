@@ -14,9 +14,8 @@ from stream_monitor.tracing.masks import MaskFile
 from stream_monitor.tracing.model import TracedModel
 from stream_monitor.tracing.report_writer import ReportWriter
 from stream_monitor.tracing.trace import trace
+from tests.monitor.page.conftest import CHROMIUM, FLAGS
 
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 TEXT = "The code is 4711. " + "".join(f"Then comes line {number}, and so on. " for number in range(40)) + "And?"
 
 
