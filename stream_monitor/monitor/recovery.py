@@ -31,7 +31,10 @@ def is_corrupt(error: BaseException) -> bool:
     if not isinstance(error, sqlite3.DatabaseError):
         return False
     code = getattr(error, "sqlite_errorcode", None)
-    return code & 0xFF in _CORRUPT if code is not None else "malformed" in str(error)
+    if code is not None and code & 0xFF in _CORRUPT:
+        return True
+    # Ours (`Database.check`), and Python's word for text that is none.
+    return "malformed" in str(error) or "Could not decode" in str(error)
 
 
 def reason(error: BaseException) -> str:
