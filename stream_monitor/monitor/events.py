@@ -28,7 +28,7 @@ FINDINGS = frozenset(
         monitor_pb2.EVENT_KIND_UNTRUSTED_ANCHOR,
     }
 )
-PATIENCE_SECONDS = 1.0
+PATIENCE_SECONDS = 5.0
 """How long a finding waits for its commit."""
 
 Wanted = Callable[[monitor_pb2.Event], bool]
