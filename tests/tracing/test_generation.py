@@ -10,7 +10,7 @@ import transformers
 
 from stream_kernels.search import SearchConfig
 from stream_monitor.tracing.attention import LayerInputs, dense_attention
-from stream_monitor.tracing.generation import RestrictedAttention, generate, greedy, stop_tokens
+from stream_monitor.tracing.generation import RestrictedAttention, generate, greedy, repeated, stop_tokens
 from stream_monitor.tracing.layer import TraceOptions
 from stream_monitor.tracing.model import TracedModel
 from tests.tracing import tiny
@@ -73,3 +73,15 @@ def test_answers_end_where_the_model_or_its_tokenizer_says(
     model = replace(tiny_model, decoder=decoder, tokenizer=SimpleNamespace(eos_token_id=5))
     assert stop_tokens(model) == stop
     assert stop_tokens(replace(model, tokenizer=SimpleNamespace(eos_token_id=None))) == stop - {5}
+
+
+@pytest.mark.parametrize("name", ["tiny_model", "windowed_model"])
+def test_one_pass_over_given_tokens_is_as_decoding_them_in_turn(name: str, request: pytest.FixtureRequest) -> None:
+    model: TracedModel = request.getfixturevalue(name)
+    restricted = RestrictedAttention(TraceOptions(SearchConfig(strategy="exact", block_size=8, top_k=1)))
+    hidden, following = greedy(model, IDS, restricted.read, restricted.decode)
+    own = list(islice(following, 12))
+    for given, same in ((own, 12), ([*own[:7], own[7] ^ 1, *own[8:]], 7), ([own[0] ^ 1], 0), ([], 0)):
+        again, found = repeated(model, IDS, restricted.read, restricted.decode, given)
+        assert found == same
+        torch.testing.assert_close(again, hidden)
