@@ -334,6 +334,8 @@ def engine_arguments(
         if backend:
             arguments["attention_config"] = {"backend": backend}
     else:
+        # As in a server; vLLM would else put the worker into the process of the core, where its threads are not bound.
+        arguments["distributed_executor_backend"] = "mp"
         arguments["enforce_eager"] = not compiled
         arguments["block_size"] = 32
         arguments["num_gpu_blocks_override"] = 1 + requests * -(-(longest + 1) // 32)
