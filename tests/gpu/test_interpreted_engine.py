@@ -29,8 +29,6 @@ MINOR = "0.26"
 BLOCK, NEW_TOKENS = 32, 5
 PROMPTS = {"a": 100, "b": 230}
 LAYERS, HEADS = 4, 4
-TOLERANCE = 0.004
-"""Of a row's attention: the engine computes in float16, the truth in float32."""
 
 
 def installed() -> bool:
@@ -144,15 +142,21 @@ def test_every_row_is_there_once_under_its_own_name(exact):
 
 
 def test_captured_shares_are_the_models_attention(exact, model):
+    """The engine computes in float16: its shares are no further from float32 than those of transformers in float16."""
     _, result = exact
-    worst = 0.0
+    worst = noise = shifted = 0.0
     for name, ids in texts(result).items():
-        truth = block_masses(attention_rows(str(model), ids, 0, torch.float32), BLOCK)
+        truth, half = (
+            block_masses(attention_rows(str(model), ids, 0, dtype), BLOCK) for dtype in (torch.float32, torch.float16)
+        )
+        noise = max(noise, float(np.abs(half - truth).max()))
         for row in (row for row in result.rows if row.request_id == name):
             blocks = row.position // BLOCK + 1
             worst = max(worst, float(np.abs(row.distribution() - truth[row.position][..., :blocks]).max()))
-    print(f"largest difference of a share from transformers: {worst:.5f}")
-    assert worst <= TOLERANCE
+            before = truth[row.position - 1][..., :blocks]
+            shifted = max(shifted, float(np.abs(row.distribution() - before).max()))
+    print(f"largest difference from transformers: {worst:.4f}; of its float16: {noise:.4f}; one row off: {shifted:.4f}")
+    assert worst <= noise < shifted / 4
 
 
 def test_tokens_arrive_with_their_positions(exact):
