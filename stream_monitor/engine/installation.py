@@ -238,6 +238,8 @@ class Installation:
             "strategy": self._search_config.strategy,
             "kv_tokens_lost": self._kv_tokens_lost,
             "device_waits": self._device.waits,
+            "publisher": self._publisher.trouble if self._publisher else "",
+            "publisher_restarts": self._publisher.restarts if self._publisher else 0,
             "paused": capture is not None and capture.paused,
             "stride_factor": capture.governor.factor if capture else 1,
             "overhead": capture.governor.overhead if capture else 0.0,

@@ -1,6 +1,7 @@
 """The worker's side: start the publisher, see that it runs, end it. Imports no gRPC."""
 
 import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,8 @@ FIRST_RESTART, LONGEST_RESTART = 0.5, 30.0
 # through statuses, which we log ourselves.
 _NOT_INHERITED = ("LD_PRELOAD", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 _ADDED = {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"}
+
+log = logging.getLogger("vllm.stream_monitor")
 
 
 class PublisherProcess:
@@ -43,18 +46,33 @@ class PublisherProcess:
         self._wait = FIRST_RESTART
         self.restarts = 0
         """Times it was started again after it died or could not be started."""
+        self.trouble = ""
+        """Why it could not be started the last time; empty if it could."""
 
     def start(self) -> None:
-        """Start it; a failure shows in `poll`, which tries again."""
+        """Start it; a failure is logged once, and shows in `poll`, which tries again."""
         self._started_at = time.monotonic()
         environment = {key: value for key, value in os.environ.items() if key not in _NOT_INHERITED} | _ADDED
         self._process = None
-        with contextlib.suppress(OSError):
+        try:
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, bufsize=0, env=environment, pass_fds=(self._ring_fd,)
             )
-            self._pipe = self._process.stdin
-            self._tell(self._info)
+        except OSError as error:
+            if not self.trouble:
+                log.error(
+                    "Stream Monitor: the publisher cannot be started (%s: %s); nothing reaches the monitor, and it is "
+                    "tried again",
+                    self._command[0],
+                    error.strerror,
+                )
+            self.trouble = f"the publisher cannot be started: {error.strerror}"
+            return
+        if self.trouble:
+            log.warning("Stream Monitor: the publisher runs")
+            self.trouble = ""
+        self._pipe = self._process.stdin
+        self._tell(self._info)
 
     def poll(self) -> bool:
         """Whether it runs. One that died is started again, after a pause that grows. Cheap: call it every step."""

@@ -258,6 +258,28 @@ def test_what_was_sent_and_what_waits_is_told_and_outlives_the_publisher(
     assert max(queue.size for ledger in told for queue in ledger.queues if queue.name == "backlog") > 0
 
 
+def test_one_that_cannot_be_started_is_told_once_and_tried_again(
+    worker: Worker, monitor: Monitor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(launch, "FIRST_RESTART", 0.01)
+    with monkeypatch.context() as broken:
+        broken.setattr(sys, "executable", "/nowhere/python")
+        publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
+    publisher.start()
+    worker.step()
+    wait_until(lambda: publisher.poll() or publisher.restarts == 3)
+    assert publisher.trouble == "the publisher cannot be started: No such file or directory"
+    (record,) = caplog.records
+    assert "cannot be started (/nowhere/python: No such file" in record.getMessage()
+    publisher._command[0] = sys.executable
+    wait_until(publisher.poll)
+    assert publisher.trouble == ""
+    assert caplog.records[-1].getMessage() == "Stream Monitor: the publisher runs"
+    publisher.stop(15)
+    check_ledger(monitor, worker)
+    assert 1 in monitor.accepted
+
+
 def test_interrupts_leave_it_running(worker: Worker, monitor: Monitor, publisher: PublisherProcess) -> None:
     worker.step()
     wait_until(lambda: 1 in monitor.accepted)
