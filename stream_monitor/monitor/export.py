@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from google.protobuf.message import Message
 
 from stream_monitor.client.trace import Trace
@@ -20,6 +21,8 @@ from stream_monitor.monitor import recovery
 from stream_monitor.monitor.database import Database, StoreRefused
 
 PAGE = 100
+BATCH_BYTES = 16 << 20
+"""About most bytes of traces in memory at a time, as the store has them."""
 FORMATS = ("parquet", "jsonl")
 
 
@@ -115,26 +118,37 @@ def _events(database: Database, first: int, last: int, model_name: str) -> Itera
 def _traces(database: Database, first: int, last: int, model_name: str) -> Iterator[list[dict[str, Any]]]:
     before = 2**63 - 1
     while page := database.infos(before, PAGE, model_name, "", "", 0):
-        rows = []
+        rows, size = [], 0
         for _, info in page:
             if first <= info.last_seen_ns < last:
                 found = database.trace((info.key.engine_instance, info.key.request_id))
                 if found is not None:
                     rows.append(_trace(Trace.of(found)))
+                    size += found.ByteSize()
+                    if size >= BATCH_BYTES:
+                        yield rows
+                        rows, size = [], 0
         yield rows
         before = page[-1][0]
 
 
 def _trace(trace: Trace) -> dict[str, Any]:
-    """One request as a row: its info, its sentences, and its arrays as lists."""
+    """One request as a row: its info, its sentences, its heads, and its arrays."""
     return _plain(trace.info) | {
         "sentence_list": [_plain(sentence) for sentence in trace.sentences],
-        "matrix_row": trace.matrix.row.tolist(),
-        "matrix_column": trace.matrix.column.tolist(),
-        "matrix_share": trace.matrix.share.tolist(),
-        "unobserved_share": trace.unobserved_share.tolist(),
-        "captured_rows": trace.captured_rows.tolist(),
-        "vertical_score": trace.vertical_score.tolist(),
+        "heads": [_plain(head) for head in trace.heads],
+        "matrix_row": trace.matrix.row,
+        "matrix_column": trace.matrix.column,
+        "matrix_share": trace.matrix.share,
+        "unobserved_share": trace.unobserved_share,
+        "captured_rows": trace.captured_rows,
+        "vertical_score": trace.vertical_score,
+        "receiver_score": trace.receiver_score,
+        "corrected_score": trace.corrected_score,
+        "head_row": trace.by_head.row,
+        "head_column": trace.by_head.column,
+        "head_index": trace.by_head.head,
+        "head_share": trace.by_head.share,
     }
 
 
@@ -197,6 +211,8 @@ class JsonLines:
 
 
 def _without_nan(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return _without_nan(value.tolist())
     if isinstance(value, float):
         return value if value == value else None
     if isinstance(value, list):

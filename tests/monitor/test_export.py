@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -50,7 +51,7 @@ def test_the_files_hold_what_the_monitor_answers(store: tuple[Running, Path], tm
     monitor, path = store
     events, traces = exported(path, tmp_path / "out", format)
     with Monitor(monitor.server.grpc_address) as client:
-        trace = client.get_trace("my-req-1")
+        trace = client.get_trace("my-req-1", with_heads=True)
     (event,) = events
     assert (event["request_id"], event["external_id"], event["sequence"]) == (CHAT, "chatcmpl-my-req-1", 1)
     assert (event["kind"], event["summary"]) == ("EVENT_KIND_ANCHOR_SHIFT", trace.events[0].summary)
@@ -67,6 +68,25 @@ def test_the_files_hold_what_the_monitor_answers(store: tuple[Running, Path], tm
     scores = trace.vertical_score.tolist()
     assert [score is None or math.isnan(score) for score in found["vertical_score"]] == [math.isnan(s) for s in scores]
     assert found["vertical_score"][5] == pytest.approx(scores[5])
+    assert [head["head"] for head in found["heads"]] == [
+        {"layer": one.head.layer, "query_head": one.head.query_head} for one in trace.heads
+    ]
+    for name in ("row", "column", "head", "share"):
+        values = getattr(trace.by_head, name)
+        assert len(values) > len(trace.heads) > 1
+        assert found[f"head_{'index' if name == 'head' else name}"] == pytest.approx(values.tolist())
+    for name in ("receiver_score", "corrected_score"):
+        values = getattr(trace, name)
+        assert np.isfinite(values).any()
+        assert np.array(found[name], np.float32) == pytest.approx(values, nan_ok=True)
+
+
+def test_large_traces_are_written_a_few_at_a_time(
+    store: tuple[Running, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream_monitor.monitor.export.BATCH_BYTES", 1)
+    _, traces = exported(store[1], tmp_path / "out", "parquet")
+    assert len(traces) == pq.ParquetFile(tmp_path / "out" / "traces.parquet").num_row_groups == 2
 
 
 def test_limits(store: tuple[Running, Path], tmp_path: Path) -> None:
