@@ -74,7 +74,7 @@ def _curve(trace: Trace, event: monitor_pb2.Event | None) -> Table:
             summary_pb2.Role.Name(sentence.role).removeprefix("ROLE_").lower(),
             f"{sentence.first_token}-{sentence.end_token - 1}",
             str(rows[index]),
-            "" if not np.isfinite(score) else f"{score:.4f} {bar}",
+            "" if not np.isfinite(score) else f"{'<0.0001' if 0 < score < 1e-4 else f'{score:.4f}'} {bar}",
         ]
         if event:
             cells += [f"{shares[index]:.0%}" if index in shares else "" for shares in (before, after)]

@@ -1,8 +1,10 @@
 """The page in a real browser, beside what the monitor says over gRPC."""
 
+import itertools
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from google.protobuf.json_format import ParseDict
-from playwright.sync_api import Page, expect
+from google.protobuf.json_format import MessageToJson, ParseDict
+from playwright.sync_api import Page, Route, expect
 
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 from tests.monitor.page.cells import DRAWN, all_cells, drawn, expected
@@ -94,6 +96,21 @@ def test_sentences_scores_and_the_curve_are_those_of_the_trace(anna: Monitor, pa
     expect(page.locator("table.entries tr").first).to_contain_text(f"#{heaviest[1]}")
     expect(page.locator("table.entries tr").first).to_contain_text(f"{100 * heaviest[0]:.3g}"[:3])
     assert page.locator(f"#sentence-{heaviest[1]}").get_attribute("data-level") == "6"
+
+
+def test_scores_too_small_to_tell_are_said_to_be_small(anna: Monitor, page: Page) -> None:
+    def shrink(route: Route) -> None:
+        trace = anna.trace("chatcmpl-anna")
+        scores = np.frombuffer(trace.vertical_score, "<f4").copy()
+        scores[2:4] = 7.7e-6, 2e-4
+        trace.vertical_score = scores.tobytes()
+        route.fulfill(body=MessageToJson(trace), content_type="application/json")
+
+    page.route("**/api/trace?*", shrink)
+    shown(page, anna)
+    scores = page.locator(".sentences .score")
+    assert scores.all_inner_texts()[2:4] == ["<0.0001", "0.00020"]
+    assert float(scores.nth(2).get_attribute("title").removeprefix("anchor score ")) == pytest.approx(7.7e-6)
 
 
 def test_heads_and_their_curve_are_those_of_the_trace(shared: Monitor, page: Page) -> None:
@@ -277,6 +294,28 @@ def test_a_restart_of_the_monitor_is_told_and_survived(monitor: Monitor, tokeniz
     expect(page.locator("a.row")).to_have_text(["chatcmpl-before"])
     speak(monitor, tokenizer, "chatcmpl-after")
     expect(page.locator("a.row").first).to_have_text("chatcmpl-after")
+
+
+def test_findings_of_a_monitor_without_the_old_store_are_all_listed(monitor: Monitor, page: Page) -> None:
+    def hide(hidden: str) -> None:
+        page.evaluate(
+            f"Object.defineProperty(document, 'hidden', {{ get: () => {hidden}, configurable: true }});"
+            "document.dispatchEvent(new Event('visibilitychange'))"
+        )
+
+    monitor.publish(Engine().request("before", [4] * 14 + [30] * 8))
+    page.goto(f"{monitor.url}/events")
+    expect(page.locator("a.row")).to_have_text(["before"])
+    hide("true")
+    monitor.kill()
+    shutil.rmtree(monitor.store.parent)
+    monitor.start()
+    # The cursor that the page has says nothing to this monitor, and this was raised before the page comes back.
+    monitor.publish(Engine().request("meanwhile", [4] * 14 + [30] * 8))
+    _, sent = itertools.islice(monitor.api.Subscribe(monitor_pb2.SubscribeRequest(last=1), timeout=TIMEOUT), 2)
+    assert sent.event.external_id == "meanwhile"
+    hide("false")
+    expect(page.locator("a.row")).to_have_text(["meanwhile", "before"])
 
 
 def test_more_pages_than_allowed_are_told_and_still_fed(

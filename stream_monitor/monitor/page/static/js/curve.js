@@ -39,7 +39,7 @@ export class Curve {
       return {
         type: "scatter", mode: "markers", name: role, x: some, y: some.map((index) => scores[index]),
         marker: { color: roleColour(role), symbol: SYMBOLS[role] ?? "circle", size: trace.size > 300 ? 5 : 8 },
-        hovertemplate: `sentence %{x} (${role}): %{y:.4f}<extra></extra>`,
+        hovertemplate: `sentence %{x} (${role}): %{y:.3g}<extra></extra>`,
       };
     });
     const figure = layout({

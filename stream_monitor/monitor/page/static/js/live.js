@@ -43,9 +43,8 @@ export class Live {
 
   #connect() {
     this.#disconnect();
-    const asked = { ...this.parameters, cursor: this.#cursor };
-    if (this.#cursor) delete asked.last;
-    const source = new EventSource(address("/api/events", asked));
+    // `last` counts where there is no cursor, or one of another start of the monitor: then what it holds is told again.
+    const source = new EventSource(address("/api/events", { ...this.parameters, cursor: this.#cursor }));
     this.#source = source;
     source.addEventListener("event", (message) => this.#take(message));
     source.addEventListener("gone", () => this.#gone());

@@ -7,6 +7,8 @@ const EDGE = 60;
 /* Pixels of its neighbours that stay in sight. */
 const MANY = 400;
 /* From so many sentences on, those out of sight are not laid out. */
+const LEAST = 1e-4;
+/* Scores below it are as good as none; their number is in the title. */
 const KEYS = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10 };
 
 export class SentenceList {
@@ -46,7 +48,9 @@ export class SentenceList {
       this.#items[sentence.index] = item;
       const score = trace.scores[sentence.index];
       item.querySelector(".bar").setAttribute("value", score > 0 ? Math.min(1, score / most) : 0);
-      item.querySelector(".score").textContent = score > 0 ? score.toPrecision(2) : "";
+      const said = item.querySelector(".score");
+      said.textContent = score > 0 ? (score < LEAST ? `<${LEAST}` : score.toPrecision(2)) : "";
+      said.title = score > 0 ? `anchor score ${score}` : "";
     }
     this.list.append(fresh);
     this.list.classList.toggle("many", trace.size > MANY);
