@@ -67,8 +67,12 @@ def bind_tcp(name: str, address: str) -> socket.socket:
     try:
         family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(where)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(where)
+        except OSError:
+            bound.close()
+            raise
     except OSError as error:
         raise ListenError(f"{name}: cannot listen on {address}: {error.strerror}") from None
     return bound

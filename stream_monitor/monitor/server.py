@@ -183,6 +183,8 @@ class MonitorServer:
                 os.umask(before)
             self._sockets.append((str(path), os.stat(path).st_ino))
             return server, address
+        # Tried first, as gRPC would say in its own words, before us, what is wrong.
+        bind_tcp(name, address).close()
         try:
             port = server.add_insecure_port(address)
         except RuntimeError:

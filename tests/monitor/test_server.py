@@ -1,6 +1,7 @@
 """Listening, health, HTTP, start and stop."""
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -21,8 +22,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor.listen import ListenError, prepare_unix
 from stream_monitor.monitor.metric_table import TABLE
+from stream_monitor.monitor.run import GRPC_LOG, GoneWhileWrittenTo
 from stream_monitor.monitor.server import SERVICES, MonitorServer
-from stream_monitor.v1alpha1 import monitor_pb2
+from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
 from tests.monitor.conftest import Running
 from tests.monitor.process import free_port
 from tests.monitor.synthetic import Engine
@@ -138,6 +140,62 @@ def test_a_port_in_use_is_one_clear_line(run: Callable[..., Running], key: str, 
     address = getattr(first.server, f"{key}_address")
     with pytest.raises(ListenError, match=f"^{key}: cannot listen on {address}"):
         run(**{key: address, "ingest": f"unix:{tmp_path / 'other.sock'}"})
+
+
+def test_grpc_says_nothing_of_its_own_of_a_port_in_use(run: Callable[..., Running], tmp_path: Path) -> None:
+    address = run().server.grpc_address
+    command = [sys.executable, "-m", "stream_monitor", "serve", "--http", "127.0.0.1:0", "--grpc", address]
+    done = subprocess.run(
+        [*command, "--ingest", f"unix:{tmp_path / 'other.sock'}", "--store", ""],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"stream-monitor: grpc: cannot listen on {address}: Address already in use\n"
+
+
+def test_a_client_that_leaves_while_it_is_written_to_is_no_fault(
+    monitor: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    def leave() -> None:
+        """Takes nothing in until a write waits for room, and goes away then."""
+        channel = grpc.insecure_channel(
+            monitor.server.grpc_address, [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+        )
+        subscriber = monitor_pb2_grpc.MonitorServiceStub(channel).Subscribe(monitor_pb2.SubscribeRequest())
+        next(subscriber)
+        event = monitor_pb2.Event(kind=monitor_pb2.EVENT_KIND_ANCHOR_SHIFT, summary="x" * 100_000)
+        for _ in range(40):
+            monitor.loop.call_soon_threadsafe(monitor.server.log.publish, event)
+        time.sleep(0.3)
+
+        def at_once() -> None:
+            channel.close()
+            time.sleep(0.2)
+
+        monitor.loop.call_soon_threadsafe(at_once)
+        end = time.monotonic() + 10
+        while monitor.metric("stream_monitor_subscribers"):
+            assert time.monotonic() < end
+
+    # Which end of the call is heard of first is chance, mostly the same.
+    for _ in range(10):
+        leave()
+        if caplog.text:
+            break
+    assert "ExecuteBatchError" in caplog.text
+    caplog.clear()
+    quiet = GoneWhileWrittenTo()
+    logging.getLogger(GRPC_LOG).addFilter(quiet)
+    try:
+        for _ in range(3):
+            leave()
+        logging.getLogger(GRPC_LOG).error("anything else")
+    finally:
+        logging.getLogger(GRPC_LOG).removeFilter(quiet)
+    assert caplog.messages == ["anything else"]
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:0", "example.org:0"])
