@@ -1,6 +1,7 @@
 """What the parts of the monitor count for Prometheus while they work. `scrape.py` reads the rest when it is asked."""
 
 from collections.abc import Container
+from typing import NamedTuple
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
@@ -22,6 +23,21 @@ ROLES: dict[int, str] = {
 }
 """Values of the label `role`."""
 RESULTS = ("complete", "partial")
+
+
+class SentenceSeries(NamedTuple):
+    """What every closed sentence of an engine counts on: found once, as looking labels up costs more than counting.
+
+    Attributes:
+        anchor_mass: by `summary.proto` Role.
+    """
+
+    sentences: Counter
+    unobserved: Histogram
+    event_delay: Histogram
+    anchor_mass: dict[int, Counter]
+    verdicts: dict[tuple[Kind, Verdict], Counter]
+
 
 # `_created` series would double the export and tell nothing that Prometheus uses.
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -53,6 +69,7 @@ class Metrics:
         self.page_refused = self._counter(table.PAGE_REFUSED)
         ProcessCollector(registry=self.registry)
         self._known: set[Labels] = set()
+        self._of_sentences: dict[Labels, SentenceSeries] = {}
         for outcome, (_, reasons) in outcomes.MESSAGES.items():
             for reason in reasons:
                 self.messages.labels(outcome, reason)
@@ -68,12 +85,9 @@ class Metrics:
             self.step_delay,
             self.requests_started,
             self.requests_finished,
-            self.sentences,
             self.sentences_dropped,
             self.tokens_missing,
-            self.event_delay,
             self.recall,
-            self.unobserved,
         ):
             metric.labels(*labels)
         for result in RESULTS:
@@ -82,12 +96,26 @@ class Metrics:
             self.requests_refused.labels(*labels, reason)
         for reason in (text.NOT_SENT, text.NO_TOKENIZER, text.MISMATCH):
             self.requests_without_text.labels(*labels, reason)
-        for role in ROLES.values():
-            self.anchor_mass.labels(*labels, role)
         for kind in Kind:
             self.events.labels(*labels, kind.name, "warning")
-            for verdict in Verdict:
-                self.verdicts.labels(*labels, kind.value, verdict.value)
+        self.of_sentences(labels)
+
+    def of_sentences(self, labels: Labels) -> SentenceSeries:
+        """The series that sentences of this engine count on."""
+        found = self._of_sentences.get(labels)
+        if found is None:
+            found = self._of_sentences[labels] = SentenceSeries(
+                sentences=self.sentences.labels(*labels),
+                unobserved=self.unobserved.labels(*labels),
+                event_delay=self.event_delay.labels(*labels),
+                anchor_mass={number: self.anchor_mass.labels(*labels, role) for number, role in ROLES.items()},
+                verdicts={
+                    (kind, verdict): self.verdicts.labels(*labels, kind.value, verdict.value)
+                    for kind in Kind
+                    for verdict in Verdict
+                },
+            )
+        return found
 
     def forget(self, external_ids: Container[str]) -> None:
         """Take back exemplars that name these requests. prometheus_client has no public way to do so."""

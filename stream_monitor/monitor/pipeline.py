@@ -11,7 +11,7 @@ from stream_monitor.monitor.calibration import Calibration, capture_id
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.graveyard import Graveyard
 from stream_monitor.monitor.merge import MergedStep
-from stream_monitor.monitor.metrics import ROLES, Metrics, exemplar
+from stream_monitor.monitor.metrics import Metrics, exemplar
 from stream_monitor.monitor.outcomes import known_request
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import NOT_SENT, TokenText, Vocabularies
@@ -116,6 +116,7 @@ class Pipeline:
             self.store.changed(trace)
 
     def _score(self, trace: RequestTrace, now: int) -> None:
+        series = self.metrics.of_sentences(trace.labels)
         for index in trace.settle():
             row = trace.sentence_row(index)
             shares = trace.close_heads(index)
@@ -123,14 +124,14 @@ class Pipeline:
             alarms = trace.panel.update(seen)
             mass = seen.mass.before(index - ANCHOR_GAP + 1)
             trace.top_anchor = mass.heaviest()
-            self.metrics.sentences.labels(*trace.labels).inc()
-            for kind, verdict in trace.panel.verdicts.items():
-                self.metrics.verdicts.labels(*trace.labels, kind.value, verdict.value).inc()
+            series.sentences.inc()
+            for verdict in trace.panel.verdicts.items():
+                series.verdicts[verdict].inc()
             named = exemplar(trace.identity.external_id)
             if row.rows:
-                self.metrics.unobserved.labels(*trace.labels).observe(row.unobserved, named)
+                series.unobserved.observe(row.unobserved, named)
             for role, share in enumerate(np.bincount(seen.roles[mass.columns], mass.shares)):
-                self.metrics.anchor_mass.labels(*trace.labels, ROLES[role]).inc(share)
+                series.anchor_mass[role].inc(share)
             for alarm in alarms:
                 finding = views.alarm_event(trace, index, alarm, shares, row.unobserved, now)
                 trace.findings.append(finding)
@@ -146,8 +147,8 @@ class Pipeline:
         """One event a sentence, the last: findings of it went out before."""
         if event.kind == monitor_pb2.EVENT_KIND_SENTENCE_CLOSED:
             delay = max(0.0, (time.time_ns() - event.closed_time_ns) / 1e9)
-            labels = event.model_name, event.engine
-            self.metrics.event_delay.labels(*labels).observe(delay, exemplar(event.external_id))
+            series = self.metrics.of_sentences((event.model_name, event.engine))
+            series.event_delay.observe(delay, exemplar(event.external_id))
 
     def _progress(self, trace: RequestTrace, kind: monitor_pb2.EventKind.ValueType, now: int) -> None:
         self.log.publish(views.progress_event(trace, kind, now))

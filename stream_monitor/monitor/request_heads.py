@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.heads import NO_SHARES, Head, HeadShares, vertical_scores_by_head
-from stream_monitor.monitor.rows import HeadEntries, Row
+from stream_monitor.monitor.rows import Row
 
 MAX_HEADS = 256
 """Heads of a request that are told apart, evenly those watched of each rank, as many as it is the first to bring."""
@@ -95,18 +95,9 @@ class RequestHeads:
         return places
 
 
-def fold_entries(entries: HeadEntries, columns: NDArray[np.int64], sink: bool) -> HeadEntries:
-    """Entries on keys -> entries on sentences.
-
-    Args:
-        entries: of a row.
-        columns: int64 [keys], the sentence of each of its keys.
-        sink: whether the first key is the context's first token: what lies there goes to `SINK`.
-    """
-    numbers = columns.astype(np.uint32)
-    if sink:
-        numbers[0] = SINK
-    return HeadEntries(entries.heads, numbers[entries.places], entries.mass)
+def sentences_of_entries(columns: NDArray[np.int64], keys: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """What an entry on each key lies on, given the key's sentence: what is on the first token goes to `SINK`."""
+    return np.where(keys == 0, np.uint32(SINK), columns.astype(np.uint32))
 
 
 def _evenly(count: int, most: int) -> Sequence[int]:

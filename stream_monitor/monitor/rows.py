@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -166,45 +167,58 @@ def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tupl
     row_of = np.broadcast_to(np.arange(count)[:, None, None, None], keys.shape)
     rows_used, shares_used = row_of[used], shares[used]
     combined, mass, places = sum_by_key(rows_used * MAX_POSITION + keys[used], shares_used)
-    edges = np.searchsorted(combined, np.arange(count + 1) * MAX_POSITION)
+    begins = np.arange(count + 1) * MAX_POSITION
+    edges = np.searchsorted(combined, begins)
+    # Of each row: where its far keys begin and end.
+    far = np.searchsorted(combined, begins[:-1] + _SINK_TOKENS)
+    near = np.searchsorted(combined, begins[:-1] + np.maximum(positions - MIN_LAG + 1, 0))
     heads = np.arange(lead[1] * lead[2], dtype=np.uint16).reshape(lead[1], lead[2], 1)
     heads_used = np.broadcast_to(heads, keys.shape)[used]
     key_places = (places - edges[rows_used]).astype(np.uint32)
     mass_used = shares_used.astype(np.float32)
     ends = np.concatenate([[0], np.cumsum(used.sum(axis=(1, 2, 3)))])
     distinct = (combined % MAX_POSITION).astype(np.uint32)
-    rest_of = rest.sum(axis=(1, 2))
+    of_row = (
+        rows.request_ids,
+        positions.tolist(),
+        attempts.tolist(),
+        (phases != summary_pb2.PHASE_PREFILL_CHUNK).tolist(),
+        rest.sum(axis=(1, 2)).tolist(),
+        pairwise(edges.tolist()),
+        pairwise(ends.tolist()),
+        zip((far - edges[:-1]).tolist(), (near - edges[:-1]).tolist(), strict=True),
+    )
     return [
         _with_landmarks(
             Row(
-                rows.request_ids[row],
-                int(positions[row]),
-                int(attempts[row]),
-                bool(phases[row] != summary_pb2.PHASE_PREFILL_CHUNK),
+                request_id,
+                position,
+                attempt,
+                token,
                 # Copies: a view would keep the arrays of all rows for as long as one of them waits.
-                distinct[edges[row] : edges[row + 1]].copy(),
-                mass[edges[row] : edges[row + 1]].copy(),
-                float(rest_of[row]),
+                distinct[low:high].copy(),
+                mass[low:high].copy(),
+                unobserved_mass,
                 lead[1] * lead[2],
                 sources,
                 by_head=HeadEntries(
-                    heads_used[ends[row] : ends[row + 1]].copy(),
-                    key_places[ends[row] : ends[row + 1]].copy(),
-                    mass_used[ends[row] : ends[row + 1]].copy(),
+                    heads_used[first:end].copy(), key_places[first:end].copy(), mass_used[first:end].copy()
                 ),
-            )
+            ),
+            *far_keys,
         )
-        for row in range(count)
+        for request_id, position, attempt, token, unobserved_mass, (low, high), (first, end), far_keys in zip(
+            *of_row, strict=True
+        )
     ]
 
 
-def _with_landmarks(row: Row) -> Row:
-    """The same with `sink`, `lag` and `lag_mass`, from its keys."""
+def _with_landmarks(row: Row, first: int, end: int) -> Row:
+    """The same with `sink`, `lag` and `lag_mass`, from its keys, of which first .. end - 1 are far ones."""
     if len(row.keys) and row.keys[0] == 0:
         row.sink = float(row.mass[0])
-    first, end = np.searchsorted(row.keys, (_SINK_TOKENS, row.position - MIN_LAG + 1))
     if end > first:
-        heaviest = first + int(np.argmax(row.mass[first:end]))
+        heaviest = first + int(row.mass[first:end].argmax())
         row.lag, row.lag_mass = row.position - int(row.keys[heaviest]), float(row.mass[heaviest])
     return row
 

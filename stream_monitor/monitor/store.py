@@ -69,8 +69,9 @@ class TraceStore:
         key = (trace.instance, trace.request_id)
         if self._traces.get(key) is not trace:
             return
-        self.bytes += trace.bytes - self._weights[key]
-        self._weights[key] = trace.bytes
+        weight = trace.bytes
+        self.bytes += weight - self._weights[key]
+        self._weights[key] = weight
         if trace.finished:
             self._finished.setdefault(key)
         while len(self._traces) > 1:

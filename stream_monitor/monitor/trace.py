@@ -8,6 +8,7 @@ replace the one it repeats.
 import bisect
 from array import array
 from collections import deque
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from stream_monitor.anchors.sentences import SentenceBuilder, Span, coarsen, pro
 from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.ledger import CHUNK, TOKEN
 from stream_monitor.monitor.ranks import Labels, Rank
-from stream_monitor.monitor.request_heads import RequestHeads, fold_entries
+from stream_monitor.monitor.request_heads import RequestHeads, sentences_of_entries
 from stream_monitor.monitor.rows import Row
 from stream_monitor.monitor.sentence_row import SentenceRow
 from stream_monitor.monitor.text import TokenText
@@ -166,11 +167,14 @@ class RequestTrace:
 
     def sentence_row(self, index: int) -> SentenceRow:
         """Row `index` of the sentence matrix, averaged over the heads of each row, then over the rows."""
-        sums = np.zeros(index + 1)
         rows = self._rows_of(index)
-        for row in rows:
-            _, columns, mass = self._kept[row.position]
-            sums[np.frombuffer(columns, np.uint32)] += np.frombuffer(mass, np.float32) / row.heads
+        kept = [self._kept[row.position] for row in rows]
+        columns = np.frombuffer(b"".join(packed for _, packed, _ in kept), np.uint32)
+        mass = np.frombuffer(b"".join(packed for _, _, packed in kept), np.float32)
+        heads = np.repeat(
+            np.array([row.heads for row in rows], np.float32), [len(packed) // 4 for _, packed, _ in kept]
+        )
+        sums = np.bincount(columns, mass / heads, index + 1)
         count = len(rows)
         columns_used = np.flatnonzero(sums).astype(np.uint32)
         return SentenceRow(
@@ -252,7 +256,7 @@ class RequestTrace:
     def _insert(self, row: Row) -> None:
         self._newest_row = max(self._newest_row, row.position)
         if row.position < (self.spans[-1].end if self.spans else 0):
-            self._fold(row)
+            self._fold([row])
         elif len(self.spans) >= self.max_sentences:
             _discard(row, "sentence_limit")
             return
@@ -264,19 +268,26 @@ class RequestTrace:
             self._bytes += _ROW_BYTES + row.nbytes
         self.token_rows += row.token
 
-    def _fold(self, row: Row) -> None:
-        of_keys = sentences_of(row.keys, np.frombuffer(self._starts, np.int64))
+    def _fold(self, rows: list[Row]) -> None:
+        """Keep rows that lie in closed sentences; together, as each step costs as much for one as for all of them."""
+        keys = np.concatenate([row.keys for row in rows])
+        edges = np.cumsum([0, *(len(row.keys) for row in rows)])
+        of_keys = sentences_of(keys, np.frombuffer(self._starts, np.int64))
+        of_entries = sentences_of_entries(of_keys, keys)
+        columns, mass, folded = fold(of_keys, np.concatenate([row.mass for row in rows]), edges)
         scored = self.spans[self._settled - 1].end if self._settled else 0
-        if row.by_head and row.position >= scored:
-            row.by_head = fold_entries(row.by_head, of_keys, bool(len(row.keys) and row.keys[0] == 0))
-        else:
-            # Its sentence was scored before, or is the prompt's.
-            row.by_head = None
-        columns, mass = fold(of_keys, row.mass)
-        row.keys, row.mass = _NO_KEYS, _NO_MASS
-        self._kept[row.position] = (row, columns.tobytes(), mass.tobytes())
-        bisect.insort(self._positions, row.position)
-        self._bytes += _ROW_BYTES + row.nbytes + columns.nbytes + mass.nbytes
+        for row, (first, end), (low, high) in zip(
+            rows, pairwise(edges.tolist()), pairwise(folded.tolist()), strict=True
+        ):
+            if row.by_head and row.position >= scored:
+                row.by_head = row.by_head._replace(places=of_entries[first:end][row.by_head.places])
+            else:
+                # Its sentence was scored before, or is the prompt's.
+                row.by_head = None
+            row.keys, row.mass = _NO_KEYS, _NO_MASS
+            self._kept[row.position] = kept = (row, columns[low:high].tobytes(), mass[low:high].tobytes())
+            bisect.insort(self._positions, row.position)
+            self._bytes += _ROW_BYTES + row.nbytes + len(kept[1]) + len(kept[2])
 
     def _join(self, held: Row, row: Row) -> None:
         folded = self._kept.get(row.position)
@@ -299,11 +310,14 @@ class RequestTrace:
             self._closed_ns.append(self.last_seen_ns)
             self._roles.append(span.role)
             self._bytes += _SPAN_BYTES
-        for position in [p for p in self._pending if p < span.end]:
-            if full:
+        waited = [position for position in self._pending if position < span.end]
+        if full:
+            for position in waited:
                 self._remove(position, "sentence_limit")
-            else:
-                self._insert(self._pop(position))
+        elif waited:
+            rows = [self._pop(position) for position in waited]
+            self._fold(rows)
+            self.token_rows += sum(row.token for row in rows)
 
     def _truncate(self, end: int) -> None:
         """Forget everything from position `end` on; the sentence that holds it is open again."""

@@ -13,20 +13,31 @@ SEEDS = st.integers(0, 1 << 16)
 def test_folding_loses_no_mass(seed: int) -> None:
     generator = np.random.default_rng(seed)
     starts = np.unique(np.append(0, generator.integers(1, 200, 12)))
-    keys, mass, _ = sum_by_key(generator.integers(0, 250, 60), generator.random(60))
-    columns, shares = fold(sentences_of(keys.astype(np.uint32), starts), mass)
-    expected = np.zeros(len(starts))
-    for key, value in zip(keys, mass, strict=True):
-        expected[max(j for j, start in enumerate(starts) if start <= key)] += value
-    dense = np.zeros(len(starts))
-    dense[columns] = shares
-    assert np.allclose(dense, expected, rtol=1e-5)
-    assert len(columns) == len(set(columns.tolist()))
+    counts = generator.integers(0, 60, 3) * generator.integers(0, 2, 3)
+    rows = [sum_by_key(generator.integers(0, 250, count), generator.random(count))[:2] for count in counts]
+    edges = np.cumsum([0, *(len(keys) for keys, _ in rows)])
+    keys, mass = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    columns, shares, folded = fold(sentences_of(keys.astype(np.uint32), starts), mass, edges)
+    assert folded[0] == 0
+    assert folded[-1] == len(columns) == len(shares)
+    for (row_keys, row_mass), low, high in zip(rows, folded[:-1], folded[1:], strict=True):
+        expected = np.zeros(len(starts))
+        for key, value in zip(row_keys, row_mass, strict=True):
+            expected[max(j for j, start in enumerate(starts) if start <= key)] += value
+        dense = np.zeros(len(starts))
+        dense[columns[low:high]] = shares[low:high]
+        assert np.allclose(dense, expected, rtol=1e-5)
+        assert (np.diff(columns[low:high].astype(int)) > 0).all()
 
 
-def test_folding_nothing() -> None:
-    columns, shares = fold(np.zeros(0, np.int64), np.zeros(0, np.float32))
-    assert len(columns) == len(shares) == 0
+@given(SEEDS, st.sampled_from([1 << 8, 1 << 40, 1 << 61]))
+def test_equal_keys_are_joined_however_large_they_are(seed: int, base: int) -> None:
+    generator = np.random.default_rng(seed)
+    keys, mass = base + generator.integers(0, 20, 30), generator.random(30)
+    distinct, summed, places = sum_by_key(keys, mass)
+    assert distinct.tolist() == sorted(set(keys.tolist()))
+    assert (distinct[places] == keys).all()
+    assert np.allclose(summed, [mass[keys == key].sum() for key in distinct])
 
 
 @given(SEEDS)
