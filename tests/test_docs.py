@@ -70,7 +70,7 @@ def _make_every_metric_appear(monitor: Running) -> Stream:
 
 
 def test_the_page_on_upgrades_names_the_tested_versions() -> None:
-    from stream_monitor.engine.compat import TESTED_VERSIONS
+    from stream_monitor.engine.compat.engine import TESTED_VERSIONS
 
     table = re.findall(r"^\| .+ \| ([\d., ]+) \|", (ROOT / "docs" / "upgrade.md").read_text(), re.MULTILINE)
     named = {version for cell in table for version in re.findall(r"\d+\.\d+", cell)}

@@ -61,7 +61,8 @@ class Rank(Engine):
             token_rows=[
                 summary_pb2.RowCount(outcome="expected", count=expected),
                 summary_pb2.RowCount(outcome="captured", count=self.captured),
-                summary_pb2.RowCount(outcome="sampled_out", count=3 * self.captured),
+                summary_pb2.RowCount(outcome="sampled_out", count=2 * self.captured),
+                summary_pb2.RowCount(outcome="sampled_out", reason="governor", count=self.captured),
                 *lost,
             ],
             refused_arguments=self.arguments,

@@ -8,9 +8,11 @@ from stream_kernels.cpu import CpuSearch
 from stream_kernels.layout import KeyLayout, PagedKeys
 from stream_kernels.search import BlockSummary, SearchConfig
 from stream_monitor.engine.blocks import BlockGenerations
+from stream_monitor.engine.cpu.device import CpuRowSearch
+from stream_monitor.engine.cpu.slots import CpuSlot, LayerTap
 from stream_monitor.engine.estimator import Estimator
 from stream_monitor.engine.requests import RowLabel
-from stream_monitor.engine.steps import Job, StepSlot
+from stream_monitor.engine.steps import Job
 from stream_monitor.records import Ledger, Phase, QueueState, decode
 from stream_monitor.ring import RingReader, RingWriter
 
@@ -32,7 +34,7 @@ def test_bytes_read_and_written_are_counted(watched: tuple[int, ...]) -> None:
         query_dtype=torch.float32,
         query_heads=watched,
     )
-    slot = StepSlot(1, 2, HEADS, DIM, [PAGES], torch.float32)
+    slot = CpuSlot([LayerTap(0)], 2, HEADS, DIM, [PAGES], torch.float32)
     slot.queries.normal_()
     slot.labels = [RowLabel(f"r{n}", length - 1, 0, Phase.DECODE, "", True) for n, length in enumerate(CONTEXTS)]
     slot.batch_rows[:], slot.contexts[:], slot.generations[:] = (0, 1), CONTEXTS, 1
@@ -40,9 +42,7 @@ def test_bytes_read_and_written_are_counted(watched: tuple[int, ...]) -> None:
     ring = RingWriter(1 << 16)
     faults: list[str] = []
     estimator = Estimator(
-        search,
-        BlockSummary.allocate(1, 2, len(watched), config),
-        BlockGenerations(PAGES),
+        CpuRowSearch(search, BlockSummary.allocate(1, 2, len(watched), config), BlockGenerations(PAGES)),
         len(watched),
         DIM * FLOAT32,
         ring,

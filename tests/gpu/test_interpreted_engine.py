@@ -78,6 +78,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Callab
         (folder / "spec.json").write_text(json.dumps(asdict(Spec(str(model), worker, engine, requests))))
         environment = os.environ | {
             "STREAM_MONITOR_TARGET": target,
+            "STREAM_MONITOR_ALLOW_UNTESTED_ENGINE": "1",
             "STREAM_MONITOR_MAX_OVERHEAD": "0",
             "STREAM_MONITOR_QUEUE_STEPS": "64",  # an interpreted search is slower than an interpreted step
             "STREAM_MONITOR_STRIDE": "1",
