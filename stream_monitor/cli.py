@@ -105,7 +105,7 @@ def serve(context: typer.Context) -> None:
         return
     settings = _settings(context.args)
     from stream_monitor.anchors.profile import ProfileError
-    from stream_monitor.monitor.database import StoreRefused
+    from stream_monitor.monitor.database_file import StoreRefused
     from stream_monitor.monitor.listen import ListenError
     from stream_monitor.monitor.run import serve as run
     from stream_monitor.monitor.text import TextError

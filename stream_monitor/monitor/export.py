@@ -18,7 +18,8 @@ from google.protobuf.message import Message
 
 from stream_monitor.client.trace import Trace
 from stream_monitor.monitor import recovery
-from stream_monitor.monitor.database import Database, StoreRefused
+from stream_monitor.monitor.database import Database
+from stream_monitor.monitor.database_file import StoreRefused
 
 PAGE = 100
 BATCH_BYTES = 16 << 20

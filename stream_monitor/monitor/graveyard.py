@@ -2,7 +2,7 @@
 
 import secrets
 
-from stream_monitor.monitor.database import Keys
+from stream_monitor.monitor.database_file import Keys
 from stream_monitor.monitor.identity import TraceKey
 from stream_monitor.monitor.ledger import CHUNK, TOKEN
 from stream_monitor.monitor.merge import MergedStep

@@ -17,7 +17,8 @@ from typing import Any, Protocol, TypeVar
 from prometheus_client import Histogram
 
 from stream_monitor.monitor import recovery
-from stream_monitor.monitor.database import Database, StoredEvent, StoredTrace, StoreRefused
+from stream_monitor.monitor.database import Database, StoredEvent, StoredTrace
+from stream_monitor.monitor.database_file import StoreRefused
 from stream_monitor.monitor.identity import TraceKey
 
 BATCH_SECONDS = 0.05

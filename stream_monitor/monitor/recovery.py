@@ -7,7 +7,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from stream_monitor.monitor.database import Database, StoreRefused
+from stream_monitor.monitor.database import Database
+from stream_monitor.monitor.database_file import StoreRefused
 
 CHECKED_BYTES = 64 << 20
 """Files up to this size are read whole when they are opened, in some tenths of a second; of larger ones only what is

@@ -14,7 +14,7 @@ from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor import ingest, service
 from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.calibration import Calibration
-from stream_monitor.monitor.database import StoreRefused
+from stream_monitor.monitor.database_file import StoreRefused
 from stream_monitor.monitor.deletion import Deletion
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.graveyard import Graveyard

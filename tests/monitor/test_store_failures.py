@@ -15,7 +15,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor import events, recorder
-from stream_monitor.monitor.database import Database, EventPage, StoreRefused
+from stream_monitor.monitor.database import Database, EventPage
+from stream_monitor.monitor.database_file import StoreRefused
 from stream_monitor.monitor.events import CursorGone, EventLog, Subscriber
 from stream_monitor.monitor.server import MonitorServer
 from stream_monitor.v1alpha1 import monitor_pb2
