@@ -78,14 +78,15 @@ class AnchorLock:
         return Verdict.ALARM if self.drift_detected else Verdict.STEADY
 
     def _fit(self) -> None:
+        total = self._shares.sum()
         longest = int(self._lags.max()) + 1
         short = np.arange(_LEAST_PERIOD, min(_SHORT, longest) + 1)
         periods = np.unique(np.concatenate([short, self._lags, self._lags + 1]))
         rest = self._lags % periods[:, None]
         fits = (rest == 0) | (rest == periods[:, None] - 1)
-        part = fits @ self._shares / self._shares.sum()
+        part = fits @ self._shares / total
         # Two lags in b fit by chance; as few rows as these may fit by three standard errors more.
-        rows = self._shares.sum() ** 2 / np.square(self._shares).sum()
+        rows = total**2 / np.square(self._shares).sum()
         chance = 2 / periods
         chance = np.minimum(chance + 3 * np.sqrt(chance * (1 - chance) / rows), _MOST_CHANCE)
         scores = (part - chance) / (1 - chance)

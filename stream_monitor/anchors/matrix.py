@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 ANCHOR_GAP = 4
 """A sentence's own neighbourhood is no anchor: only sentences at least this much earlier are (thought-anchors' δ)."""
 NO_BLOCK = 0xFFFFFFFF
-_SIGNED_BITS = 63
-"""Of an int64 that is not negative."""
+_NO_KEY = 1 << 31
+"""Above every token position, and low enough to be shifted by the bits of a place in a row."""
 
 Positions = NDArray[np.int64]
 Mass = NDArray[np.float64]
@@ -71,15 +71,41 @@ def forced_block_ids(positions: Positions, block_size: int, sink: int, recent: i
     return np.concatenate([np.where(first < blocks, first, -1), np.where(last >= sink, last, -1)], axis=1)
 
 
-def sum_by_key(keys: Positions, mass: Mass) -> tuple[Positions, NDArray[np.float32], Positions]:
-    """Join equal keys: keys [n], mass [n] -> ascending distinct keys [m], their summed mass float32 [m], and the place
-    of each of the n among the distinct ones."""
-    order, ordered = _sorted(keys)
-    first = _begins(ordered)
-    places = np.empty(len(keys), np.int64)
-    places[order] = np.cumsum(first) - 1
-    distinct = ordered[first]
-    return distinct, np.bincount(places, mass, len(distinct)).astype(np.float32), places
+class Joined(NamedTuple):
+    """Rows whose equal keys are joined.
+
+    Attributes:
+        keys: int64 [m], the distinct keys of each row, ascending, one row after the other.
+        mass: float32 [m], their summed mass.
+        edges: int64 [rows + 1], where each row begins, and the end of the last.
+        places: int64 [used entries], in the order of the entries: each one's place among its row's distinct keys.
+    """
+
+    keys: Positions
+    mass: NDArray[np.float32]
+    edges: Positions
+    places: Positions
+
+
+def sum_by_key(keys: Positions, mass: Mass, used: NDArray[np.bool_]) -> Joined:
+    """Join equal keys of each row: keys, mass and whether an entry counts at all, [rows, n] each.
+
+    >>> joined = sum_by_key(np.array([[7, 3, 7]]), np.array([[0.2, 0.3, 0.5]]), np.ones((1, 3), bool))
+    >>> joined.keys.tolist(), [round(float(mass), 2) for mass in joined.mass], joined.places.tolist()
+    ([3, 7], [0.3, 0.7], [1, 0, 1])
+    """
+    bits = keys.shape[1].bit_length()
+    # Each key carries its place in its low bits: numbers are sorted faster than indices, and rows faster than all at
+    # once. What does not count goes last.
+    packed = np.sort(np.where(used, keys, _NO_KEY) << bits | np.arange(keys.shape[1]), axis=1)
+    ordered = packed >> bits
+    first = ordered != _NO_KEY
+    first[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
+    places = np.empty_like(keys)
+    np.put_along_axis(places, packed & ((1 << bits) - 1), np.cumsum(first, axis=1) - 1, axis=1)
+    edges = np.concatenate([[0], np.cumsum(first.sum(axis=1))])
+    summed = np.bincount((places + edges[:-1, None])[used], mass[used], edges[-1])
+    return Joined(ordered[first], summed.astype(np.float32), edges, places[used])
 
 
 def sentences_of(keys: NDArray[np.uint32], starts: Positions) -> Positions:
@@ -106,7 +132,8 @@ def fold(
     """
     if not len(columns):
         return columns.astype(np.uint32), mass, edges
-    first = _begins(columns)
+    first = np.ones(len(columns), bool)
+    np.not_equal(columns[1:], columns[:-1], out=first[1:])
     first[edges[edges < len(columns)]] = True
     firsts = first.nonzero()[0]
     return columns[firsts].astype(np.uint32), np.add.reduceat(mass, firsts), np.searchsorted(firsts, edges)
@@ -163,21 +190,3 @@ def proximity_corrected(
     scores = np.full(size, np.nan)
     np.divide(got, expected, out=scores, where=expected > 0)
     return scores
-
-
-def _sorted(keys: Positions) -> tuple[Positions, Positions]:
-    """Places of the keys, int64 [n] from 0, in ascending order, and the keys in that order."""
-    bits = len(keys).bit_length()
-    if len(keys) and int(keys.max()).bit_length() + bits > _SIGNED_BITS:
-        order = np.argsort(keys)
-        return order, keys[order]
-    # Each key carries its place in its low bits: numbers are sorted in half the time of their indices.
-    packed = np.sort(keys << bits | np.arange(len(keys)))
-    return packed & ((1 << bits) - 1), packed >> bits
-
-
-def _begins(ordered: Positions) -> NDArray[np.bool_]:
-    """Where a number differs from the one before it: bool [n]."""
-    first = np.ones(len(ordered), bool)
-    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
-    return first

@@ -116,8 +116,8 @@ class Pipeline:
             self.store.changed(trace)
 
     def _score(self, trace: RequestTrace, now: int) -> None:
-        series = self.metrics.of_sentences(trace.labels)
         for index in trace.settle():
+            series = self.metrics.of_sentences(trace.labels)
             row = trace.sentence_row(index)
             shares = trace.close_heads(index)
             seen = trace.observation(index, row, shares)

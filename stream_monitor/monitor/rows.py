@@ -85,10 +85,9 @@ class Row:
 
     def joined(self, other: "Row") -> "Row":
         """This row with another rank's share of it added."""
-        keys, mass, places = sum_by_key(
-            np.concatenate([self.keys, other.keys]).astype(np.int64),
-            np.concatenate([self.mass, other.mass]).astype(np.float64),
-        )
+        both = np.concatenate([self.keys, other.keys]).astype(np.int64)[None]
+        both_mass = np.concatenate([self.mass, other.mass]).astype(np.float64)[None]
+        keys, mass, _, places = sum_by_key(both, both_mass, np.ones(both.shape, bool))
         by_head = None
         if self.by_head and other.by_head:
             ours, theirs = self.by_head, other.by_head
@@ -163,21 +162,20 @@ def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tupl
     without_key = rest if sinks is None else rest + _share(sinks, "learned_sink")
     if (abs(shares.sum(axis=-1) + without_key - 1.0) > ROUNDING).any():
         raise invalid("value", "rows: kept, forced, unobserved and learned sink shares do not sum to 1")
-    # One sort for all rows: the row number stands above the bits of the position.
-    row_of = np.broadcast_to(np.arange(count)[:, None, None, None], keys.shape)
-    rows_used, shares_used = row_of[used], shares[used]
-    combined, mass, places = sum_by_key(rows_used * MAX_POSITION + keys[used], shares_used)
-    begins = np.arange(count + 1) * MAX_POSITION
-    edges = np.searchsorted(combined, begins)
-    # Of each row: where its far keys begin and end.
-    far = np.searchsorted(combined, begins[:-1] + _SINK_TOKENS)
-    near = np.searchsorted(combined, begins[:-1] + np.maximum(positions - MIN_LAG + 1, 0))
+    flat = count, math.prod(kept[1:]) + math.prod(forced[1:])
+    joined = sum_by_key(keys.reshape(flat), shares.reshape(flat), used.reshape(flat))
+    edges = joined.edges
+    # Of each row: where its far keys begin and end, looked up with the row number above the bits of the position.
+    begins = np.arange(count) * MAX_POSITION
+    combined = joined.keys + np.repeat(begins, np.diff(edges))
+    far = np.searchsorted(combined, begins + _SINK_TOKENS)
+    near = np.searchsorted(combined, begins + np.maximum(positions - MIN_LAG + 1, 0))
     heads = np.arange(lead[1] * lead[2], dtype=np.uint16).reshape(lead[1], lead[2], 1)
     heads_used = np.broadcast_to(heads, keys.shape)[used]
-    key_places = (places - edges[rows_used]).astype(np.uint32)
-    mass_used = shares_used.astype(np.float32)
+    key_places = joined.places.astype(np.uint32)
+    mass_used = shares[used].astype(np.float32)
     ends = np.concatenate([[0], np.cumsum(used.sum(axis=(1, 2, 3)))])
-    distinct = (combined % MAX_POSITION).astype(np.uint32)
+    distinct = joined.keys.astype(np.uint32)
     of_row = (
         rows.request_ids,
         positions.tolist(),
@@ -197,7 +195,7 @@ def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tupl
                 token,
                 # Copies: a view would keep the arrays of all rows for as long as one of them waits.
                 distinct[low:high].copy(),
-                mass[low:high].copy(),
+                joined.mass[low:high].copy(),
                 unobserved_mass,
                 lead[1] * lead[2],
                 sources,

@@ -1,5 +1,7 @@
 """Sentence mass and vertical scores against plain loops over the definitions."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,15 +16,15 @@ def test_folding_loses_no_mass(seed: int) -> None:
     generator = np.random.default_rng(seed)
     starts = np.unique(np.append(0, generator.integers(1, 200, 12)))
     counts = generator.integers(0, 60, 3) * generator.integers(0, 2, 3)
-    rows = [sum_by_key(generator.integers(0, 250, count), generator.random(count))[:2] for count in counts]
-    edges = np.cumsum([0, *(len(keys) for keys, _ in rows)])
-    keys, mass = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    used = np.arange(60) < counts[:, None]
+    keys, mass, edges, _ = sum_by_key(generator.integers(0, 250, used.shape), generator.random(used.shape), used)
     columns, shares, folded = fold(sentences_of(keys.astype(np.uint32), starts), mass, edges)
     assert folded[0] == 0
     assert folded[-1] == len(columns) == len(shares)
-    for (row_keys, row_mass), low, high in zip(rows, folded[:-1], folded[1:], strict=True):
+    for row, (low, high) in enumerate(pairwise(folded)):
+        of_row = slice(edges[row], edges[row + 1])
         expected = np.zeros(len(starts))
-        for key, value in zip(row_keys, row_mass, strict=True):
+        for key, value in zip(keys[of_row], mass[of_row], strict=True):
             expected[max(j for j, start in enumerate(starts) if start <= key)] += value
         dense = np.zeros(len(starts))
         dense[columns[low:high]] = shares[low:high]
@@ -30,14 +32,23 @@ def test_folding_loses_no_mass(seed: int) -> None:
         assert (np.diff(columns[low:high].astype(int)) > 0).all()
 
 
-@given(SEEDS, st.sampled_from([1 << 8, 1 << 40, 1 << 61]))
-def test_equal_keys_are_joined_however_large_they_are(seed: int, base: int) -> None:
+@given(SEEDS, st.sampled_from([0, (1 << 28) - 20]), st.integers(0, 4), st.integers(0, 30))
+def test_equal_keys_of_a_row_are_joined(seed: int, base: int, rows: int, entries: int) -> None:
     generator = np.random.default_rng(seed)
-    keys, mass = base + generator.integers(0, 20, 30), generator.random(30)
-    distinct, summed, places = sum_by_key(keys, mass)
-    assert distinct.tolist() == sorted(set(keys.tolist()))
-    assert (distinct[places] == keys).all()
-    assert np.allclose(summed, [mass[keys == key].sum() for key in distinct])
+    shape = rows, entries
+    keys, mass = base + generator.integers(0, 20, shape), generator.random(shape)
+    used = generator.random(shape) < generator.random((rows, 1))
+    joined = sum_by_key(keys, mass, used)
+    assert len(joined.edges) == rows + 1
+    assert joined.edges[-1] == len(joined.keys) == len(joined.mass)
+    places = iter(joined.places.tolist())
+    for row, (low, high) in enumerate(pairwise(joined.edges)):
+        distinct = joined.keys[low:high]
+        assert distinct.tolist() == sorted(set(keys[row, used[row]].tolist()))
+        expected = [mass[row, used[row] & (keys[row] == key)].sum() for key in distinct]
+        assert np.allclose(joined.mass[low:high], expected)
+        assert all(distinct[next(places)] == key for key in keys[row, used[row]])
+    assert next(places, None) is None
 
 
 @given(SEEDS)
