@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import logging
 import os
 import signal
 import subprocess
@@ -262,6 +263,7 @@ def test_one_that_cannot_be_started_is_told_once_and_tried_again(
     worker: Worker, monitor: Monitor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(launch, "FIRST_RESTART", 0.01)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM, if it is imported, may have ended that.
     with monkeypatch.context() as broken:
         broken.setattr(sys, "executable", "/nowhere/python")
         publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
