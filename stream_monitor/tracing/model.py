@@ -123,7 +123,7 @@ def read_messages(path: Path) -> list[dict[str, str]]:
         TracingError: the file cannot be read, or holds something else.
     """
     try:
-        found = json.loads(_read(path))
+        found = json.loads(read_file(path))
     except json.JSONDecodeError as error:
         raise TracingError(f"{path} is not JSON: {error}") from error
     fits = isinstance(found, list) and all(
@@ -143,13 +143,18 @@ def read_prompt(path: Path) -> str:
     Raises:
         TracingError: the file cannot be read, or is blank.
     """
-    text = _read(path)
+    text = read_file(path)
     if not text.strip():
         raise TracingError(f"the prompt in {path} is empty")
     return text
 
 
-def _read(path: Path) -> str:
+def read_file(path: Path) -> str:
+    """A file in UTF-8, blank or not.
+
+    Raises:
+        TracingError: the file cannot be read.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:

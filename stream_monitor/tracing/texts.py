@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stream_monitor.tracing.errors import TracingError
-from stream_monitor.tracing.model import TracedModel, read_prompt
+from stream_monitor.tracing.model import TracedModel, read_file
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def read_texts(path: Path) -> list[Text]:
         TracingError: it cannot be read, or holds something else, or nothing.
     """
     found = []
-    for number, line in enumerate(read_prompt(path).splitlines(), 1):
+    for number, line in enumerate(read_file(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -25,8 +25,12 @@ from stream_kernels.search import BlockSummary, SearchConfig
 from stream_kernels.statistics import FANOUT, pyramid
 from stream_monitor.engine.blocks import BlockGenerations
 from stream_monitor.engine.capture import Capture
+from stream_monitor.engine.compat.runner_v1 import RunnerV1
+from stream_monitor.engine.compat.schedule import ScheduledStep
+from stream_monitor.engine.cpu.slots import CpuSlot
+from stream_monitor.engine.governor import Governor
 from stream_monitor.engine.requests import RequestTable
-from stream_monitor.engine.steps import Job, StepSlot
+from stream_monitor.engine.steps import Job
 
 ROWS = 8
 LAYERS_PER_GROUP, HEAD_DIM = 2, 8
@@ -88,7 +92,7 @@ class SearchedRow:
 class _Step:
     """A step that waits to be searched."""
 
-    slot: StepSlot
+    slot: CpuSlot
     ids: list[NDArray[np.int64]]
     """Prefixes of each row."""
     of_block: NDArray[np.int64]
@@ -160,20 +164,22 @@ class Worker:
             ),
         )
         self.generations = BlockGenerations(shape.pages)
+        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=shape.page_size))
+        runner = SimpleNamespace(
+            input_batch=self._batch, kv_cache_config=SimpleNamespace(kv_cache_groups=[group] * shape.groups)
+        )
+        self.slots = [
+            CpuSlot([], ROWS, 2 * shape.kv_heads, HEAD_DIM, [most_pages] * shape.groups, torch.float32)
+            for _ in range(4)
+        ]
         self._capture = Capture(
-            SimpleNamespace(input_batch=self._batch),
-            [shape.page_size] * shape.groups,
+            RunnerV1(runner),
             shape.connector,
-            [],
-            [
-                StepSlot(
-                    self._search.layers, ROWS, 2 * shape.kv_heads, HEAD_DIM, [most_pages] * shape.groups, torch.float32
-                )
-                for _ in range(4)
-            ],
+            self,  # type: ignore[arg-type]
             RequestTable(1, 64, False, None, None, False),
             self.generations,
             1,
+            Governor(0),
         )
         self._capture.arm(self)  # type: ignore[arg-type]
         self.tables: dict[str, list[list[int]]] = {}
@@ -183,8 +189,14 @@ class Worker:
         self.compared: Counter[int] = Counter()
         """Summaries compared so far, by level."""
 
-    # What the capture sees of the estimator thread.
-    backlog = 0
+    # What the capture sees of the device and of the estimator thread.
+    backlog, shares_cpus, seconds = 0, False, 0.0
+
+    def follow(self, step: ScheduledStep) -> None:
+        """Generations say all."""
+
+    def take_tap_ns(self) -> int:
+        return 0
 
     def submit(self, job: Job) -> None:
         if job.slot is not None:

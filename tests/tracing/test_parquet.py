@@ -1,5 +1,6 @@
 """Files of a trace on a disk that is full, and files that are none."""
 
+import contextlib
 import gc
 import resource
 import sys
@@ -18,25 +19,30 @@ from stream_monitor.tracing.parquet import LayerWriter, open_parquet
 TABLE = pa.table({"mass": pa.array(np.random.default_rng(0).random(200_000))})
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def small_disk() -> Iterator[None]:
-    """Files of at most 1,000 bytes: what is written beyond them fails as on a full disk."""
+    """Files of at most 1,000 bytes: what is written beyond them fails as on a full disk.
+
+    Not a fixture: pytest reports a test before it ends its fixtures, and the log of a suite is a file as well.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.usefixtures("small_disk")
 def test_a_file_given_up_on_a_full_disk_is_closed_quietly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its layer is written, its end would not fit: pyarrow tries to write that when the writer is collected."""
     beside: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", beside.append)
     table = TABLE.slice(0, 10).replace_schema_metadata({b"key": b"value" * 300})
-    writer = LayerWriter(tmp_path / "file.parquet", table.schema)
-    writer.write(table)
-    del writer
-    gc.collect()
+    with small_disk():
+        writer = LayerWriter(tmp_path / "file.parquet", table.schema)
+        writer.write(table)
+        del writer
+        gc.collect()
     assert beside == []
 
 
@@ -48,11 +54,10 @@ def write(out: Path, tables: list[pa.Table]) -> None:
         writer.close({b"key": b"value" * 300})
 
 
-@pytest.mark.usefixtures("small_disk")
 @pytest.mark.parametrize("tables", [[TABLE], [TABLE.slice(0, 10)], [TABLE.slice(0, 10), TABLE]])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tables: list[pa.Table], tmp_path: Path) -> None:
     """Whether a layer or the end of the file does not fit."""
-    with pytest.raises(TracingError, match=r"^cannot write .*/out: File too large$"):
+    with small_disk(), pytest.raises(TracingError, match=r"^cannot write .*/out: File too large$"):
         write(tmp_path / "out", tables)
     assert list(tmp_path.iterdir()) == []
 
