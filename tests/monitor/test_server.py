@@ -185,6 +185,8 @@ def test_a_client_that_leaves_while_it_is_written_to_is_no_fault(
         leave()
         if caplog.text:
             break
+    if not caplog.text:
+        pytest.skip("every time the end of the call was heard of first; the filter by itself is tested below")
     assert "ExecuteBatchError" in caplog.text
     caplog.clear()
     quiet = GoneWhileWrittenTo()
@@ -196,6 +198,15 @@ def test_a_client_that_leaves_while_it_is_written_to_is_no_fault(
     finally:
         logging.getLogger(GRPC_LOG).removeFilter(quiet)
     assert caplog.messages == ["anything else"]
+
+
+def test_the_log_leaves_out_what_grpc_says_of_clients_that_left_and_nothing_else() -> None:
+    def said(text: str, *arguments: object) -> logging.LogRecord:
+        return logging.LogRecord(GRPC_LOG, logging.ERROR, "", 0, text, arguments, None)
+
+    # As grpc.aio 1.85 words it.
+    assert not GoneWhileWrittenTo().filter(said("ExecuteBatchError raised in core by servicer method [%s]", "/a/B"))
+    assert GoneWhileWrittenTo().filter(said("Unexpected [%s] raised by servicer method [%s]", "KeyError", "/a/B"))
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:0", "[::]:0", "192.0.2.1:0", "example.org:0"])
