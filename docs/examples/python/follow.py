@@ -24,4 +24,6 @@ with Monitor(address) as monitor:
         columns, shares = trace.matrix.column[of_sentence], trace.matrix.share[of_sentence]
         reads = ", ".join(f"{columns[i]} ({shares[i]:.0%})" for i in (-shares).argsort()[:3])
         print(f"{event.external_id}: {event.summary}; it reads sentences {reads}", flush=True)
-        place.write_text(received.cursor)
+        written = place.with_suffix(".new")
+        written.write_text(received.cursor)
+        written.replace(place)  # whole or not at all: a kill in the middle must not leave an empty cursor
