@@ -253,7 +253,7 @@ def test_the_account_is_exact_and_survives_the_monitor(run: Callable[..., Runnin
     assert account(monitor) == (4 * rank.captured + 7, 4 * rank.captured + 7)
     # Killed without a word: its state is gone, its socket is left behind.
     path = monitor.server.ingest_address.removeprefix("unix:")
-    monitor.call(monitor.server._servers[0].stop(0))
+    monitor.call(monitor.server.front._servers[0].stop(0))
     again = run(ingest=f"unix:{path}")
     again.publish(rank.request("b", [4]))
     assert account(again) == (4 * rank.captured + 7, 4 * rank.captured + 7)

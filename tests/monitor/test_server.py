@@ -70,7 +70,7 @@ def test_stop_announces_before_it_ends_streams(run: Callable[..., Running]) -> N
     publisher, rank = Stream(monitor), Engine()
     publisher.send(rank.summary())
     order: list[str] = []
-    graceful, stop_ingest = monitor.server.health.enter_graceful_shutdown, monitor.server.ingest.stop
+    graceful, stop_ingest = monitor.server.front.health.enter_graceful_shutdown, monitor.server.ingest.stop
 
     async def announced() -> None:
         order.append("not_serving")
@@ -80,7 +80,7 @@ def test_stop_announces_before_it_ends_streams(run: Callable[..., Running]) -> N
         order.append("streams")
         stop_ingest()
 
-    monitor.server.health.enter_graceful_shutdown = announced  # type: ignore[method-assign]
+    monitor.server.front.health.enter_graceful_shutdown = announced  # type: ignore[method-assign]
     monitor.server.ingest.stop = ended  # type: ignore[method-assign]
     started = time.monotonic()
     monitor.call(monitor.server.stop())
