@@ -20,7 +20,7 @@ class Binding:
         caches: their KV caches.
         total_query_heads: of a layer on this rank.
         query_heads: the watched ones.
-        rows: most requests in a batch.
+        rows: most query rows kept of a batch.
         max_context: tokens.
         dtype: of the model's queries.
         generations: of all KV blocks.

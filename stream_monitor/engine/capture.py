@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream_monitor.engine.blocks import BlockGenerations
-from stream_monitor.engine.compat.runner import RunnerView, is_pending, sampled_tokens
+from stream_monitor.engine.compat.runner import RunnerView, has_tokens, is_pending, sampled_tokens
 from stream_monitor.engine.compat.schedule import ScheduledStep, read_schedule
 from stream_monitor.engine.device import Device, StepSlot
+from stream_monitor.engine.drafts import Drafts, Fate
 from stream_monitor.engine.estimator import Estimator
 from stream_monitor.engine.governor import Governor
 from stream_monitor.engine.ledger import count, snapshot
@@ -40,6 +41,7 @@ class _CurrentStep:
     positions: dict[str, int]
     sampled: list[RowLabel]
     slot: StepSlot | None
+    drafts: Drafts
     forward_end_ns: int = 0
 
 
@@ -114,7 +116,7 @@ class Capture:
         log.error("Stream Monitor: capture is off, decoding goes on: %s", reason)
         self._device.stop()
         if self._current is not None and self._current.slot is not None:
-            count(self._ledger, self._current.sampled, "dropped", "fault", self._heads)
+            self._drop(self._current.sampled, "fault", self._current.drafts)
             self._free.append(self._current.slot)
             self._current.slot = None
 
@@ -135,11 +137,15 @@ class Capture:
         self._device.follow(step)
         self._take_arrived()
         self._follow_requests(step)
-        labels = [self._table.label(request) for request in step.requests]
-        sampled = self._count_and_sample(labels)
-        slot = self._acquire(sampled)
+        drafts = Drafts({r.request_id: self._table.drafted(r) for r in step.requests if r.draft_tokens})
+        labels = [self._table.label(request) for request in step.requests if not request.draft_tokens]
         positions = {label.request_id: label.position for label in labels}
-        self._current = _CurrentStep(self._steps, positions, sampled, slot)
+        for request_id, rows in drafts.rows.items():
+            positions[request_id] = rows[0].position
+            labels += rows
+        sampled = self._count_and_sample(labels, drafts)
+        slot = self._acquire(sampled, drafts)
+        self._current = _CurrentStep(self._steps, positions, sampled, slot, drafts)
 
     def _govern(self) -> None:
         assert self._estimator is not None
@@ -177,7 +183,24 @@ class Capture:
             self._await_tokens(output, current.positions)
         else:
             self._add_tokens(current.positions, sampled_tokens(output))
+        if current.drafts.rows:
+            self._reject_drafts(current, output)
         self._submit(current)
+
+    def _reject_drafts(self, current: _CurrentStep, output: Any) -> None:
+        if is_pending(output) or not has_tokens(output):
+            self.fail("which draft tokens were accepted is not known on this rank")
+            return
+        rejected = current.drafts.rejected(sampled_tokens(output))
+        current.drafts.take_back(self._ledger, rejected, self._heads)
+        if current.slot is None or not rejected:
+            return
+        gone = set(rejected)
+        kept = [row for row, label in enumerate(current.sampled) if label not in gone]
+        current.slot.keep(kept)
+        if not kept:
+            self._free.append(current.slot)
+            current.slot = None
 
     def _await_tokens(self, output: Any, positions: dict[str, int]) -> None:
         """The tokens are on their way from the device: note them when the engine itself asks for them, on whichever
@@ -231,30 +254,44 @@ class Capture:
             self._table.resume(request_id)
         self._ledger.refused_arguments = dict(self._table.refused_arguments)
 
-    def _count_and_sample(self, labels: list[RowLabel]) -> list[RowLabel]:
+    def _count_and_sample(self, labels: list[RowLabel], drafts: Drafts) -> list[RowLabel]:
         """Count every row of the step once; return those to be searched."""
         count(self._ledger, labels, "expected", "", self._heads)
         sampled = []
         for label in labels:
-            if label.refused_reason:
-                count(self._ledger, [label], "refused", label.refused_reason, self._heads)
-            elif self.paused:
-                count(self._ledger, [label], "refused", PAUSED, self._heads)
-            elif not label.sampled:
-                count(self._ledger, [label], "governed" if label.governed else "sampled_out", "", self._heads)
-            elif self._ledger.fault:
-                count(self._ledger, [label], "refused", CAPTURE_OFF, self._heads)
-            else:
+            fate = self._fate(label)
+            if fate is None:
                 sampled.append(label)
+            else:
+                self._settle(label, fate, drafts)
         return sampled
 
-    def _acquire(self, sampled: list[RowLabel]) -> StepSlot | None:
+    def _fate(self, label: RowLabel) -> Fate | None:
+        """Why a row is not searched; None if it is."""
+        if label.refused_reason:
+            return "refused", label.refused_reason
+        if self.paused:
+            return "refused", PAUSED
+        if not label.sampled:
+            return ("governed" if label.governed else "sampled_out"), ""
+        return ("refused", CAPTURE_OFF) if self._ledger.fault else None
+
+    def _settle(self, label: RowLabel, fate: Fate, drafts: Drafts) -> None:
+        count(self._ledger, [label], *fate, self._heads)
+        if label.request_id in drafts.rows:
+            drafts.fates[label] = fate
+
+    def _drop(self, sampled: list[RowLabel], reason: str, drafts: Drafts) -> None:
+        for label in sampled:
+            self._settle(label, ("dropped", reason), drafts)
+
+    def _acquire(self, sampled: list[RowLabel], drafts: Drafts) -> StepSlot | None:
         if not sampled:
             return None
         try:
             slot = self._free.popleft()
         except IndexError:
-            count(self._ledger, sampled, "dropped", ESTIMATOR_BUSY, self._heads)
+            self._drop(sampled, ESTIMATOR_BUSY, drafts)
             return None
         slot.open()
         return slot

@@ -39,6 +39,10 @@ class StepSlot(Protocol):
         """Copy the rows of `labels` and what locates their keys, before the runner's buffers change. Returns why that
         is impossible, empty if it is done."""
 
+    def keep(self, rows: list[int]) -> None:
+        """Of the snapshotted rows only these, ascending, are wanted: the others' draft tokens were rejected. Called
+        once the tokens are known, before the next step; with no rows the slot is free again."""
+
 
 class RowSearch(Protocol):
     """The search over a slot's rows; used by the estimator thread alone."""

@@ -134,12 +134,14 @@ class Installation:
 
     def _make_device(self) -> "CpuDevice | GpuDevice":
         config, settings = self._worker.vllm_config, self._settings
+        query_len = runners.decode_query_len(config)
         if compat.platform_name() == "cpu":
-            return CpuDevice(self._layers)
+            return CpuDevice(self._layers, query_len)
         from stream_monitor.engine.gpu.device import GpuDevice
 
         requests = runners.max_requests(self._worker.model_runner)
-        return GpuDevice(self._layers, self._runner, requests, config.model_config.dtype, settings.gpu_share)
+        dtype = config.model_config.dtype
+        return GpuDevice(self._layers, self._runner, requests, query_len, dtype, settings.gpu_share)
 
     def bind(self) -> None:
         """Build the search over the allocated KV cache and check it there against dense attention."""
@@ -167,7 +169,7 @@ class Installation:
             caches,
             facts.query_heads,
             watched[0].query_heads,
-            runners.max_requests(worker.model_runner),
+            runners.max_requests(worker.model_runner) * runners.decode_query_len(config),
             config.model_config.max_model_len,
             config.model_config.dtype,
             generations,

@@ -25,7 +25,7 @@ MAX_PROMPT_IDS = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class RowLabel:
-    """One row of a step: the last query token of one request.
+    """One row of a step: the last query token of one request, or under speculative decoding one of its last.
 
     Attributes:
         position: of the query token, from 0; the row attends to keys 0 .. position.
@@ -33,6 +33,7 @@ class RowLabel:
         refused_reason: why the request is not captured; empty when it is.
         sampled: the stride picked this row.
         governed: the configured stride did, and the one that the governor made of it did not.
+        after: query rows that the request has after this one in its step: draft tokens, if any.
     """
 
     request_id: str
@@ -42,6 +43,7 @@ class RowLabel:
     refused_reason: str
     sampled: bool
     governed: bool = False
+    after: int = 0
 
 
 @dataclass(slots=True)
@@ -151,17 +153,23 @@ class RequestTable:
         if tracked := self._tracked.get(request_id):
             tracked.attempt += 1
 
-    def label(self, request: ScheduledRequest) -> RowLabel:
-        """The row this request will have in the step; refused if the request started before capture was armed."""
-        end = request.computed_tokens + request.scheduled_tokens
+    def drafted(self, request: ScheduledRequest) -> list[RowLabel]:
+        """The rows of a request that verifies draft tokens: each draft's, after that of its last certain token."""
+        return [self.label(request, after) for after in range(request.draft_tokens, -1, -1)]
+
+    def label(self, request: ScheduledRequest, after: int = 0) -> RowLabel:
+        """A row this request will have in the step: its last one, or the one that `after` others follow. Refused if the
+        request started before capture was armed."""
+        end = request.computed_tokens + request.scheduled_tokens - after
+        certain = request.scheduled_tokens - request.draft_tokens
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
-            phase = Phase.DECODE if request.scheduled_tokens == 1 else Phase.PREFILL_END
-            return RowLabel(request.request_id, end - 1, 0, phase, UNKNOWN_REQUEST, False)
+            phase = Phase.DECODE if certain == 1 else Phase.PREFILL_END
+            return RowLabel(request.request_id, end - 1, 0, phase, UNKNOWN_REQUEST, False, after=after)
         known = tracked.prompt_tokens + request.output_tokens
         if end < known:
             phase = Phase.PREFILL_CHUNK
-        elif request.scheduled_tokens == 1 and request.output_tokens:
+        elif request.output_tokens and (certain == 1 or after < request.draft_tokens):
             phase = Phase.DECODE
         else:
             phase = Phase.PREFILL_END
@@ -169,7 +177,9 @@ class RequestTable:
         place, chunk = end - tracked.prompt_tokens, phase is Phase.PREFILL_CHUNK
         sampled = chunk or place % (self._stride * self.factor) == 0
         governed = not sampled and place % self._stride == 0
-        return RowLabel(request.request_id, end - 1, tracked.attempt, phase, tracked.refused_reason, sampled, governed)
+        return RowLabel(
+            request.request_id, end - 1, tracked.attempt, phase, tracked.refused_reason, sampled, governed, after
+        )
 
     @property
     def stride(self) -> int:

@@ -31,17 +31,17 @@ class Runner:
         self.kv_cache_config = SimpleNamespace(kv_cache_groups=[group])
         self.input_batch = SimpleNamespace(req_ids=["a"], block_table=SimpleNamespace(block_tables=[table]))
         self.broken_layer: int | None = None
+        self.sampled: list[int] | None = [7]
 
     def execute_model(self, output):
         for layer, tap in enumerate(self.taps):
             if layer != self.broken_layer:
-                tap.take(
-                    torch.ones(output.total_num_scheduled_tokens, HEADS, 4),
-                    torch.tensor([0, output.total_num_scheduled_tokens]),
-                )
+                tokens = output.total_num_scheduled_tokens
+                rows = torch.arange(tokens).float().view(-1, 1, 1).expand(tokens, HEADS, 4)
+                tap.take(rows, torch.tensor([0, tokens], dtype=torch.int32))
 
     def sample_tokens(self, grammar):
-        return SimpleNamespace(req_ids=["a"], sampled_token_ids=[[7]])
+        return SimpleNamespace(req_ids=["a"], sampled_token_ids=None if self.sampled is None else [self.sampled])
 
 
 class Estimator:
@@ -90,6 +90,7 @@ def step(number: int):
         finished_req_ids=set(),
         new_block_ids_to_zero=None,
         kv_cache_block_copies=None,
+        scheduled_spec_decode_tokens={},
     )
 
 
@@ -99,9 +100,10 @@ class Device:
     search = None
     waits = 0
 
-    def __init__(self, taps: list[LayerTap], slots: int) -> None:
+    def __init__(self, taps: list[LayerTap], slots: int, decode_query_len: int) -> None:
         self.taps = taps
-        self.slots = [CpuSlot(taps, 4, HEADS, 4, [8], torch.float32) for _ in range(slots)]
+        rows = 4 * decode_query_len
+        self.slots = [CpuSlot(taps, rows, HEADS, 4, [8], torch.float32, decode_query_len) for _ in range(slots)]
 
     def follow(self, step) -> None:
         pass
@@ -117,15 +119,22 @@ class Device:
 class Rig:
     """A capture over the stand-ins, driven as a worker drives its runner."""
 
-    def __init__(self, slots: int = 1, frees: bool = True, max_overhead: float = 0.0) -> None:
+    def __init__(
+        self,
+        slots: int = 1,
+        frees: bool = True,
+        max_overhead: float = 0.0,
+        decode_query_len: int = 1,
+        stride: int = 1,
+    ) -> None:
         taps = [LayerTap(0), LayerTap(1)]
         self.runner = Runner(taps)
         self.generations = BlockGenerations(16)
         self.capture = Capture(
             RunnerV1(self.runner),
             False,
-            Device(taps, slots),
-            RequestTable(1, 8, False, np.zeros(10, np.uint8), None, False),
+            Device(taps, slots, decode_query_len),
+            RequestTable(stride, 8, False, np.zeros(10, np.uint8), None, False),
             self.generations,
             WATCHED,
             Governor(max_overhead),
@@ -161,6 +170,72 @@ def test_rows_reach_the_estimator_with_their_owner_and_place():
         (6, 1),
     ]
     assert rig.rows.expected == 3 * WATCHED
+
+
+def verifying(number: int, drafts: int):
+    """SchedulerOutput of step `number`, from 1, in which each decoded token so far brought `drafts` more to verify."""
+    output = step(number)
+    output.num_scheduled_tokens = {"a": 1 + drafts}
+    output.total_num_scheduled_tokens = 1 + drafts
+    output.scheduled_spec_decode_tokens = {"a": [9] * drafts}
+    return output
+
+
+def test_rows_of_rejected_drafts_are_neither_searched_nor_counted():
+    rig = Rig(decode_query_len=4).arm()
+    rig.run(1)
+    rig.runner.sampled = [7, 7]  # one of three drafts was right
+    rig.runner.execute_model(verifying(1, drafts=3))
+    rig.runner.sample_tokens(None)
+    slot = rig.estimator.jobs[-1].slot
+    assert [(label.position, label.after) for label in slot.labels] == [(4, 3), (5, 2)]
+    # The batch's last four query rows hold 0, 1, 2, 3.
+    assert slot.queries[0, slot.batch_rows[:2], 0, 0].tolist() == [0, 1]
+    assert slot.contexts[:2].tolist() == [5, 6]
+    assert rig.rows.expected == 3 * WATCHED
+    assert rig.estimator.jobs[-1].tokens[-1].first_position == 5
+
+
+def test_a_stride_picks_accepted_drafts_by_their_position():
+    rig = Rig(decode_query_len=4, stride=2).arm()
+    rig.run(1)
+    rig.runner.sampled = [7, 7, 7]
+    rig.runner.execute_model(verifying(1, drafts=3))
+    rig.runner.sample_tokens(None)
+    assert [label.position for label in rig.estimator.jobs[-1].slot.labels] == [5]
+    assert (rig.rows.expected, rig.rows.sampled_out) == (4 * WATCHED, 2 * WATCHED)
+
+
+def test_a_step_whose_sampled_rows_were_all_rejected_sends_none():
+    rig = Rig(decode_query_len=4, stride=4).arm()
+    rig.run(1)
+    rig.runner.sampled = [7]
+    jobs, free = len(rig.estimator.jobs), len(rig.capture._free)
+    rig.runner.execute_model(verifying(1, drafts=3))
+    rig.runner.sample_tokens(None)
+    assert len(rig.estimator.jobs) == jobs
+    assert len(rig.capture._free) == free
+    assert (rig.rows.expected, rig.rows.sampled_out) == (2 * WATCHED, 1 * WATCHED)
+
+
+def test_drafts_dropped_for_a_busy_estimator_count_when_they_were_accepted():
+    rig = Rig(slots=1, frees=False, decode_query_len=4).arm()
+    rig.run(1)
+    rig.runner.sampled = [7, 7]
+    rig.runner.execute_model(verifying(1, drafts=3))
+    rig.runner.sample_tokens(None)
+    assert rig.rows.expected == 3 * WATCHED
+    assert rig.rows.dropped == {"estimator_busy": 2 * WATCHED}
+
+
+def test_a_rank_that_is_not_told_what_was_accepted_ends_capture():
+    rig = Rig(decode_query_len=4).arm()
+    rig.run(1)
+    rig.runner.sampled = None
+    rig.runner.execute_model(verifying(1, drafts=3))
+    rig.runner.sample_tokens(None)
+    assert "which draft tokens were accepted is not known" in rig.capture.fault
+    assert rig.rows.dropped == {"fault": 4 * WATCHED}
 
 
 def test_nothing_happens_before_it_is_armed():

@@ -79,7 +79,7 @@ class Rig:
         ]
         self.runner = Runner()
         self.generations = BlockGenerations(PAGES)
-        self.device = GpuDevice(self.layers, self.runner, REQUESTS, torch.float16, share=0.5)
+        self.device = GpuDevice(self.layers, self.runner, REQUESTS, 1, torch.float16, share=0.5)
         self.config = config
         sizes = HEADS, tuple(range(HEADS)), REQUESTS, CONTEXT, torch.float16
         self.binding = Binding(self.runner, self.layers, self.caches, *sizes, self.generations)

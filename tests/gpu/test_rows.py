@@ -19,11 +19,11 @@ DEVICE = "cuda" if Path("/proc/driver/nvidia").exists() else "cpu"
 LAYERS, REQUESTS, HEADS, DIM, PAGES, PAGE = 2, 5, 3, 16, 6, 16
 
 
-def buffers(lengths: list[int], dtype: torch.dtype = torch.float16) -> RowBuffers:
+def buffers(lengths: list[int], dtype: torch.dtype = torch.float16, decode_query_len: int = 1) -> RowBuffers:
     """For a batch whose requests have these many query tokens; the rest of query_start_loc is padded as vLLM pads."""
     starts = np.cumsum([0, *lengths, *[0] * (REQUESTS - len(lengths))])
     start_loc = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
-    return RowBuffers(LAYERS, REQUESTS, HEADS, DIM, dtype, start_loc)
+    return RowBuffers(LAYERS, REQUESTS, HEADS, DIM, dtype, start_loc, decode_query_len)
 
 
 def queries(tokens: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -42,6 +42,16 @@ def test_the_last_row_of_each_request_is_kept(dtype):
     assert torch.equal(batch.rows[1, :3], query[[2, 3, 7]])
     assert torch.equal(batch.rows[1, 3:], before[1, 3:]), "padding writes nothing"
     assert torch.equal(batch.rows[0], before[0])
+    assert batch.passes.tolist() == [0, 1]
+
+
+def test_of_a_request_with_drafts_its_last_rows_are_kept():
+    batch = buffers([3, 1, 4], decode_query_len=3)
+    query = queries(8)
+    GatherTap(batch, 1).take(query)
+    assert torch.equal(batch.rows[1, :3], query[:3])
+    assert (batch.rows[1, 3:5] == 0).all(), "a request has no rows but its own"
+    assert torch.equal(batch.rows[1, 5:9], query[[3, 5, 6, 7]])
     assert batch.passes.tolist() == [0, 1]
 
 
@@ -67,8 +77,8 @@ def step(*requests: ScheduledRequest, finished: tuple[str, ...] = ()) -> Schedul
     return ScheduledStep((), frozenset(), requests, frozenset(finished), ())
 
 
-def label(request_id: str, position: int) -> RowLabel:
-    return RowLabel(request_id, position, 0, Phase.DECODE, "", True)
+def label(request_id: str, position: int, after: int = 0) -> RowLabel:
+    return RowLabel(request_id, position, 0, Phase.DECODE, "", True, after=after)
 
 
 def slot_of(batch: RowBuffers, inputs: DeviceInputs, tables: HostTables, reading: deque) -> GpuSlot:
@@ -101,6 +111,29 @@ def test_a_snapshot_outlives_what_the_next_step_overwrites():
     assert [pages.tolist() for pages in slot.pages[1]] == [[6, 7], [0, 1, 2]]
     assert (slot.generation, slot.launched, slot.finished) == (3, False, False)
     assert list(reading) == [slot]
+
+
+def test_of_drafts_the_accepted_rows_stay_each_with_its_own_length():
+    batch = buffers([3, 1], decode_query_len=3)
+    for layer in range(LAYERS):
+        batch.rows[layer] = torch.randn(3 * REQUESTS, HEADS, DIM).to(batch.rows)
+    lengths = torch.tensor([40, 17, 0, 0, 0], dtype=torch.int32, device=DEVICE)
+    table = torch.arange(REQUESTS * PAGES, dtype=torch.int32, device=DEVICE).view(REQUESTS, PAGES)
+    tables = HostTables([1], [PAGES, PAGES])
+    tables.follow(step(*(ScheduledRequest(i, 0, 1, 0, (), ([], list(table[n, :3])), True) for n, i in enumerate("ab"))))
+    slot = slot_of(batch, DeviceInputs(lengths, [table * 0, table]), tables, deque())
+    labels = [label("a", 37, after=2), label("a", 38, after=1), label("a", 39), label("b", 16)]
+    assert slot.snapshot(BatchRows(["a", "b"], [], []), labels, 3) == ""
+    assert slot.seq_lens[:4].tolist() == [38, 39, 40, 17]
+    slot.keep([0, 1, 3])  # the second draft was rejected
+    assert slot.labels == [labels[0], labels[1], labels[3]]
+    assert slot.seq_lens[:3].tolist() == [38, 39, 17]
+    assert torch.equal(slot.queries[:, :3], batch.rows[:, [0, 1, 5]])
+    assert slot.block_tables[1, 2, :2].tolist() == [6, 7]
+    assert [len(pages) for pages in slot.pages[1]] == [3, 3, 2]
+    assert not slot.finished
+    slot.keep([])
+    assert slot.finished, "no search will read it"
 
 
 def test_a_fault_of_a_tap_is_told_by_the_snapshot():

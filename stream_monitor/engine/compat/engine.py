@@ -65,6 +65,7 @@ def engine_refusals(vllm_config: Any, allow_untested: bool) -> tuple[str, ...]:
     """Reasons, true of the engine as a whole, why rows could not be labelled or keys not be read correctly."""
     parallel, model, scheduler = vllm_config.parallel_config, vllm_config.model_config, vllm_config.scheduler_config
     version, platform = vllm_version(), platform_name()
+    speculates = vllm_config.speculative_config is not None
     versions = TESTED_VERSIONS.get(platform, ())
     tested = any(version.startswith(f"{minor}.") for minor in versions)
     checks: list[tuple[bool, str]] = [
@@ -96,7 +97,15 @@ def engine_refusals(vllm_config: Any, allow_untested: bool) -> tuple[str, ...]:
             platform == "cpu" and bool(getattr(scheduler, "async_scheduling", False)),
             "asynchronous scheduling on CPUs is not supported by this release",
         ),
-        (vllm_config.speculative_config is not None, "speculative decoding is not supported by this release"),
+        (
+            speculates and bool(getattr(scheduler, "async_scheduling", False)),
+            "speculative decoding with asynchronous scheduling: positions are not known when a step begins; "
+            "--no-async-scheduling makes them so",
+        ),
+        (
+            speculates and parallel.pipeline_parallel_size > 1,
+            "speculative decoding with pipeline parallelism: only the last stage knows which drafts were accepted",
+        ),
         (
             bool(getattr(vllm_config.cache_config, "kv_sharing_fast_prefill", False)),
             "kv_sharing_fast_prefill runs reduced query rows",

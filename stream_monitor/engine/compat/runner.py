@@ -55,6 +55,17 @@ def max_requests(runner: Any) -> int:
     return int(runner.max_num_reqs)
 
 
+def decode_query_len(vllm_config: Any) -> int:
+    """Most query tokens of a decoding request in a step: its last token, and the drafts to verify."""
+    speculative = vllm_config.speculative_config
+    return 1 + (speculative.num_speculative_tokens if speculative is not None else 0)
+
+
+def has_tokens(output: Any) -> bool:
+    """Whether an output says what was sampled, if anything was; a rank that does not sample has none."""
+    return getattr(output, "sampled_token_ids", None) is not None
+
+
 def sampled_tokens(output: Any) -> dict[str, list[int]]:
     """Token ids sampled in a step by request, as a ModelRunnerOutput has them; {} where there are none."""
     ids = getattr(output, "sampled_token_ids", None)

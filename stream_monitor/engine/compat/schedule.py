@@ -16,6 +16,7 @@ class ScheduledRequest:
         computed_tokens: tokens whose keys were in the cache before this step.
         scheduled_tokens: query tokens of this step, at positions computed_tokens onwards.
         output_tokens: tokens sampled so far, as the scheduler counts them.
+        draft_tokens: how many of the query tokens, its last ones, are guesses that this step verifies.
         rewritten_blocks: block ids, over all KV cache groups, whose content this step may replace.
         block_ids: per KV cache group, blocks that are new to the request; all of its blocks where `fresh`.
         fresh: the request begins, or begins anew after its blocks were taken from it.
@@ -28,6 +29,7 @@ class ScheduledRequest:
     rewritten_blocks: tuple[int, ...]
     block_ids: tuple[list[int], ...] = ()
     fresh: bool = False
+    draft_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def read_schedule(output: Any, block_tokens: list[int], connector: bool) -> Sche
                 data.req_id, data.num_computed_tokens, scheduled, outputs, tuple(rewritten), data.block_ids, True
             )
         )
-    cached = output.scheduled_cached_reqs
+    cached, drafts = output.scheduled_cached_reqs, output.scheduled_spec_decode_tokens
     resumed = frozenset(cached.resumed_req_ids)
     for request_id, computed, outputs, block_ids in zip(
         cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, cached.new_block_ids, strict=True
@@ -103,6 +105,7 @@ def read_schedule(output: Any, block_tokens: list[int], connector: bool) -> Sche
                 tuple(rewritten),
                 block_ids,
                 request_id in resumed,
+                len(drafts.get(request_id, ())),
             )
         )
     other: list[int] = list(output.new_block_ids_to_zero or ())

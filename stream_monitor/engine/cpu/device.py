@@ -54,6 +54,10 @@ class CpuRowSearch:
 class CpuDevice:
     """`Device` of a CPU engine.
 
+    Args:
+        layers: vLLM's attention layers to watch, in plan order.
+        decode_query_len: most query rows of a decoding request.
+
     Attributes:
         waits: none; a search that comes too late loses its row.
     """
@@ -61,7 +65,8 @@ class CpuDevice:
     slots: list[CpuSlot]
     search: CpuRowSearch
 
-    def __init__(self, layers: list[Any]) -> None:
+    def __init__(self, layers: list[Any], decode_query_len: int) -> None:
+        self._decode_query_len = decode_query_len
         self._taps = [LayerTap(index) for index in range(len(layers))]
         for layer, tap in zip(layers, self._taps, strict=True):
             layer.impl.stream_tap = tap
@@ -95,7 +100,15 @@ class CpuDevice:
         self.search = CpuRowSearch(search, summary, binding.generations)
         head_dim, pages = keys[0].layout.head_dim, binding.runner.table_pages()
         self.slots = [
-            CpuSlot(self._taps, binding.rows, binding.total_query_heads, head_dim, pages, binding.dtype)
+            CpuSlot(
+                self._taps,
+                binding.rows,
+                binding.total_query_heads,
+                head_dim,
+                pages,
+                binding.dtype,
+                self._decode_query_len,
+            )
             for _ in range(slots)
         ]
 

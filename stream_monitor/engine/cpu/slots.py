@@ -1,9 +1,11 @@
 """Buffers of one captured step: filled on the runner thread, read by the estimator thread, then used again."""
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from stream_monitor.engine.compat.runner import BatchRows
 from stream_monitor.engine.requests import RowLabel
@@ -14,18 +16,31 @@ class CpuSlot:
 
     Args:
         taps: of the watched layers, in plan order.
-        rows: most requests in a batch (`max_num_seqs`).
+        rows: most query rows kept of a batch: `decode_query_len` of each request.
         query_heads, head_dim: of a layer on this rank.
         pages: most pages of a request, per KV cache group.
         dtype: of the model's queries.
+        decode_query_len: most query rows of a decoding request: 1, and 1 more for each draft token.
     """
 
     def __init__(
-        self, taps: list["LayerTap"], rows: int, query_heads: int, head_dim: int, pages: list[int], dtype: torch.dtype
+        self,
+        taps: list["LayerTap"],
+        rows: int,
+        query_heads: int,
+        head_dim: int,
+        pages: list[int],
+        dtype: torch.dtype,
+        decode_query_len: int = 1,
     ) -> None:
         self._taps = taps
+        self._per_request = decode_query_len
+        self._last = torch.arange(-decode_query_len, 0, dtype=torch.int32)
+        self._start_loc: torch.Tensor | None = None
+        self._index = torch.zeros(0, dtype=torch.int32)
+        self._targets: list[torch.Tensor] = []
         self.queries = torch.zeros((len(taps), rows, query_heads, head_dim), dtype=dtype)
-        """[L, rows, H, D]; the batch's rows in batch order."""
+        """[L, rows, H, D]; the last `decode_query_len` rows of each request, in batch order."""
         self.tables = [np.zeros((rows, width), np.int32) for width in pages]
         """Per group, pages of each sampled row, int32 [rows, pages]."""
         self.taken = np.zeros(len(taps), np.int32)
@@ -41,31 +56,49 @@ class CpuSlot:
     def open(self) -> None:
         """Point the taps here."""
         self.taken[:] = 0
+        self._start_loc = None
         for tap in self._taps:
             tap.slot = self
 
+    def aim(self, query_start_loc: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The batch's query rows to copy, and where to in each watched layer; worked out once a step, since it costs as
+        much as the copy of a layer. Of a request with fewer rows than are taken those of others come along, which no
+        label points to."""
+        if query_start_loc is not self._start_loc:
+            self._start_loc = query_start_loc
+            self._index = (query_start_loc[1:, None] + self._last).view(-1).clamp_(min=0)
+            rows = len(self._index)
+            if not self._targets or len(self._targets[0]) != rows:
+                self._targets = [layer[:rows] for layer in self.queries]
+        return self._index, self._targets
+
     def snapshot(self, batch: BatchRows, labels: list[RowLabel], generation: int) -> str:
         """Check that every watched layer left exactly the batch's rows, then copy the tables of the sampled ones."""
+        expected = len(batch.request_ids) * self._per_request
         for layer, tap in enumerate(self._taps):
             tap.slot = None
             if tap.fault:
                 return tap.fault
-            if self.taken[layer] != len(batch.request_ids):
-                return (
-                    f"watched layer {layer} left {self.taken[layer]} query rows where the batch has "
-                    f"{len(batch.request_ids)}"
-                )
+            if self.taken[layer] != expected:
+                return f"watched layer {layer} left {self.taken[layer]} query rows where the batch has {expected}"
         row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
         self.labels = labels
         for n, label in enumerate(labels):
             row = row_of[label.request_id]
-            self.batch_rows[n] = row
+            self.batch_rows[n] = (row + 1) * self._per_request - 1 - label.after
             self.contexts[n] = label.position + 1
             for group, table in enumerate(batch.block_tables):
                 pages = -(-(label.position + 1) // batch.page_tokens[group])
                 self.tables[group][n, :pages] = table[row, :pages]
         self.generations[: len(labels)] = generation
         return ""
+
+    def keep(self, rows: list[int]) -> None:
+        """See `StepSlot`."""
+        self.labels = [self.labels[row] for row in rows]
+        arrays: list[NDArray[Any]] = [self.batch_rows, self.contexts, self.generations, *self.tables]
+        for array in arrays:
+            array[: len(rows)] = array[rows]
 
 
 class LayerTap:
@@ -79,15 +112,15 @@ class LayerTap:
         self._layer = layer
 
     def take(self, query: torch.Tensor, query_start_loc: torch.Tensor) -> None:
-        """Keep the last row of each request; does nothing in a step without sampled rows."""
+        """Keep the last rows of each request; does nothing in a step without sampled rows."""
         slot = self.slot
         if slot is None:
             return
         begin = time.perf_counter_ns()
         try:
-            rows = query_start_loc.shape[0] - 1
-            torch.index_select(query, 0, query_start_loc[1:] - 1, out=slot.queries[self._layer, :rows])
-            slot.taken[self._layer] = rows
+            index, targets = slot.aim(query_start_loc)
+            torch.index_select(query, 0, index, out=targets[self._layer])
+            slot.taken[self._layer] = len(index)
         except Exception as error:  # must not reach the engine; the capture reads `fault` after the forward pass
             self.slot, self.fault = None, f"query rows of watched layer {self._layer} could not be copied: {error}"
         self.ns += time.perf_counter_ns() - begin

@@ -26,6 +26,7 @@ class GpuDevice:
         layers: vLLM's attention layers to watch, in plan order.
         runner: exists, its KV cache does not yet.
         requests: most requests of a batch.
+        decode_query_len: most query rows of a decoding request.
         dtype: of the model's queries.
         share: of the GPU's multiprocessors, the part that a search may occupy.
     """
@@ -33,10 +34,24 @@ class GpuDevice:
     slots: list[GpuSlot]
     search: GpuRowSearch
 
-    def __init__(self, layers: list[Any], runner: RunnerView, requests: int, dtype: torch.dtype, share: float) -> None:
+    def __init__(
+        self,
+        layers: list[Any],
+        runner: RunnerView,
+        requests: int,
+        decode_query_len: int,
+        dtype: torch.dtype,
+        share: float,
+    ) -> None:
         first = layers[0]
         self._buffers = RowBuffers(
-            len(layers), requests, first.num_heads, first.head_size, dtype, runner.query_start_loc()
+            len(layers),
+            requests,
+            first.num_heads,
+            first.head_size,
+            dtype,
+            runner.query_start_loc(),
+            decode_query_len,
         )
         for index, layer in enumerate(layers):
             layer.impl.stream_tap = GatherTap(self._buffers, index)

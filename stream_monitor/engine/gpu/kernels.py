@@ -11,26 +11,29 @@ import triton.language as tl
 
 
 @triton.jit
-def gather_rows_kernel(query, query_stride, query_start_loc, rows, passes, width, CHUNK: tl.constexpr):
-    """Copies the last query row of each request, and counts the pass.
+def gather_rows_kernel(
+    query, query_stride, query_start_loc, rows, passes, width, PER_REQUEST: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Copies the last PER_REQUEST query rows of each request, of those it has, and counts the pass.
 
-    Grid (requests, chunks of a row). Requests of a CUDA graph that the batch does not fill have no tokens: their two
-    entries of `query_start_loc` are equal (v1/worker/gpu/model_runner.py `prepare_inputs`).
+    Grid (requests * PER_REQUEST, chunks of a row). Requests of a CUDA graph that the batch does not fill have no
+    tokens: their two entries of `query_start_loc` are equal (v1/worker/gpu/model_runner.py `prepare_inputs`).
 
     Args:
         query: [tokens, width], elements of a row contiguous, `query_stride` elements from one to the next.
         query_start_loc: int32 [requests + 1].
-        rows: [requests, width].
+        rows: [requests * PER_REQUEST, width]; a request's last row is the last of its part.
         passes: int32 [1], goes up by 1.
     """
-    request = tl.program_id(0)
+    place = tl.program_id(0)
+    request = place // PER_REQUEST
     element = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    end = tl.load(query_start_loc + request + 1)
-    if end > tl.load(query_start_loc + request):
+    token = tl.load(query_start_loc + request + 1) - (PER_REQUEST - place % PER_REQUEST)
+    if token >= tl.load(query_start_loc + request):
         inside = element < width
-        row = tl.load(query + (end - 1).to(tl.int64) * query_stride + element, mask=inside)
-        tl.store(rows + request.to(tl.int64) * width + element, row, mask=inside)
-    if request == 0 and tl.program_id(1) == 0:
+        row = tl.load(query + token.to(tl.int64) * query_stride + element, mask=inside)
+        tl.store(rows + place.to(tl.int64) * width + element, row, mask=inside)
+    if place == 0 and tl.program_id(1) == 0:
         tl.store(passes, tl.load(passes) + 1)
 
 
@@ -50,6 +53,7 @@ def snapshot_kernel(
     slot_table,
     slot_table_stride,
     page_tokens,
+    PER_REQUEST: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Copies query rows, lengths and block-table rows of the sampled requests into a slot.
@@ -57,9 +61,9 @@ def snapshot_kernel(
     Grid (sampled rows, layers + 1): the last program of a row copies its length and its pages.
 
     Args:
-        batch_rows: int32 [sampled rows], where each is in the batch.
-        rows: [layers, requests, width]; queries: [layers, slot rows, width].
-        seq_lens: int32 [requests]; slot_seq_lens: int32 [slot rows].
+        batch_rows: int32 [sampled rows], where each is in `rows`.
+        rows: [layers, requests * PER_REQUEST, width]; queries: [layers, slot rows, width].
+        seq_lens: int32 [requests], after the last row; slot_seq_lens: int32 [slot rows].
         table: int32 [requests, pages]; slot_table: int32 [slot rows, pages].
     """
     n = tl.program_id(0)
@@ -73,10 +77,11 @@ def snapshot_kernel(
             inside = start + offset < width
             tl.store(target + start + offset, tl.load(source + start + offset, mask=inside), mask=inside)
     else:
-        length = tl.load(seq_lens + batch_row)
+        request = batch_row // PER_REQUEST
+        length = tl.load(seq_lens + request) - (PER_REQUEST - 1 - batch_row % PER_REQUEST).to(tl.int32)
         tl.store(slot_seq_lens + n, length)
         pages = tl.minimum((length + page_tokens - 1) // page_tokens, slot_table_stride)
         for start in range(0, pages, CHUNK):
             inside = start + offset < pages
-            ids = tl.load(table + batch_row * table_stride + start + offset, mask=inside)
+            ids = tl.load(table + request * table_stride + start + offset, mask=inside)
             tl.store(slot_table + n.to(tl.int64) * slot_table_stride + start + offset, ids, mask=inside)

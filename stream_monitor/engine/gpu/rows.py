@@ -23,7 +23,7 @@ def as_bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class RowBuffers:
-    """Persistent memory for the last query row of each request, in batch order, in every watched layer.
+    """Persistent memory for the last query rows of each request, in batch order, in every watched layer.
 
     Allocated when the model is loaded, so that the engine's memory profile sees it and CUDA graphs may hold its
     addresses. A graph's replay fills it without any Python; `passes` is how a snapshot knows.
@@ -32,6 +32,7 @@ class RowBuffers:
         layers: watched layers.
         requests: most requests of a batch.
         query_start_loc: the runner's own, int32 [requests + 1].
+        decode_query_len: rows of a request that are kept: 1, and 1 more for each draft token.
     """
 
     def __init__(
@@ -42,9 +43,12 @@ class RowBuffers:
         head_dim: int,
         dtype: torch.dtype,
         query_start_loc: torch.Tensor,
+        decode_query_len: int = 1,
     ) -> None:
         device = query_start_loc.device
-        self.rows = torch.zeros((layers, requests, query_heads, head_dim), dtype=dtype, device=device)
+        self.per_request = decode_query_len
+        shape = (layers, requests * decode_query_len, query_heads, head_dim)
+        self.rows = torch.zeros(shape, dtype=dtype, device=device)
         self.passes = torch.zeros(layers, dtype=torch.int32, device=device)
         """Forward passes that each layer has seen."""
         self.query_start_loc = query_start_loc
@@ -65,12 +69,13 @@ class GatherTap:
     def take(self, query: torch.Tensor, query_start_loc: torch.Tensor | None = None) -> None:
         """Launch the kernel for as many requests as there may be among these tokens; neither waits nor allocates."""
         try:
-            requests, heads, dim = self._rows.shape
+            rows, heads, dim = self._rows.shape
             if query.dtype != self._dtype or query.stride()[1:] != (dim, 1) or query.shape[1:] != (heads, dim):
                 raise ValueError(f"queries are {query.dtype} {list(query.shape)} with strides {query.stride()}")
             if not len(query):
                 return
-            grid = (min(requests, query.shape[0]), triton.cdiv(heads * dim, _CHUNK))
+            # Each request has a token at least.
+            grid = (min(rows, query.shape[0] * self._buffers.per_request), triton.cdiv(heads * dim, _CHUNK))
             gather_rows_kernel[grid](
                 as_bits(query),
                 query.stride(0),
@@ -78,6 +83,7 @@ class GatherTap:
                 self._rows,
                 self._passes,
                 heads * dim,
+                PER_REQUEST=self._buffers.per_request,
                 CHUNK=_CHUNK,
             )
         except Exception as error:  # must not reach the engine
@@ -141,9 +147,9 @@ class GpuSlot:
         if self._buffers.faults:
             return self._buffers.faults[0]
         row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
-        rows = self._staged.numpy()
+        places, per_request = self._staged.numpy(), self._buffers.per_request
         for n, label in enumerate(labels):
-            rows[n] = row_of[label.request_id]
+            places[n] = (row_of[label.request_id] + 1) * per_request - 1 - label.after
         self._batch_rows.copy_(self._staged, non_blocking=True)
         self.pages = {
             group: [
@@ -159,6 +165,19 @@ class GpuSlot:
         self.ready.record()
         self._reading.append(self)
         return ""
+
+    def keep(self, rows: list[int]) -> None:
+        """Enqueue the move of the kept rows to the front; see `StepSlot`."""
+        self.labels = [self.labels[row] for row in rows]
+        self.pages = {group: [pages[row] for row in rows] for group, pages in self.pages.items()}
+        self.finished = not rows
+        # Pinned memory of its own: the copy of the snapshot may not have been read yet.
+        wanted = torch.tensor(rows, dtype=torch.int64, pin_memory=self._staged.is_pinned())
+        index = wanted.to(self.queries.device, non_blocking=True)
+        self.queries[:, : len(rows)] = self.queries[:, index]
+        self.block_tables[:, : len(rows)] = self.block_tables[:, index]
+        self.seq_lens[: len(rows)] = self.seq_lens[index]
+        self.ready.record()
 
     def _copy_rows(self, rows: int) -> None:
         source, target = as_bits(self._buffers.rows), as_bits(self.queries)
@@ -181,6 +200,7 @@ class GpuSlot:
                 slot_table,
                 slot_table.stride(0),
                 self._page_tokens[group],
+                PER_REQUEST=self._buffers.per_request,
                 CHUNK=_CHUNK,
             )
 
