@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from benchmarks.engine_overhead import Cell, Times, captured_share, measure, report_cell, worst
+from benchmarks.engine_overhead.__main__ import worst
+from benchmarks.engine_overhead.cells import Cell, Times, captured_share, report_cell
 from benchmarks.report import Report
 
 
@@ -37,7 +38,9 @@ class Arm:
 
 def cell_of(**arms: list[dict]) -> Cell:
     rounds = len(next(iter(arms.values()))) - 1
-    return measure([Arm(name, results) for name, results in arms.items()], [[1]], 4, rounds, random.Random(0))
+    cell = Cell()
+    cell.measure([Arm(name, results) for name, results in arms.items()], [[1]], 4, rounds, random.Random(0))
+    return cell
 
 
 def test_times_of_a_run():
@@ -57,6 +60,17 @@ def test_a_figure_is_the_median_of_the_rounds_ratios_and_the_first_round_does_no
     assert report.figures["captured share, capturing, here"] == 1.0
     assert report.figures["bytes per token, capturing, here"] == 10.0
     assert cell.same
+
+
+def test_rounds_of_one_start_of_the_engines_stay_together():
+    cell = Cell()
+    for step in (1.0, 3.0):
+        arms = [Arm("plain", [result(1.0)] * 3), Arm("off", [result(step)] * 3)]
+        cell.measure(arms, [[1]], 4, 2, random.Random(0))
+    assert cell.ratios("off", lambda times: times.p50) == {"0": [1.0, 1.0], "1": [3.0, 3.0]}
+    report = Report("engine_overhead", {}, 0, 4)
+    report_cell(report, "here", cell, 0)
+    assert report.ci["off p50, here"] == (1.0, 3.0)
 
 
 @pytest.mark.parametrize("key", ["tokens", "schedule"])

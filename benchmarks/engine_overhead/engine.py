@@ -1,4 +1,4 @@
-"""One engine of `benchmarks.engine_overhead`, in a process of its own: `python -m benchmarks.overhead_engine SETTINGS`.
+"""One engine of the comparison, in a process of its own: `python -m benchmarks.engine_overhead.engine SETTINGS`.
 
 Reads one JSON object a line from standard input and answers each with one on standard output. The engine core runs in
 this process and is stepped by hand, so that every request is queued before the first step and all engines follow the

@@ -1,0 +1,1 @@
+"""What the plug-in costs a user of the engine: `python -m benchmarks.engine_overhead`."""
