@@ -4,7 +4,7 @@ from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from stream_monitor.config import PREFIX, TABLES, default_store, default_target
+from stream_monitor.config import PREFIX, TABLES, default_store, default_target, listed
 
 HEAD = f"""# Configuration
 
@@ -33,9 +33,9 @@ SECTIONS = {
     ),
     "monitor": (
         "## Monitor: `stream-monitor serve`",
-        "Beyond loopback and Unix sockets the monitor listens only with `insecure`, since it does not speak TLS yet. "
-        "The folder of a Unix socket must belong to the monitor's user and be closed to others (0770 or"
-        " stricter).",
+        "Beyond loopback and Unix sockets the monitor listens only with TLS (`tls_certificate`, `tls_key`), or "
+        "`insecure`. The folder of a Unix socket must belong to the monitor's user and be closed to others (0770 or "
+        "stricter). [security.md](security.md) says how these settings work together.",
     ),
 }
 
@@ -53,7 +53,7 @@ def main() -> None:
     for name, table in TABLES.items():
         title, text = SECTIONS[name]
         print(f"{title}\n\n{text}\n\n| setting | default | valid | meaning |\n| --- | --- | --- | --- |")
-        for key, field in table.model_fields.items():
+        for key, field in listed(table):
             print(f"| `{key}` | {default(key, field)} | {valid(field)} | {field.description} |")
         print(end="\n" if name != list(TABLES)[-1] else "")
 

@@ -1,11 +1,13 @@
 """The command `stream-monitor`. Every command imports what it needs when it runs, so that `--help` is quick."""
 
 import asyncio
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from stream_monitor import cli_monitor
+from stream_monitor.cli_fail import fail as _fail
 
 if TYPE_CHECKING:
     from stream_monitor.config import MonitorSettings
@@ -19,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+# Commands that ask a running monitor, or read what it left.
+app.add_typer(cli_monitor.app)
 
 
 def main() -> None:
@@ -30,12 +34,6 @@ def _version() -> str:
     from importlib.metadata import version
 
     return version(DISTRIBUTION)
-
-
-def _fail(message: object) -> NoReturn:
-    """One line on standard error, exit status 2."""
-    typer.echo(f"stream-monitor: {' '.join(str(message).split())}", err=True)
-    raise typer.Exit(2)
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,10 +80,10 @@ def _settings(arguments: list[str]) -> "MonitorSettings":
 
 def _serve_help() -> str:
     """The settings as options, straight from the settings model."""
-    from stream_monitor.config import MonitorSettings
+    from stream_monitor.config import MonitorSettings, listed
 
     lines = ["Run the monitor until SIGTERM or SIGINT. Options (also STREAM_MONITOR_* and a file):\n"]
-    for name, field in MonitorSettings.model_fields.items():
+    for name, field in listed(MonitorSettings):
         default = field.get_default(call_default_factory=True)
         lines.append(f"--{name.replace('_', '-')}  {field.description}  [default: {default}]\n")
     return "\n".join(lines)
@@ -105,6 +103,8 @@ def serve(context: typer.Context) -> None:
         return
     settings = _settings(context.args)
     from stream_monitor.anchors.profile import ProfileError
+    from stream_monitor.monitor.access.book import AccessError
+    from stream_monitor.monitor.access.certificates import TlsError
     from stream_monitor.monitor.database_file import StoreRefused
     from stream_monitor.monitor.listen import ListenError
     from stream_monitor.monitor.run import serve as run
@@ -112,129 +112,8 @@ def serve(context: typer.Context) -> None:
 
     try:
         asyncio.run(run(settings, _version()))
-    except (ListenError, ProfileError, StoreRefused, TextError) as error:
+    except (AccessError, ListenError, ProfileError, StoreRefused, TextError, TlsError) as error:
         _fail(error)
-
-
-@app.command(help="Follow requests and events: a live table, or with --json one event per line.")
-def watch(
-    target: Annotated[str, typer.Option(help="Address of the monitor: host:port or unix:/path.")] = "127.0.0.1:9750",
-    json: Annotated[bool, typer.Option("--json", help="One JSON event per line.")] = False,
-    request: Annotated[
-        list[str] | None, typer.Option(help="Only this request, by internal or external id; may be repeated.")
-    ] = None,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="Only events of this kind, such as anchor_shift; may be repeated.")
-    ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Progress events too, not findings alone.")] = False,
-) -> None:
-    from stream_monitor.client import MonitorError
-    from stream_monitor.monitor import watch as watching
-
-    _check_target(target)
-    try:
-        kinds = watching.kinds(kind or [], everything)
-    except ValueError as error:
-        _fail(f"--kind: {error}")
-    try:
-        asyncio.run(watching.follow(target, request or [], kinds, json))
-    except KeyboardInterrupt:
-        return
-    except BrokenPipeError:
-        # Whoever read us (such as head) has enough.
-        sys.stdout = None
-    except MonitorError as error:
-        _fail(error)
-
-
-@app.command(help="Print one request's anchor curve and findings, and what one of its findings rests on.")
-def explain(
-    request_id: Annotated[str, typer.Argument(help="Internal or external id of the request.")],
-    number: Annotated[int | None, typer.Argument(help="Number of the finding, from 1.")] = None,
-    target: Annotated[str, typer.Option(help="Address of the monitor: host:port or unix:/path.")] = "127.0.0.1:9750",
-) -> None:
-    from rich.console import Console
-
-    from stream_monitor.client import MonitorError
-    from stream_monitor.monitor.explain import NoSuchFinding
-    from stream_monitor.monitor.explain import explain as run
-
-    _check_target(target)
-    try:
-        run(target, request_id, number, Console())
-    except (MonitorError, NoSuchFinding) as error:
-        _fail(error)
-
-
-@app.command(help="Make a profile, from the requests a monitor holds, so that findings have a known false-alarm rate.")
-def calibrate(
-    out: Annotated[Path, typer.Option(help="File to write; name it to the monitor with --profiles.")],
-    target: Annotated[str, typer.Option(help="Address of the monitor: host:port or unix:/path.")] = "127.0.0.1:9750",
-    model_name: Annotated[str, typer.Option(help="Model whose requests to take.")] = "",
-    trim: Annotated[
-        float, typer.Option(help="Share of the requests whose highest scores are left out: 0 for traffic known clean.")
-    ] = 0.01,
-) -> None:
-    from stream_monitor.anchors.profile import ProfileError
-    from stream_monitor.client import MonitorError
-    from stream_monitor.monitor.calibrate import calibrate as run
-
-    _check_target(target)
-    try:
-        typer.echo(run(target, out, model_name, trim))
-    except (MonitorError, ProfileError) as error:
-        _fail(error)
-
-
-@app.command(help="Remove a request from a monitor's memory and store for good.")
-def delete(
-    request_id: Annotated[str, typer.Argument(help="Internal or external id of the request.")],
-    engine_instance: Annotated[str, typer.Option(help="Of several requests with the id, the one of this engine.")] = "",
-    sample_index: Annotated[int | None, typer.Option(help="Of several samples, this one.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="All requests that these leave.")] = False,
-    target: Annotated[str, typer.Option(help="Address of the monitor: host:port or unix:/path.")] = "127.0.0.1:9750",
-) -> None:
-    from stream_monitor.client import Monitor, MonitorError
-
-    _check_target(target)
-    try:
-        with Monitor(target) as monitor:
-            gone = monitor.delete_request(
-                request_id, engine_instance=engine_instance, sample_index=sample_index, every=every
-            )
-    except MonitorError as error:
-        _fail(error)
-    for key in gone:
-        typer.echo(f"deleted {key.request_id} of engine {key.engine_instance}")
-
-
-@app.command(help="Write the events and traces of a monitor's store to files, whether the monitor runs or not.")
-def export(
-    format: Annotated[str, typer.Option(help="parquet or jsonl.")],
-    out: Annotated[Path, typer.Option(help="Folder for the files; new, or empty.")],
-    store: Annotated[str | None, typer.Option(help="File of the store; the monitor's own by default.")] = None,
-    since: Annotated[str, typer.Option(help="From this time on, such as 2026-11-26 or 2026-11-26T07:00+01:00.")] = "",
-    until: Annotated[str, typer.Option(help="Up to this time.")] = "",
-    model_name: Annotated[str, typer.Option("--model", help="Of this model alone.")] = "",
-) -> None:
-    from stream_monitor.config import MonitorSettings, SettingsError, load
-    from stream_monitor.monitor.export import ExportError
-    from stream_monitor.monitor.export import export as run
-
-    try:
-        path = load(MonitorSettings, store=store).store
-        typer.echo(run(path, out, format, since, until, model_name))
-    except (SettingsError, ExportError) as error:
-        _fail(error)
-
-
-def _check_target(target: str) -> None:
-    from stream_monitor.config import check_address
-
-    try:
-        check_address(target)
-    except ValueError as error:
-        _fail(f"--target: {error} (got {target!r})")
 
 
 @app.command(

@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from stream_monitor.addresses import check_address
+from stream_monitor.target import Target, TargetError
+from stream_monitor.tenants import check_tenant
 
 PREFIX = "STREAM_MONITOR_"
 
@@ -84,7 +89,22 @@ class CaptureSettings(_Layered):
     disable: bool = Field(False, description="1 makes the plug-in a no-op.")
     target: str = Field(
         default_factory=default_target,
-        description="Address of the monitor: unix:/path or host:port.",
+        description="Address of the monitor: unix:/path or host:port. Beyond loopback it needs `target_ca`.",
+    )
+    target_ca: str = Field(
+        "", description="File of the CAs by one of which the monitor's certificate is signed, or `system`: speak TLS."
+    )
+    target_certificate: str = Field("", description="File of the certificate that is shown to the monitor (mTLS).")
+    target_key: str = Field("", description="File of its key.")
+    target_token_file: str = Field(
+        "", description="File of the bearer token that is shown to the monitor; read again for each connection."
+    )
+    target_insecure: bool = Field(False, description="Publish beyond loopback without TLS.")
+    tenant: str = Field("", description="Tenant of all requests of this engine.")
+    tenant_argument: str = Field(
+        "",
+        description="Name of the entry of `vllm_xargs` in which the gateway in front of vLLM says whose request it is. "
+        "The gateway must set it in every request, over what the client sent.",
     )
     stride: int = Field(4, ge=1, le=4096, description="Capture one row in every `stride` positions of a request.")
     layers: str = Field(
@@ -148,8 +168,69 @@ class CaptureSettings(_Layered):
     def _target(cls, value: str) -> str:
         return check_address(value)
 
+    @field_validator("tenant")
+    @classmethod
+    def _tenant(cls, value: str) -> str:
+        return check_tenant(value)
 
-class MonitorSettings(_Layered):
+    def monitor(self) -> Target:
+        """Where to publish, and how. Raises TargetError if the settings of `target` do not go together."""
+        return Target(
+            self.target,
+            self.target_ca,
+            self.target_certificate,
+            self.target_key,
+            self.target_token_file,
+            self.target_insecure,
+        )
+
+
+class AccessSettings(_Layered):
+    """Who may do what, and how much of it: of every process that listens."""
+
+    insecure: bool = Field(False, description="Listen beyond loopback without TLS.")
+    tls_certificate: str = Field(
+        "", description="File of the certificate chain (PEM): gRPC and HTTP speak TLS, except on Unix sockets."
+    )
+    tls_key: str = Field("", description="File of its key. Both are read again when they are replaced.")
+    tls_client_ca: str = Field(
+        "",
+        description="File of the CAs of client certificates: gRPC demands one, HTTP takes one in the place of a token.",
+    )
+    access: str = Field(
+        "",
+        description="File that says who may publish, subscribe, read text, delete and scrape, for which tenant "
+        "(docs/security.md); read again when it changes. Empty: whoever connects may do everything.",
+    )
+    socket_uids: str = Field(
+        "",
+        description="User ids that may connect to Unix sockets, separated by commas. Empty: the user of this process, "
+        "root, and members of the socket's group.",
+    )
+    metrics: str = Field(
+        "", description="Another address for /metrics alone, such as 0.0.0.0:9753, so that the page need not be open."
+    )
+    metrics_insecure: bool = Field(
+        False,
+        description="Serve `metrics` without TLS, beyond loopback too. Request ids (exemplars) are left out there.",
+    )
+    max_calls: int = Field(1024, ge=1, description="Calls of one gRPC method at a time, streams included.")
+    max_connections: int = Field(1024, ge=1, description="Connections to each address at a time.")
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics(cls, value: str) -> str:
+        return check_address(value) if value else value
+
+    @field_validator("socket_uids")
+    @classmethod
+    def _uids(cls, value: str) -> str:
+        if not all(each.strip().isdigit() for each in value.split(",")) and value:
+            raise ValueError("must be numbers, separated by commas")
+        return value
+
+
+class MonitorSettings(AccessSettings):
     """How the sidecar listens, what it keeps and when it speaks up."""
 
     ingest: str = Field(default_factory=default_target, description="Address for publishers: unix:/path or host:port.")
@@ -164,7 +245,6 @@ class MonitorSettings(_Layered):
         "plain addresses: a name that is not known here could be another site's, pointed at this monitor.",
     )
     max_live_pages: int = Field(32, ge=1, description="Pages that are shown live at a time; each is a subscriber.")
-    insecure: bool = Field(False, description="Listen beyond loopback without TLS.")
     profiles: str = Field(
         "", description="Files of `stream-monitor calibrate`, separated by commas; one per model and capture."
     )
@@ -196,7 +276,15 @@ class MonitorSettings(_Layered):
     max_sentences: int = Field(4096, ge=16, description="Sentences per request; later ones are counted, not kept.")
     max_message_bytes: int = Field(4 << 20, ge=1 << 16, le=64 << 20, description="Largest summary taken in.")
     max_engines: int = Field(256, ge=1, description="Engine ranks at a time; others are refused.")
+    max_message_rate: int = Field(
+        5000,
+        ge=1,
+        description="Messages a second of one engine rank, over ten seconds; those beyond are refused, counted.",
+    )
     max_subscribers: int = Field(256, ge=1, description="Subscribers at a time.")
+    max_principal_subscribers: int = Field(
+        64, ge=1, description="Subscribers at a time that show the same credential; where `access` is set."
+    )
     subscriber_queue: int = Field(
         1024, ge=1, description="Events that wait for a slow subscriber; then the oldest are lost, counted."
     )
@@ -224,14 +312,10 @@ class MonitorSettings(_Layered):
 TABLES: dict[str, type[_Layered]] = {"capture": CaptureSettings, "monitor": MonitorSettings}
 
 
-def check_address(value: str) -> str:
-    """Return `value` if it is unix:/path or host:port, else raise ValueError."""
-    if value.startswith("unix:") and len(value) > len("unix:"):
-        return value
-    host, _, port = value.rpartition(":")
-    if host and port.isdigit() and int(port) < 65536:
-        return value
-    raise ValueError("must be unix:/path or host:port")
+def listed(table: type[_Layered]) -> list[tuple[str, FieldInfo]]:
+    """The settings of a table as people should read them: its own first, then those of every process that listens."""
+    shared = AccessSettings.model_fields
+    return sorted(table.model_fields.items(), key=lambda item: item[0] in shared)
 
 
 S = TypeVar("S", bound=_Layered)
@@ -241,9 +325,16 @@ def load(table: type[S], **overrides: Any) -> S:
     """Settings of one table; raises SettingsError with one line that names the key and what is valid."""
     _refuse_unknown_variables()
     try:
-        return table(**{key: value for key, value in overrides.items() if value is not None})
+        found = table(**{key: value for key, value in overrides.items() if value is not None})
+        if isinstance(found, CaptureSettings):
+            found.monitor()
     except ValidationError as error:
         raise SettingsError(_one_line(table, error)) from None
+    except TargetError as error:
+        raise SettingsError(
+            f"target: {error} (settings target_ca, target_certificate, target_key, target_token_file, target_insecure)"
+        ) from None
+    return found
 
 
 def _refuse_unknown_variables() -> None:

@@ -71,6 +71,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     plugin_version: str
     summary_bytes: int = 0
     kv_tokens_lost: int = 0
+    tenant: str = ""
 
     @property
     def heads_per_row(self) -> int:
@@ -106,6 +107,7 @@ class RequestStarted(msgspec.Struct):
     prompt_flags: bytes
     prompt_token_ids: bytes = b""
     refused_reason: str = ""
+    tenant: str = ""
 
 
 class TokenRun(msgspec.Struct):

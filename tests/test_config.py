@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from stream_monitor.config import CaptureSettings, MonitorSettings, SettingsError, check_address, load
+from stream_monitor.addresses import check_address
+from stream_monitor.config import CaptureSettings, MonitorSettings, SettingsError, load
 
 
 def test_command_line_over_environment_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

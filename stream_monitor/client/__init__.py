@@ -8,5 +8,16 @@ from stream_monitor.client.blocking import Monitor
 from stream_monitor.client.connection import MonitorError
 from stream_monitor.client.subscription import Received
 from stream_monitor.client.trace import Entries, HeadEntries, Trace
+from stream_monitor.target import Target, TargetError
 
-__all__ = ["AsyncMonitor", "Entries", "HeadEntries", "Monitor", "MonitorError", "Received", "Trace"]
+__all__ = [
+    "AsyncMonitor",
+    "Entries",
+    "HeadEntries",
+    "Monitor",
+    "MonitorError",
+    "Received",
+    "Target",
+    "TargetError",
+    "Trace",
+]

@@ -9,16 +9,16 @@ import grpc
 
 from stream_monitor.client.connection import (
     DEADLINE_SECONDS,
-    OPTIONS,
     PAGE,
+    Link,
     delete_request,
     list_request,
-    metadata,
     refuse,
     trace_request,
 )
 from stream_monitor.client.subscription import Notify, Received, Subscription
 from stream_monitor.client.trace import Trace
+from stream_monitor.target import Target
 from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
 
 
@@ -36,26 +36,23 @@ class AsyncMonitor:
     chatcmpl-my-req-1
 
     Args:
-        target: address: host:port or unix:/path.
-        credentials: of a TLS connection; None for one in the clear.
-        token: sent as a bearer token with every call.
+        target: address, host:port or unix:/path, or a Target, which names files of certificates and token too.
+        credentials: of a TLS connection, where they are not in files.
+        token: sent as a bearer token with every call, where it is not in a file.
+
+    Raises:
+        TargetError: the monitor would be spoken to in the clear beyond this host, or a file cannot be read.
     """
 
     def __init__(
         self,
-        target: str = "127.0.0.1:9750",
+        target: str | Target = "127.0.0.1:9750",
         *,
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
     ) -> None:
-        self.target = target
-        self._channel = (
-            grpc.aio.insecure_channel(target, OPTIONS)
-            if credentials is None
-            else grpc.aio.secure_channel(target, credentials, OPTIONS)
-        )
-        self._service = monitor_pb2_grpc.MonitorServiceStub(self._channel)
-        self._metadata = metadata(token)
+        self._link = Link(target, credentials, token, grpc.aio.insecure_channel, grpc.aio.secure_channel)
+        self.target = self._link.target.address
         self._closed = False
 
     async def __aenter__(self) -> "AsyncMonitor":
@@ -69,7 +66,8 @@ class AsyncMonitor:
     async def close(self) -> None:
         """Ends the connection; subscriptions that are open end."""
         self._closed = True
-        await self._channel.close()
+        for channel in self._link.channels:
+            await channel.close()
 
     def subscribe(
         self,
@@ -91,7 +89,7 @@ class AsyncMonitor:
 
     async def _events(self, asked: Subscription) -> AsyncIterator[Received]:
         while not self._closed:
-            call = self._service.Subscribe(asked.request, metadata=self._metadata)
+            call = self._service().Subscribe(asked.request, metadata=self._link.metadata())
             try:
                 async for response in call:
                     if (received := asked.heard(response)) is not None:
@@ -111,7 +109,9 @@ class AsyncMonitor:
         """As `Monitor.get_trace`."""
         asked = trace_request(request_id, engine_instance, sample_index, with_heads)
         with self._asking():
-            return Trace.of(await self._service.GetTrace(asked, timeout=DEADLINE_SECONDS, metadata=self._metadata))
+            return Trace.of(
+                await self._service().GetTrace(asked, timeout=DEADLINE_SECONDS, metadata=self._link.metadata())
+            )
 
     async def list_requests(
         self, *, request_id: str = "", model_name: str = "", engine: str = "", page_size: int = PAGE
@@ -121,7 +121,9 @@ class AsyncMonitor:
         while True:
             asked = list_request(request_id, model_name, engine, page_size, token)
             with self._asking():
-                page = await self._service.ListRequests(asked, timeout=DEADLINE_SECONDS, metadata=self._metadata)
+                page = await self._service().ListRequests(
+                    asked, timeout=DEADLINE_SECONDS, metadata=self._link.metadata()
+                )
             for info in page.requests:
                 yield info
             token = page.next_page_token
@@ -134,8 +136,13 @@ class AsyncMonitor:
         """As `Monitor.delete_request`."""
         asked = delete_request(request_id, engine_instance, sample_index, every)
         with self._asking():
-            response = await self._service.DeleteRequest(asked, timeout=2 * DEADLINE_SECONDS, metadata=self._metadata)
+            response = await self._service().DeleteRequest(
+                asked, timeout=2 * DEADLINE_SECONDS, metadata=self._link.metadata()
+            )
         return list(response.keys)
+
+    def _service(self) -> "monitor_pb2_grpc.MonitorServiceAsyncStub":
+        return monitor_pb2_grpc.MonitorServiceStub(self._link.channel())
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

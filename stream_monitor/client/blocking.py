@@ -9,16 +9,16 @@ import grpc
 
 from stream_monitor.client.connection import (
     DEADLINE_SECONDS,
-    OPTIONS,
     PAGE,
+    Link,
     delete_request,
     list_request,
-    metadata,
     refuse,
     trace_request,
 )
 from stream_monitor.client.subscription import Notify, Received, Subscription
 from stream_monitor.client.trace import Trace
+from stream_monitor.target import Target
 from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
 
 
@@ -33,26 +33,23 @@ class Monitor:
     at sentence 22 the anchors moved from sentence 0 to sentence 5 (divergence ...) ...
 
     Args:
-        target: address: host:port or unix:/path.
-        credentials: of a TLS connection; None for one in the clear.
-        token: sent as a bearer token with every call.
+        target: address, host:port or unix:/path, or a Target, which names files of certificates and token too.
+        credentials: of a TLS connection, where they are not in files.
+        token: sent as a bearer token with every call, where it is not in a file.
+
+    Raises:
+        TargetError: the monitor would be spoken to in the clear beyond this host, or a file cannot be read.
     """
 
     def __init__(
         self,
-        target: str = "127.0.0.1:9750",
+        target: str | Target = "127.0.0.1:9750",
         *,
         credentials: grpc.ChannelCredentials | None = None,
         token: str | None = None,
     ) -> None:
-        self.target = target
-        self._channel = (
-            grpc.insecure_channel(target, OPTIONS)
-            if credentials is None
-            else grpc.secure_channel(target, credentials, OPTIONS)
-        )
-        self._service = monitor_pb2_grpc.MonitorServiceStub(self._channel)
-        self._metadata = metadata(token)
+        self._link = Link(target, credentials, token, grpc.insecure_channel, grpc.secure_channel)
+        self.target = self._link.target.address
         self._closed = False
 
     def __enter__(self) -> "Monitor":
@@ -66,7 +63,8 @@ class Monitor:
     def close(self) -> None:
         """Ends the connection; subscriptions that are open end."""
         self._closed = True
-        self._channel.close()
+        for channel in self._link.channels:
+            channel.close()
 
     def subscribe(
         self,
@@ -103,7 +101,7 @@ class Monitor:
     def _events(self, asked: Subscription) -> Iterator[Received]:
         while not self._closed:
             try:
-                call = self._service.Subscribe(asked.request, metadata=self._metadata)
+                call = self._service().Subscribe(asked.request, metadata=self._link.metadata())
                 try:
                     for response in call:
                         if (received := asked.heard(response)) is not None:
@@ -134,7 +132,7 @@ class Monitor:
         """
         asked = trace_request(request_id, engine_instance, sample_index, with_heads)
         with self._asking():
-            return Trace.of(self._service.GetTrace(asked, timeout=DEADLINE_SECONDS, metadata=self._metadata))
+            return Trace.of(self._service().GetTrace(asked, timeout=DEADLINE_SECONDS, metadata=self._link.metadata()))
 
     def list_requests(
         self, *, request_id: str = "", model_name: str = "", engine: str = "", page_size: int = PAGE
@@ -150,7 +148,7 @@ class Monitor:
         while True:
             asked = list_request(request_id, model_name, engine, page_size, token)
             with self._asking():
-                page = self._service.ListRequests(asked, timeout=DEADLINE_SECONDS, metadata=self._metadata)
+                page = self._service().ListRequests(asked, timeout=DEADLINE_SECONDS, metadata=self._link.metadata())
             yield from page.requests
             token = page.next_page_token
             if not token:
@@ -171,8 +169,13 @@ class Monitor:
         """
         asked = delete_request(request_id, engine_instance, sample_index, every)
         with self._asking():
-            response = self._service.DeleteRequest(asked, timeout=2 * DEADLINE_SECONDS, metadata=self._metadata)
+            response = self._service().DeleteRequest(
+                asked, timeout=2 * DEADLINE_SECONDS, metadata=self._link.metadata()
+            )
         return list(response.keys)
+
+    def _service(self) -> monitor_pb2_grpc.MonitorServiceStub:
+        return monitor_pb2_grpc.MonitorServiceStub(self._link.channel())
 
     @contextmanager
     def _asking(self) -> Iterator[None]:

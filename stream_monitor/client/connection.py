@@ -1,9 +1,15 @@
 """Where the monitor is, how calls are made, and errors a person can read."""
 
-from typing import Any, NoReturn
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Generic, NoReturn, TypeVar
 
 import grpc
 
+from stream_monitor.addresses import is_local
+from stream_monitor.replaced import Mark
+from stream_monitor.target import Target, TargetError
 from stream_monitor.v1alpha1 import monitor_pb2
 
 DEADLINE_SECONDS = 30.0
@@ -20,6 +26,9 @@ OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
+Channel = TypeVar("Channel")
+
+
 class MonitorError(Exception):
     """The monitor cannot be reached, or refused. One line.
 
@@ -32,14 +41,65 @@ class MonitorError(Exception):
         self.code = code
 
 
-def metadata(token: str | None) -> tuple[tuple[str, str], ...]:
-    """What goes along with every call."""
-    return (("authorization", f"Bearer {token}"),) if token else ()
+class Link(Generic[Channel]):
+    """The connection to a monitor; a new one after certificates were replaced.
+
+    Args:
+        target: address, or more about the monitor.
+        credentials: of a TLS connection, where they are not in files.
+        token: bearer token, where it is not in a file.
+        insecure, secure: make a channel, of grpc or grpc.aio.
+
+    Raises:
+        TargetError: the monitor would be spoken to in the clear beyond this host, or a file cannot be read.
+    """
+
+    def __init__(
+        self,
+        target: str | Target,
+        credentials: grpc.ChannelCredentials | None,
+        token: str | None,
+        insecure: Callable[..., Channel],
+        secure: Callable[..., Channel],
+    ) -> None:
+        if isinstance(target, str):
+            target = Target(target, insecure=credentials is not None)
+        if token and credentials is None and not target.ca and not is_local(target.address):
+            raise TargetError(f"{target.address} is beyond this host: a token is not sent there in the clear")
+        self.target = target
+        self._credentials, self._token = credentials, token
+        self._insecure, self._secure = insecure, secure
+        self._lock = threading.Lock()
+        self._mark: Mark = ()
+        # Calls on an earlier one go on; four rotations later nothing does.
+        self.channels: deque[Channel] = deque(maxlen=4)
+        self.channel()
+
+    def channel(self) -> Channel:
+        """The channel for the next call."""
+        with self._lock:
+            mark = self.target.mark()
+            if not self.channels or mark != self._mark:
+                credentials = self._credentials or self.target.credentials()
+                address = self.target.address
+                self.channels.append(
+                    self._insecure(address, OPTIONS)
+                    if credentials is None
+                    else self._secure(address, credentials, OPTIONS)
+                )
+                self._mark = mark
+            return self.channels[-1]
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """What goes along with the next call."""
+        return (("authorization", f"Bearer {self._token}"),) if self._token else self.target.metadata()
 
 
 def refuse(target: str, error: grpc.RpcError) -> NoReturn:
     """Raises MonitorError for what a call raised."""
     code, details = error.code(), error.details() or ""
+    if code is grpc.StatusCode.UNAVAILABLE and "handshake failed" in details.lower():
+        raise MonitorError(f"no TLS with {target}: {details}", code) from error
     if code is grpc.StatusCode.UNAVAILABLE and ("connect" in details or not details):
         raise MonitorError(f"no monitor at {target}; start one with `stream-monitor serve`", code) from error
     raise MonitorError(f"the monitor at {target} refused: {details or code.name}", code) from error

@@ -206,7 +206,9 @@ class Installation:
         assert self._capture is not None
         assert self._estimator is not None
         assert self._ring is not None
-        self._publisher = PublisherProcess(self._ring.fd, self._engine_info(), self._settings.target, self._free_cpus())
+        self._publisher = PublisherProcess(
+            self._ring.fd, self._engine_info(), self._settings.monitor(), self._free_cpus()
+        )
         self._publisher.start()
         self._estimator.start()
         self._capture.arm(self._estimator)
@@ -282,6 +284,7 @@ class Installation:
             roles,
             settings.send_token_ids,
             channels,
+            settings.tenant_argument,
         )
 
     def _engine_info(self) -> EngineInfo:
@@ -313,4 +316,5 @@ class Installation:
             plugin_version=__version__,
             summary_bytes=self.search.summary_bytes,
             kv_tokens_lost=self._kv_tokens_lost,
+            tenant=settings.tenant,
         )

@@ -71,6 +71,7 @@ class RequestTable:
         roles: finds the role spans of a prompt.
         send_token_ids: whether token ids go along.
         channels: of the model's chats; None where it has none.
+        tenant_argument: entry of the request's arguments in which the gateway says whose it is; empty for none.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class RequestTable:
         roles: PromptRoles | None,
         send_token_ids: bool,
         channels: Channels | None = None,
+        tenant_argument: str = "",
     ) -> None:
         self._stride = stride
         self.factor = 1
@@ -93,6 +95,7 @@ class RequestTable:
         self._roles = roles
         self._send_ids = send_token_ids
         self._channels = channels
+        self._tenant_argument = tenant_argument
         self._tracked: dict[str, _Tracked] = {}
         self._captured = 0
         self._with_tokens: dict[str, None] = {}
@@ -111,7 +114,7 @@ class RequestTable:
             return None
         if known is not None:
             self._forget(new.request_id)
-        policy = decide(new.extra_args, new.prompt_tokens, self._client_may_disable)
+        policy = decide(new.extra_args, new.prompt_tokens, self._client_may_disable, self._tenant_argument)
         for argument in policy.refused_arguments:
             self.refused_arguments[argument] = self.refused_arguments.get(argument, 0) + 1
         reason = self._refusal(new, policy)
@@ -135,6 +138,7 @@ class RequestTable:
 
     def _announce(self, new: NewRequest, policy: RequestPolicy, reason: str) -> RequestStarted:
         started = RequestStarted(new.request_id, new.prompt_tokens, b"", b"", b"", refused_reason=reason)
+        started.tenant = policy.tenant
         if reason or self._flags is None or self._roles is None or new.prompt_token_ids is None:
             return started
         ids = np.asarray(new.prompt_token_ids, np.int64)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from prometheus_client import Histogram
 
 from stream_monitor.monitor import recovery, views
+from stream_monitor.monitor.access.rights import Visible
 from stream_monitor.monitor.database import Database, EventPage, Listed, StoredEvent, StoredTrace
 from stream_monitor.monitor.erasure import ErasureUnfinished, erase
 from stream_monitor.monitor.events import EventLog
@@ -156,14 +157,15 @@ class Archive:
         held = [entry for entry in page.events if not self.is_buried(entry[1].key)]
         return EventPage(held, page.last, page.lost)
 
-    async def find(self, request_id: str, buried: bool = False) -> list[tuple[TraceKey, int]]:
+    async def find(self, request_id: str, visible: Visible, buried: bool = False) -> list[tuple[TraceKey, int]]:
         """Requests an id may mean, newest first, and how well it fits. Raises StoreUnavailable.
 
+        Requests of tenants that are not `visible` do not exist.
         `buried` asks for those too that were deleted while the store could not be written, and are still in it.
         """
-        nothing: list[tuple[TraceKey, int]] = []
+        nothing: list[tuple[TraceKey, int, str]] = []
         found = await self._read(lambda database: database.find(request_id), nothing)
-        return [(key, fit) for key, fit in found if buried or key not in self._graveyard]
+        return [(key, fit) for key, fit, tenant in found if visible(tenant) and (buried or key not in self._graveyard)]
 
     async def infos(
         self, before: int, limit: int, model_name: str, engine: str, request_id: str, fit: int

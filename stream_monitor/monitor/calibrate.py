@@ -11,18 +11,18 @@ import numpy as np
 from stream_monitor.anchors.calibration import Served, calibrated
 from stream_monitor.anchors.heads import HeadShares
 from stream_monitor.anchors.profile import Profile, ProfileError
-from stream_monitor.client import Monitor, MonitorError
+from stream_monitor.client import Monitor, MonitorError, Target
 from stream_monitor.v1alpha1 import monitor_pb2
 
 MOST_REQUESTS = 4096
 """Newest requests that a profile is made of: their attention by head is held in memory, some 200 kB each."""
 
 
-def calibrate(target: str, out: Path, model_name: str, trim: float) -> str:
+def calibrate(target: Target, out: Path, model_name: str, trim: float) -> str:
     """Writes the profile `out`; what to tell the operator.
 
     Args:
-        target: address of the monitor.
+        target: the monitor.
         out: file to write.
         model_name: of the requests to take; empty if the monitor holds those of one model alone.
         trim: share of the requests whose highest scores are left out.

@@ -141,21 +141,22 @@ class Database(DatabaseFile):
         ).fetchall()
         return [(sequence, monitor_pb2.Event.FromString(raw)) for sequence, raw in reversed(rows)]
 
-    def find(self, name: str) -> list[tuple[TraceKey, int]]:
-        """Requests with a trace or findings that an id may mean, newest first, and how well it fits."""
+    def find(self, name: str) -> list[tuple[TraceKey, int, str]]:
+        """Requests with a trace or findings that an id may mean, newest first, how well it fits, and their tenants."""
         rows = self.run(
             "SELECT key, fit, info FROM names LEFT JOIN requests USING (key) WHERE name = ? ORDER BY serial DESC",
             (self.keys.name(name),),
         ).fetchall()
-        return [(self._key(key, info), fit) for key, fit, info in rows]
+        found = [(self._known(key, info), fit) for key, fit, info in rows]
+        return [((known.key.engine_instance, known.key.request_id), fit, known.tenant) for known, fit in found]
 
-    def _key(self, key: bytes, info: bytes | None) -> TraceKey:
+    def _known(self, key: bytes, info: bytes | None) -> monitor_pb2.RequestInfo | monitor_pb2.Event:
+        """What names a request and its tenant."""
         if info is not None:
-            found = monitor_pb2.RequestInfo.FromString(info).key
-        else:  # Its trace is not held any more, its findings are.
-            raw = self.run("SELECT event FROM events WHERE key = ?", (key,)).fetchone()[0]
-            found = monitor_pb2.Event.FromString(raw).key
-        return found.engine_instance, found.request_id
+            return monitor_pb2.RequestInfo.FromString(info)
+        # Its trace is not held any more, its findings are.
+        raw = self.run("SELECT event FROM events WHERE key = ?", (key,)).fetchone()[0]
+        return monitor_pb2.Event.FromString(raw)
 
     def infos(self, before: int, limit: int, model_name: str, engine: str, name: str, fit: int) -> list[Listed]:
         """Requests with a serial below `before`, newest first; empty filters match all, `fit` goes with `name`."""

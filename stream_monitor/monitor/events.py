@@ -68,8 +68,9 @@ class Subscriber:
     One that resumes reads what it missed from the store, page by page, until the log in memory reaches back far enough.
     """
 
-    def __init__(self, log: "EventLog", wanted: Wanted, after: int, limit: int) -> None:
+    def __init__(self, log: "EventLog", wanted: Wanted, after: int, limit: int, owner: str) -> None:
         self.wanted = wanted
+        self.owner = owner
         self.lost = 0
         self.closed = False
         self._log = log
@@ -152,9 +153,10 @@ class EventLog:
         sent: called with each event as it is handed to subscribers.
     """
 
-    def __init__(self, size: int, queue: int, max_subscribers: int) -> None:
+    def __init__(self, size: int, queue: int, max_subscribers: int, max_of_owner: int = 64) -> None:
         self.queue = queue
         self.max_subscribers = max_subscribers
+        self.max_of_owner = max_of_owner
         self.lost = 0
         self.sent: Callable[[monitor_pb2.Event], None] = lambda event: None
         self.subscribers: set[Subscriber] = set()
@@ -234,16 +236,18 @@ class EventLog:
             subscriber.forget(gone)
         return removed
 
-    def subscribe(self, wanted: Wanted, cursor: str, last: int = 0) -> tuple[Subscriber, str]:
+    def subscribe(self, wanted: Wanted, cursor: str, last: int = 0, owner: str = "") -> tuple[Subscriber, str]:
         """A subscriber, fed from `cursor`, or if that is empty from the newest `last` findings it wants on, and the
-        cursor it starts at.
+        cursor it starts at. `owner` is whose it is, where there is more than one to share the room.
 
         Raises CursorGone, CursorMalformed or TooManySubscribers.
         """
         after = self._resume(cursor) if cursor else self._before_last(wanted, last)
         if len(self.subscribers) >= self.max_subscribers:
             raise TooManySubscribers(f"{self.max_subscribers} subscribers (setting max_subscribers)")
-        subscriber = Subscriber(self, wanted, after, self.queue)
+        if owner and sum(each.owner == owner for each in self.subscribers) >= self.max_of_owner:
+            raise TooManySubscribers(f"{self.max_of_owner} subscribers of {owner} (setting max_principal_subscribers)")
+        subscriber = Subscriber(self, wanted, after, self.queue, owner)
         self.subscribers.add(subscriber)
         return subscriber, self.cursor(after)
 

@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from stream_monitor.client import Monitor, Trace
+from stream_monitor.client import Monitor, Target, Trace
 from stream_monitor.monitor.text import one_line
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 
@@ -20,7 +20,7 @@ class NoSuchFinding(Exception):
     """One line."""
 
 
-def explain(target: str, request_id: str, number: int | None, console: Console) -> None:
+def explain(target: Target, request_id: str, number: int | None, console: Console) -> None:
     """Prints a request and, if `number` is given, its finding of that number, from 1, oldest first.
 
     Raises:

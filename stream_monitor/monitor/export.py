@@ -20,10 +20,13 @@ from stream_monitor.client.trace import Trace
 from stream_monitor.monitor import recovery
 from stream_monitor.monitor.database import Database
 from stream_monitor.monitor.database_file import StoreRefused
+from stream_monitor.v1alpha1 import monitor_pb2
 
 PAGE = 100
 BATCH_BYTES = 16 << 20
 """About most bytes of traces in memory at a time, as the store has them."""
+Whose = tuple[str, str]
+"""Model and tenant of what is exported; empty for all."""
 FORMATS = ("parquet", "jsonl")
 
 
@@ -41,7 +44,7 @@ class Sink(Protocol):
         """End the file."""
 
 
-def export(store: str, out: Path, format: str, since: str, until: str, model_name: str) -> str:
+def export(store: str, out: Path, format: str, since: str, until: str, model_name: str, tenant: str = "") -> str:
     """Writes `events` and `traces` into the folder `out`, both or neither; what to tell the operator.
 
     Args:
@@ -50,7 +53,7 @@ def export(store: str, out: Path, format: str, since: str, until: str, model_nam
         format: one of FORMATS.
         since, until: limits on an event's time, and on the time a request was last seen, ISO 8601; local time unless
             they say otherwise. Empty for none.
-        model_name: of the requests; empty for all.
+        model_name, tenant: of the requests; empty for all.
 
     Raises:
         ExportError: there is no such store, it cannot be read, or `out` is taken.
@@ -68,7 +71,7 @@ def export(store: str, out: Path, format: str, since: str, until: str, model_nam
     shutil.rmtree(parts, ignore_errors=True)
     try:
         parts.mkdir(parents=True)
-        counts = _write(Path(store), parts, format, first, last, model_name)
+        counts = _write(Path(store), parts, format, first, last, (model_name, tenant))
         with suppress(FileNotFoundError):
             out.rmdir()
         parts.rename(out)
@@ -83,13 +86,13 @@ def export(store: str, out: Path, format: str, since: str, until: str, model_nam
     return f"{out}: {counts['events']} events, {counts['traces']} traces"
 
 
-def _write(store: Path, folder: Path, format: str, first: int, last: int, model_name: str) -> dict[str, int]:
+def _write(store: Path, folder: Path, format: str, first: int, last: int, whose: Whose) -> dict[str, int]:
     counts = {}
     database = Database(store)
     try:
         for name, rows in (
-            ("events", _events(database, first, last, model_name)),
-            ("traces", _traces(database, first, last, model_name)),
+            ("events", _events(database, first, last, whose)),
+            ("traces", _traces(database, first, last, whose)),
         ):
             sink = _sink(folder / f"{name}.{format}", name, format)
             counts[name] = 0
@@ -104,24 +107,24 @@ def _write(store: Path, folder: Path, format: str, first: int, last: int, model_
     return counts
 
 
-def _events(database: Database, first: int, last: int, model_name: str) -> Iterator[list[dict[str, Any]]]:
+def _events(database: Database, first: int, last: int, whose: Whose) -> Iterator[list[dict[str, Any]]]:
     after, end = database.meta("forgotten"), database.meta("newest")
     while after < end:
         page = database.events_after(after, PAGE)
         yield [
             _plain(event) | {"sequence": sequence}
             for sequence, event, _ in page.events
-            if first <= event.wall_time_ns < last and model_name in ("", event.model_name)
+            if first <= event.wall_time_ns < last and _is_of(event, whose)
         ]
         after = page.last
 
 
-def _traces(database: Database, first: int, last: int, model_name: str) -> Iterator[list[dict[str, Any]]]:
+def _traces(database: Database, first: int, last: int, whose: Whose) -> Iterator[list[dict[str, Any]]]:
     before = 2**63 - 1
-    while page := database.infos(before, PAGE, model_name, "", "", 0):
+    while page := database.infos(before, PAGE, whose[0], "", "", 0):
         rows, size = [], 0
         for _, info in page:
-            if first <= info.last_seen_ns < last:
+            if first <= info.last_seen_ns < last and _is_of(info, whose):
                 found = database.trace((info.key.engine_instance, info.key.request_id))
                 if found is not None:
                     rows.append(_trace(Trace.of(found)))
@@ -131,6 +134,11 @@ def _traces(database: Database, first: int, last: int, model_name: str) -> Itera
                         rows, size = [], 0
         yield rows
         before = page[-1][0]
+
+
+def _is_of(message: monitor_pb2.Event | monitor_pb2.RequestInfo, whose: Whose) -> bool:
+    model_name, tenant = whose
+    return model_name in ("", message.model_name) and tenant in ("", message.tenant)
 
 
 def _trace(trace: Trace) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """HTTP: /metrics for Prometheus, /healthz and /readyz for whoever restarts us, and the page for people."""
 
+import asyncio
 import contextlib
 import socket
+import ssl
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 from prometheus_client import CollectorRegistry
@@ -10,16 +13,35 @@ from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp
 
+from stream_monitor.monitor.access.access import Access
+from stream_monitor.monitor.access.http_protocol import config
+from stream_monitor.monitor.access.rights import Right
 
-def application(registry: CollectorRegistry, ready: Callable[[], bool], page: ASGIApp) -> Starlette:
+HANDSHAKE_SECONDS = 10.0
+"""For a connection to become one of TLS; it is closed then."""
+
+
+def application(registry: CollectorRegistry, ready: Callable[[], bool], access: Access, page: ASGIApp) -> Starlette:
     """The routes. `ready` says whether the monitor takes in messages; `page` answers all that is not for machines."""
+    return Starlette(routes=[*_machines(registry, ready, access, exemplars=True), Mount("/", page)])
 
+
+def metrics_application(
+    registry: CollectorRegistry, ready: Callable[[], bool], access: Access, exemplars: bool
+) -> Starlette:
+    """The routes without the page; `exemplars` lets the ids of requests go along with metrics."""
+    return Starlette(routes=_machines(registry, ready, access, exemplars))
+
+
+def _machines(
+    registry: CollectorRegistry, ready: Callable[[], bool], access: Access, exemplars: bool
+) -> list[BaseRoute]:
     async def metrics(request: Request) -> Response:
         # On the event loop (async), like everything that touches the monitor's state.
-        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
+        encoder, content_type = choose_encoder(request.headers.get("accept", "") if exemplars else "")
         return Response(encoder(registry), headers={"content-type": content_type})
 
     async def healthz(_: Request) -> Response:
@@ -28,24 +50,39 @@ def application(registry: CollectorRegistry, ready: Callable[[], bool], page: AS
     async def readyz(_: Request) -> Response:
         return PlainTextResponse("ready\n") if ready() else PlainTextResponse("not ready\n", 503)
 
-    return Starlette(
-        routes=[
-            Route("/metrics", metrics),
-            Route("/healthz", healthz),
-            Route("/readyz", readyz),
-            Mount("/", page),
-        ],
-    )
+    # Whether it lives is told to anybody: those who restart it show no credentials.
+    return [
+        Route("/metrics", access.gate(Route("/metrics", metrics), Right.METRICS)),
+        Route("/healthz", healthz),
+        Route("/readyz", readyz),
+    ]
 
 
 class HttpServer(uvicorn.Server):
-    """uvicorn on our event loop; signals are the monitor's to handle."""
+    """uvicorn on our event loop, over TLS where there is a `context`; signals are the monitor's to handle."""
 
-    def __init__(self, app: Starlette, bound: socket.socket) -> None:
-        super().__init__(
-            uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+    def __init__(self, app: ASGIApp, bound: socket.socket, access: Access, context: ssl.SSLContext | None) -> None:
+        super().__init__(config(app, access.refusals, access.max_connections))
+        self._bound = bound
+        self._context = context
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's own, but for TLS: its files are not uvicorn's business, and a handshake has a deadline."""
+        await self.lifespan.startup()
+
+        def connection() -> asyncio.Protocol:
+            made: Any = self.config.http_protocol_class
+            protocol: asyncio.Protocol = made(self.config, self.server_state, self.lifespan.state)
+            return protocol
+
+        server = await asyncio.get_running_loop().create_server(
+            connection,
+            sock=self._bound,
+            ssl=self._context,
+            ssl_handshake_timeout=None if self._context is None else HANDSHAKE_SECONDS,
         )
-        self.bound = bound
+        self.servers = [server]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

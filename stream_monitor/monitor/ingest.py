@@ -6,6 +6,7 @@ import time
 import grpc
 
 from stream_monitor.monitor import identity
+from stream_monitor.monitor.access import rights
 from stream_monitor.monitor.faults import Fault, Refusal
 from stream_monitor.monitor.ledger import RankLedger
 from stream_monitor.monitor.merge import Merger, Part
@@ -17,18 +18,35 @@ from stream_monitor.monitor.validate import parse
 from stream_monitor.v1alpha1 import ingest_pb2, summary_pb2
 
 SERVICE = ingest_pb2.DESCRIPTOR.services_by_name["IngestService"].full_name
+RATE_SECONDS = 10.0
+"""Over which the rate of messages is counted: an outage of the monitor is made up for in a burst."""
 Context = grpc.aio.ServicerContext[bytes, ingest_pb2.PublishResponse]
 
 
 class Ingest:
-    """Takes in messages of all streams. `max_bytes` is the largest message taken in."""
+    """Takes in messages of all streams.
 
-    def __init__(self, ranks: RankBook, merger: Merger, pipeline: Pipeline, metrics: Metrics, max_bytes: int) -> None:
+    Args:
+        max_bytes: of the largest message taken in.
+        max_rate: messages a second of one rank, over `RATE_SECONDS`.
+    """
+
+    def __init__(
+        self,
+        ranks: RankBook,
+        merger: Merger,
+        pipeline: Pipeline,
+        metrics: Metrics,
+        max_bytes: int,
+        max_rate: int = 5000,
+    ) -> None:
         self.ranks = ranks
         self.merger = merger
         self.pipeline = pipeline
         self.metrics = metrics
         self.max_bytes = max_bytes
+        self._most_recent = int(max_rate * RATE_SECONDS)
+        self._rates_from = time.monotonic()
         self._streams: set[asyncio.Task[None]] = set()
         self._stopping = False
 
@@ -47,8 +65,13 @@ class Ingest:
 
     def flush(self) -> None:
         """Let go of steps whose deadline is over."""
-        for step in self.merger.flush(time.monotonic()):
+        now = time.monotonic()
+        for step in self.merger.flush(now):
             self.pipeline.apply(step)
+        if now - self._rates_from >= RATE_SECONDS:
+            self._rates_from = now
+            for rank in self.ranks.ranks.values():
+                rank.recent_messages = 0
 
     async def _publish(self, _: object, context: Context) -> None:
         task = asyncio.current_task()
@@ -68,23 +91,27 @@ class Ingest:
 
     async def _read(self, context: Context, opened: set[Rank]) -> None:
         last: dict[Rank, int] = {}
+        publishes_for = rights.current().publishes_for
         while True:
             raw = await context.read()
             if not isinstance(raw, bytes):  # grpc.aio.EOF
                 return
             self.metrics.message_bytes.inc(len(raw))
             try:
-                answer = self.take(raw, last, opened)
+                answer = self.take(raw, last, opened, publishes_for)
             except Fault as fault:
                 self.metrics.messages.labels("invalid", fault.reason).inc()
                 await context.abort(fault.status, str(fault))
             await context.write(answer)
 
-    def take(self, raw: bytes, last: dict[Rank, int], opened: set[Rank]) -> ingest_pb2.PublishResponse:
-        """Take in one message; `last` is the newest sequence of each rank on this stream."""
+    def take(
+        self, raw: bytes, last: dict[Rank, int], opened: set[Rank], publishes_for: str = ""
+    ) -> ingest_pb2.PublishResponse:
+        """Take in one message; `last` is the newest sequence of each rank on this stream, `publishes_for` the tenant of
+        its publisher's credential, if it is of one."""
         summary = parse(raw, self.max_bytes)
         try:
-            rank = self.ranks.admit(summary.engine)
+            rank = self.ranks.admit(summary.engine, publishes_for)
         except Refusal as refusal:
             self.metrics.messages.labels("refused", refusal.reason).inc()
             return _answer(summary, ingest_pb2.PUBLISH_OUTCOME_REFUSED, refusal.reason)
@@ -102,10 +129,13 @@ class Ingest:
         if summary.sequence <= rank.sequence:
             self.metrics.messages.labels("duplicate", "").inc()
             return _answer(summary, ingest_pb2.PUBLISH_OUTCOME_DUPLICATE)
+        rank.recent_messages += 1
+        if rank.recent_messages > self._most_recent:
+            _count_gap(rank, summary)
+            self.metrics.messages.labels("refused", "message_rate").inc()
+            return _answer(summary, ingest_pb2.PUBLISH_OUTCOME_REFUSED, "message_rate")
         part = self._part(rank, summary, len(raw))
-        if rank.sequence:
-            rank.lost_messages += summary.sequence - rank.sequence - 1
-        rank.sequence = summary.sequence
+        _count_gap(rank, summary)
         _account(rank.ledger, summary)
         self._observe(part)
         for step in self.merger.add(part):
@@ -130,6 +160,13 @@ class Ingest:
             delay = max(0.0, time.time() - summary.wall_time_ns / 1e9)
             named = exemplar(identity.parse(part.rows[0].request_id).external_id) if part.rows else None
             self.metrics.step_delay.labels(*rank.labels).observe(delay, named)
+
+
+def _count_gap(rank: Rank, summary: summary_pb2.StepSummary) -> None:
+    """A message is dealt with; those between it and the one before never came."""
+    if rank.sequence:
+        rank.lost_messages += summary.sequence - rank.sequence - 1
+    rank.sequence = summary.sequence
 
 
 def _account(ledger: RankLedger, summary: summary_pb2.StepSummary) -> None:

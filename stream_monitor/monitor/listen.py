@@ -1,11 +1,12 @@
 """Where the monitor may listen, and how an address is taken without surprises."""
 
-import ipaddress
 import os
 import socket
 import stat
 from contextlib import suppress
 from pathlib import Path
+
+from stream_monitor.addresses import is_local
 
 FOLDER_MODE = 0o770
 SOCKET_UMASK = 0o117
@@ -16,17 +17,12 @@ class ListenError(Exception):
     """An address cannot be used. One line that names it and what to do."""
 
 
-def check_exposure(name: str, address: str, insecure: bool) -> None:
-    """Refuse what others on the network could reach, unless the operator says so."""
-    if address.startswith("unix:") or insecure:
-        return
-    host = address.rpartition(":")[0].strip("[]")
-    with suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback:
-            return
-    if host != "localhost":
+def check_exposure(name: str, address: str, allowed: bool) -> None:
+    """Refuse what others on the network could reach, unless it is `allowed`: there is TLS, or the operator says so."""
+    if not allowed and not is_local(address):
         raise ListenError(
-            f"{name}: {address} is reachable from other hosts without TLS; use loopback, unix:, or --insecure"
+            f"{name}: {address} is reachable from other hosts without TLS; use loopback, unix:, tls_certificate and "
+            "tls_key, or --insecure"
         )
 
 

@@ -5,6 +5,7 @@ import binascii
 from collections.abc import Iterable
 
 from stream_monitor.monitor import views
+from stream_monitor.monitor.access.rights import Visible
 from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.database import Listed
 from stream_monitor.monitor.identity import EXACT, TraceKey, names
@@ -26,14 +27,16 @@ class Lookup:
         self.traces = traces
         self.archive = archive
 
-    async def find(self, request_id: str, buried: bool = False) -> list[TraceKey]:
+    async def find(self, request_id: str, visible: Visible, buried: bool = False) -> list[TraceKey]:
         """Requests an id may mean, newest first; of several readings of the id, only the best that fits any.
 
-        `buried` as in `Archive.find`.
+        `visible` and `buried` as in `Archive.find`.
         """
-        found = {(trace.instance, trace.request_id): _fit(trace, request_id) for trace in self.traces.find(request_id)}
-        for key, fit in await self.archive.find(request_id, buried):
-            found.setdefault(key, fit)
+        held = self.traces.find(request_id, visible)
+        found = {(trace.instance, trace.request_id): _fit(trace, request_id) for trace in held}
+        for key, fit in await self.archive.find(request_id, visible, buried):
+            if self.traces.get(*key) is None:
+                found.setdefault(key, fit)
         best = min(found.values(), default=EXACT)
         return [key for key, fit in found.items() if fit == best]
 
@@ -42,24 +45,26 @@ class Lookup:
         held = self.traces.get(*key)
         return views.full(held, with_heads) if held is not None else await self.archive.trace(key, with_heads)
 
-    async def page(self, request: monitor_pb2.ListRequestsRequest, size: int) -> monitor_pb2.ListRequestsResponse:
-        """One page of requests, newest first. Raises TokenMalformed."""
+    async def page(
+        self, request: monitor_pb2.ListRequestsRequest, size: int, visible: Visible
+    ) -> monitor_pb2.ListRequestsResponse:
+        """One page of requests, newest first, of visible tenants. Raises TokenMalformed."""
         before = _serial(request.page_token) if request.page_token else _FIRST
         traces: Iterable[RequestTrace] = self.traces.newest_first()
         fit = EXACT
         if request.request_id:
-            fit = min((fit for _, fit in await self.archive.find(request.request_id)), default=_FIRST)
-            held = self.traces.find(request.request_id)
+            fit = min((fit for _, fit in await self.archive.find(request.request_id, visible)), default=_FIRST)
+            held = self.traces.find(request.request_id, visible)
             fit = min([fit, *(_fit(trace, request.request_id) for trace in held)])
             traces = (trace for trace in held if _fit(trace, request.request_id) == fit)
         memory: list[Listed] = []
         for trace in traces:
-            if trace.serial < before and _wanted(trace, request):
+            if trace.serial < before and _wanted(trace, request) and visible(trace.tenant):
                 memory.append((trace.serial, views.info(trace)))
                 if len(memory) > size:
                     break
         floor = memory[-1][0] if len(memory) > size else 0
-        stored = await self._stored(request, fit, before, floor, size + 1)
+        stored = await self._stored(request, fit, before, floor, size + 1, visible)
         listed = sorted(memory + stored, key=lambda entry: -entry[0])
         response = monitor_pb2.ListRequestsResponse(requests=[info for _, info in listed[:size]])
         if len(listed) > size:
@@ -67,14 +72,20 @@ class Lookup:
         return response
 
     async def _stored(
-        self, request: monitor_pb2.ListRequestsRequest, fit: int, before: int, floor: int, limit: int
+        self,
+        request: monitor_pb2.ListRequestsRequest,
+        fit: int,
+        before: int,
+        floor: int,
+        limit: int,
+        visible: Visible,
     ) -> list[Listed]:
         """The newest requests, at most `limit`, in the store alone, of those between two serials."""
         found: list[Listed] = []
         while len(found) < limit:
             page = await self.archive.infos(before, limit, request.model_name, request.engine, request.request_id, fit)
             for serial, info in page:
-                if self._is_stored_alone(info.key) and serial > floor and len(found) < limit:
+                if self._is_stored_alone(info.key) and serial > floor and len(found) < limit and visible(info.tenant):
                     found.append((serial, info))
             if len(page) < limit or page[-1][0] <= floor:
                 break

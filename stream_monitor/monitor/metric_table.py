@@ -320,6 +320,29 @@ PAGE_REFUSED = _define(
     "What browsers asked of the page and did not get: `host`, by a name that is not one of `http_hosts`; `cross_site`, "
     "from a page of another site; `too_many_pages`, beyond `max_live_pages`.",
 )
+ACCESS_REFUSED = _define(
+    _S,
+    "counter",
+    "access_refused_total",
+    ("where", "reason"),
+    "Who was turned away: over `grpc` or `http`, and why ([security.md](security.md#refusals) has the reasons).",
+)
+ACCESS_RELOADS = _define(
+    _S,
+    "counter",
+    "access_reloads_total",
+    ("file", "outcome"),
+    "Files that were replaced while the monitor ran: `certificate` (with its key and the client CA) or `access`; "
+    "`done`, or `failed`: what was read before stays in use.",
+)
+TLS_EXPIRY = _define(
+    _S,
+    "gauge",
+    "tls_expiry_timestamp_seconds",
+    ("file",),
+    "When the certificate in use expires, in Unix seconds: `certificate`, the earliest of its chain, and `client_ca`, "
+    "the latest of them.",
+)
 SUBSCRIBER_QUEUE = _define(
     _S, "gauge", "subscriber_queue_events", (), "Events that wait for the subscriber that is furthest behind."
 )

@@ -10,6 +10,7 @@ from stream_monitor.anchors.panel import Kind
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.monitor import metric_table as table
 from stream_monitor.monitor import outcomes, text
+from stream_monitor.monitor.access import refusals
 from stream_monitor.monitor.metric_table import Definition
 from stream_monitor.monitor.page import guard
 from stream_monitor.monitor.ranks import Labels
@@ -67,6 +68,7 @@ class Metrics:
         self.unobserved = self._histogram(table.UNOBSERVED)
         self.store_commits = self._histogram(table.STORE_COMMITS)
         self.page_refused = self._counter(table.PAGE_REFUSED)
+        self.access_refused = self._counter(table.ACCESS_REFUSED)
         ProcessCollector(registry=self.registry)
         self._known: set[Labels] = set()
         self._of_sentences: dict[Labels, SentenceSeries] = {}
@@ -75,6 +77,9 @@ class Metrics:
                 self.messages.labels(outcome, reason)
         for reason in (guard.HOST, guard.CROSS_SITE, guard.TOO_MANY_PAGES):
             self.page_refused.labels(reason)
+        for reason, (places, _) in refusals.REASONS.items():
+            for where in places:
+                self.access_refused.labels(where, reason)
 
     def know(self, labels: Labels) -> None:
         """Show an engine's series, at 0, from the moment it connects: `rate` sees no rise from nothing."""
@@ -129,6 +134,10 @@ class Metrics:
                 held = value.get_exemplar()
                 if held is not None and held.labels["request_id"] in external_ids:
                     value.set_exemplar(None)
+
+    def refused(self, where: str, reason: str) -> None:
+        """Somebody was turned away; see `refusals.REASONS`."""
+        self.access_refused.labels(where, reason).inc()
 
     def _counter(self, made: Definition) -> Counter:
         return Counter(made.name, made.text, made.labels, registry=self.registry)

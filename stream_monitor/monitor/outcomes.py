@@ -40,6 +40,8 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
             "paused": "capture was paused by `stream_monitor_pause`",
             "too_many_ranks": "the monitor holds `max_engines` ranks with open streams",
             "rank_retired": "the rank returned after the monitor had closed its account",
+            "message_rate": "the rank sent more messages than `max_message_rate`",
+            "other_tenant": "the engine was published for another tenant before",
             "monitor_invalid_argument": "the monitor found the message unsound",
             "monitor_resource_exhausted": "the message was larger than `max_message_bytes`",
             "monitor_failed_precondition": "the monitor is of another schema version",
@@ -75,7 +77,10 @@ MESSAGES: dict[str, tuple[str, dict[str, str]]] = {
     "duplicate": ("sent again after a reconnection and taken in before", {"": ""}),
     "refused": (
         "sound, and not taken in",
-        {reason: ROWS["refused"][1][reason] for reason in ("too_many_ranks", "rank_retired")},
+        {
+            reason: ROWS["refused"][1][reason]
+            for reason in ("too_many_ranks", "rank_retired", "message_rate", "other_tenant")
+        },
     ),
     "invalid": (
         "the contract is broken, and the stream ends",
@@ -101,6 +106,9 @@ REQUESTS = {reason: ROWS["refused"][1][reason] for reason in ("client_disabled",
 ARGUMENTS = {
     ("stream_monitor_disable", "not_allowed"): "`client_may_disable` is off",
     ("stream_monitor_untrusted", "malformed"): "not a flat list of token offsets",
+    ("stream_monitor_tenant", "not_allowed"): "`tenant_argument` names no such entry: a client has no say in this",
+    ("stream_monitor_tenant", "malformed"): "what the gateway sent is no tenant; the engine's own `tenant` holds",
+    ("stream_monitor_tenant", "missing"): "the gateway sent none; the engine's own `tenant` holds",
     (OTHER, "unknown"): "no such argument",
 }
 """Argument of a request and why it was not honoured."""

@@ -62,13 +62,16 @@ class Pipeline:
             trace.last_seen_ns = now
             if not trace.capture:
                 trace.capture = capture_id(first.rank.engine)
+                trace.tenant = first.rank.tenant_of("")
                 trace.panel = self.calibration.panel(first.rank.engine.model_name, trace.capture)
                 trace.text = TokenText(self.vocabularies.of(first.rank.engine.model_name))
             return trace
 
-        for started in (started for part in step.parts for started in part.summary.started):
+        for source, started in ((part.rank, started) for part in step.parts for started in part.summary.started):
             trace = seen(self.store.begin(instance, started.request_id, labels, now))
             new = trace.joined_late
+            if new:
+                trace.tenant = source.tenant_of(started.tenant)
             touched[started.request_id] = trace
             trace.start(started)
             if new:

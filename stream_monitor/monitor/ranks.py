@@ -67,12 +67,20 @@ class Rank:
     sequence: int = 0
     streams: int = 0
     lost_messages: int = 0
+    recent_messages: int = 0
+    """Since the last look at the rate."""
+    publishes_for: str = ""
+    """The tenant that its publisher's credential is of; empty: the engine says."""
     ledger: RankLedger = field(default_factory=RankLedger)
 
     @property
     def heads(self) -> int:
         """Watched (layer, query head) pairs: what one row counts in the ledger."""
         return len(self.engine.layers) * len(self.engine.query_heads)
+
+    def tenant_of(self, said: str) -> str:
+        """Whose a request is of which the engine says `said`."""
+        return self.publishes_for or said or self.engine.tenant
 
 
 def rank_name(engine: summary_pb2.EngineInfo, tensor: int, pipeline: int) -> str:
@@ -100,23 +108,33 @@ class RankBook:
         self._retired_keys: deque[RankKey] = deque(maxlen=MAX_RETIRED)
         self._gone: set[RankKey] = set()
         self._labels: set[Labels] = set()
+        self._tenants: dict[str, str] = {}
 
-    def admit(self, engine: summary_pb2.EngineInfo) -> Rank:
-        """The rank that sent `engine`. Raises Fault if the description is unsound or changed, Refusal if full."""
+    def admit(self, engine: summary_pb2.EngineInfo, publishes_for: str = "") -> Rank:
+        """The rank that sent `engine`, by somebody who publishes for one tenant alone, or (empty) for all.
+
+        Raises Fault if the description is unsound or changed, Refusal if full, or if the engine is another tenant's.
+        """
         key = key_of(engine)
         rank = self.ranks.get(key)
         if rank is not None:
+            if rank.publishes_for != publishes_for:
+                raise Refusal("other_tenant")
             if rank.engine != engine:
                 raise invalid("engine", "engine differs from what this rank said before; it is constant for its life")
             return rank
         check_engine(engine)
         if key in self._gone:
             raise Refusal("rank_retired")
+        if self._tenants.setdefault(engine.instance, publishes_for) != publishes_for:
+            raise Refusal("other_tenant")
+        while len(self._tenants) > MAX_RETIRED:
+            del self._tenants[next(iter(self._tenants))]
         if len(self.ranks) >= self.limit:
             self._retire()
         kept = summary_pb2.EngineInfo()
         kept.CopyFrom(engine)
-        rank = self.ranks[key] = Rank(key, kept, self._label_pair(engine))
+        rank = self.ranks[key] = Rank(key, kept, self._label_pair(engine), publishes_for=publishes_for)
         return rank
 
     def opened(self, rank: Rank) -> None:

@@ -20,7 +20,8 @@ class GoneWhileWrittenTo(logging.Filter):
 
 
 async def serve(settings: MonitorSettings, version: str) -> None:
-    """Serve, say where on standard output, and stop in order on a signal. Raises ListenError or StoreRefused."""
+    """Serve, say where on standard output, and stop in order on a signal. Raises ListenError, TlsError, AccessError or
+    StoreRefused."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger(GRPC_LOG).addFilter(GoneWhileWrittenTo())
     monitor = MonitorServer(settings, version)
@@ -29,8 +30,9 @@ async def serve(settings: MonitorSettings, version: str) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stopping.set)
     await monitor.start()
+    metrics = f", metrics {monitor.metrics_address}" if settings.metrics else ""
     print(
-        f"ready: ingest {monitor.ingest_address}, grpc {monitor.grpc_address}, http {monitor.http_address}",
+        f"ready: ingest {monitor.ingest_address}, grpc {monitor.grpc_address}, http {monitor.http_address}{metrics}",
         flush=True,
     )
     await stopping.wait()

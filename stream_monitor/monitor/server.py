@@ -7,6 +7,8 @@ import grpc
 
 from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor import ingest, service
+from stream_monitor.monitor.access.access import Access
+from stream_monitor.monitor.access.access_metrics import AccessCollector
 from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.calibration import Calibration
 from stream_monitor.monitor.database_file import StoreRefused
@@ -14,7 +16,7 @@ from stream_monitor.monitor.deletion import Deletion
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.front import Front
 from stream_monitor.monitor.graveyard import Graveyard
-from stream_monitor.monitor.http import application
+from stream_monitor.monitor.http import application, metrics_application
 from stream_monitor.monitor.ingest import Ingest
 from stream_monitor.monitor.listen import ListenError
 from stream_monitor.monitor.lookup import Lookup
@@ -40,15 +42,22 @@ class MonitorServer:
     """One monitor. `start` returns when it serves; `stop` announces NOT_SERVING, then ends calls, then closes.
 
     Attributes:
-        grpc_address, ingest_address, http_address: where it listens, with the real port where 0 was asked for.
+        grpc_address, ingest_address, http_address, metrics_address: where it listens, with the real port where 0 was
+            asked for.
     """
 
     def __init__(self, settings: MonitorSettings, version: str) -> None:
         self.settings = settings
         self.ingest_address, self.grpc_address, self.http_address = settings.ingest, settings.grpc, settings.http
+        self.metrics_address = settings.metrics
         ranks = RankBook(settings.max_engines)
         self.store = TraceStore(settings.max_traces, settings.max_trace_bytes, settings.max_sentences)
-        self.log = EventLog(settings.event_log, settings.subscriber_queue, settings.max_subscribers)
+        self.log = EventLog(
+            settings.event_log,
+            settings.subscriber_queue,
+            settings.max_subscribers,
+            settings.max_principal_subscribers,
+        )
         graveyard = Graveyard()
         self.archive = Archive(self.log, self.store, graveyard)
         self.metrics = Metrics()
@@ -73,24 +82,31 @@ class MonitorServer:
             ),
             self.metrics,
             settings.max_message_bytes,
+            settings.max_message_rate,
         )
         self.service = MonitorService(Lookup(self.store, self.archive), self.log, self.deletion)
         refused = self._page_refused
+        access = Access(settings, self.metrics.refused)
+        self.metrics.registry.register(AccessCollector(access))
         self.page = page(
             Api(self.service, ranks, version, text=bool(settings.tokenizers)),
             Live(self.service, settings.max_live_pages, refused),
             filter(None, map(str.strip, settings.http_hosts.split(","))),
             refused,
+            access,
         )
-        self.front = Front(SERVICES, settings.insecure, settings.max_message_bytes)
+        self.front = Front(SERVICES, access, settings.max_message_bytes)
         self._flushing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Listen on all addresses and open the store. Raises ListenError or StoreRefused, one line."""
         settings, front = self.settings, self.front
         front.check(ingest=settings.ingest, grpc=settings.grpc, http=settings.http)
-        self.http_address = front.bind_http(settings.http)
+        self.http_address = front.bind_http("http", settings.http)
         try:
+            if settings.metrics:
+                front.check(metrics=settings.metrics)
+                self.metrics_address = front.bind_http("metrics", settings.metrics)
             if settings.ingest == settings.grpc:
                 self.ingest_address = front.listen("ingest", settings.ingest, self._add_ingest, self._add_monitor)
                 self.grpc_address = self.ingest_address
@@ -103,7 +119,11 @@ class MonitorServer:
         except (ListenError, StoreRefused):
             await front.give_up()
             raise
-        await front.serve(application(self.metrics.registry, lambda: front.ready, self.page))
+        registry, access = self.metrics.registry, front.access
+        await front.serve(
+            http=application(registry, lambda: front.ready, access, self.page),
+            metrics=metrics_application(registry, lambda: front.ready, access, access.encrypts("metrics")),
+        )
         self._flushing = asyncio.create_task(self._flush())
         await front.set_ready()
 

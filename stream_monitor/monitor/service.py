@@ -6,6 +6,8 @@ from typing import Any, NoReturn
 import grpc
 
 from stream_monitor.monitor import views
+from stream_monitor.monitor.access import redaction, rights
+from stream_monitor.monitor.access.rights import Right, Visible
 from stream_monitor.monitor.archive import StoreUnavailable
 from stream_monitor.monitor.deletion import Deletion
 from stream_monitor.monitor.events import (
@@ -49,8 +51,12 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"{name} has more than {MAX_FILTER} entries")
         if request.last > MAX_LAST:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"last is {request.last}; at most {MAX_LAST}")
+        principal = rights.current()
+        owner = "" if principal is rights.ANYBODY else principal.name
         try:
-            subscriber, cursor = self.log.subscribe(wanted(request), request.cursor, request.last)
+            subscriber, cursor = self.log.subscribe(
+                wanted(request, principal.sees(Right.SUBSCRIBE)), request.cursor, request.last, owner
+            )
         except CursorGone as error:
             await _gone(context, error)
         except CursorMalformed as error:
@@ -61,6 +67,7 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
             yield monitor_pb2.SubscribeResponse(cursor=cursor)
             while (waiting := await subscriber.next()) is not None:
                 sequence, event, lost = waiting
+                event = redaction.of_event(event, principal)
                 yield monitor_pb2.SubscribeResponse(event=event, cursor=self.log.cursor(sequence), lost=lost)
         except CursorGone as error:
             await _gone(context, error)
@@ -73,9 +80,10 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
     async def GetTrace(self, request: monitor_pb2.GetTraceRequest, context: Context) -> monitor_pb2.GetTraceResponse:
         """One request's trace; see `monitor.proto`."""
         try:
-            (key,) = await self._narrowed(request, context)
+            (key,) = await self._narrowed(request, context, Right.SUBSCRIBE)
             trace = await self.lookup.trace(key, request.with_heads)
             if trace is not None:
+                redaction.of_trace(trace, rights.current())
                 return trace
         except StoreUnavailable as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
@@ -89,8 +97,12 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, f"page_size is {request.page_size}; at most {MAX_PAGE}"
             )
+        principal = rights.current()
         try:
-            return await self.lookup.page(request, request.page_size or DEFAULT_PAGE)
+            page = await self.lookup.page(request, request.page_size or DEFAULT_PAGE, principal.sees(Right.SUBSCRIBE))
+            for info in page.requests:
+                redaction.of_info(info, principal)
+            return page
         except TokenMalformed as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except StoreUnavailable as error:
@@ -102,8 +114,8 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
     ) -> monitor_pb2.DeleteRequestResponse:
         """Remove a request for good; see `monitor.proto`."""
         try:
-            keys = await self._narrowed(request, context)
-            await self.deletion.delete(keys, context.peer())
+            keys = await self._narrowed(request, context, Right.DELETE)
+            await self.deletion.delete(keys, f"{rights.current().name} at {context.peer()}")
         except StoreUnavailable as error:
             await context.abort(
                 grpc.StatusCode.UNAVAILABLE,
@@ -112,13 +124,16 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
         return monitor_pb2.DeleteRequestResponse(keys=[_trace_key(key) for key in keys])
 
     async def _narrowed(
-        self, request: monitor_pb2.GetTraceRequest | monitor_pb2.DeleteRequestRequest, context: Context
+        self,
+        request: monitor_pb2.GetTraceRequest | monitor_pb2.DeleteRequestRequest,
+        context: Context,
+        right: Right,
     ) -> list[TraceKey]:
-        """The one request that is meant, or all of them where that was asked for."""
+        """The one request that is meant, or all where that was asked for, of the tenants for which the right holds."""
         deleting = isinstance(request, monitor_pb2.DeleteRequestRequest)
         found = [
             key
-            for key in await self.lookup.find(request.request_id, buried=deleting)
+            for key in await self.lookup.find(request.request_id, rights.current().sees(right), buried=deleting)
             if request.engine_instance in ("", key[0])
             and (not request.HasField("sample_index") or request.sample_index == parse(key[1]).sample_index)
         ]
@@ -155,8 +170,8 @@ def _trace_key(key: TraceKey) -> monitor_pb2.TraceKey:
     )
 
 
-def wanted(request: monitor_pb2.SubscribeRequest) -> Wanted:
-    """The subscription's filters as one test."""
+def wanted(request: monitor_pb2.SubscribeRequest, visible: Visible) -> Wanted:
+    """The subscription's filters, and which tenants' events exist for the subscriber, as one test."""
     models, engines = frozenset(request.model_names), frozenset(request.engines)
     ids = frozenset(request.request_ids)
     kinds = frozenset(request.kinds) or FINDINGS
@@ -165,6 +180,7 @@ def wanted(request: monitor_pb2.SubscribeRequest) -> Wanted:
     def test(event: monitor_pb2.Event) -> bool:
         return (
             event.kind in kinds
+            and visible(event.tenant)
             and event.severity >= minimum
             and (not models or event.model_name in models)
             and (not engines or event.engine in engines)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from stream_monitor.monitor.access.rights import Visible
 from stream_monitor.monitor.identity import EXACT, TraceKey, names
 from stream_monitor.monitor.ranks import Labels
 from stream_monitor.monitor.trace import RequestTrace
@@ -92,9 +93,13 @@ class TraceStore:
         if key in self._traces:
             self._drop(key)
 
-    def find(self, request_id: str) -> list[RequestTrace]:
-        """Traces an id may mean, newest first; of several readings of the id, only the best that fits any."""
-        found = self._index.get(request_id, {})
+    def find(self, request_id: str, visible: Visible) -> list[RequestTrace]:
+        """Traces an id may mean, newest first; of several readings of the id, only the best that fits any.
+
+        Traces of tenants that are not `visible` do not exist.
+        """
+        index = self._index.get(request_id, {})
+        found = {key: fit for key, fit in index.items() if visible(self._traces[key].tenant)}
         best = min(found.values(), default=EXACT)
         traces = [self._traces[key] for key, fit in found.items() if fit == best]
         return sorted(traces, key=lambda trace: -trace.serial)

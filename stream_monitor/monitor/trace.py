@@ -58,6 +58,7 @@ class RequestTrace:
         self.output_tokens = 0
         self.total_tokens = 0
         self.refused_reason = ""
+        self.tenant = ""
         self.missing_ranks: set[str] = set()
         self.spans: list[Span] = []
         self.dropped_sentences = 0

@@ -9,6 +9,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from stream_monitor.monitor.faults import Fault, invalid
+from stream_monitor.tenants import check_tenant
 from stream_monitor.v1alpha1 import ingest_pb2, summary_pb2
 
 SCHEMA_VERSIONS = (1,)
@@ -65,6 +66,7 @@ def check_engine(engine: summary_pb2.EngineInfo) -> None:
         raise invalid("engine", f"engine.model_name must have 1 to {MAX_NAME} characters")
     if len(engine.engine) > MAX_NAME:
         raise invalid("engine", f"engine.engine must have at most {MAX_NAME} characters")
+    _check_tenant(engine.tenant, "engine")
     for name, rank, size in (
         ("tensor_parallel", engine.tensor_parallel_rank, engine.tensor_parallel_size),
         ("pipeline_parallel", engine.pipeline_parallel_rank, engine.pipeline_parallel_size),
@@ -107,6 +109,7 @@ def _check_lifecycle(summary: summary_pb2.StepSummary) -> None:
         if len(started.role_starts) != 4 * len(started.roles):
             raise invalid("shape", f"started.role_starts has {len(started.role_starts)} bytes, not 4 for each of roles")
         _check_roles(np.frombuffer(started.role_starts, "<u4"), np.frombuffer(started.roles, np.uint8), tokens)
+        _check_tenant(started.tenant, "started")
         if len(started.refused_reason) > MAX_NAME:
             raise invalid("limit", f"started.refused_reason must have at most {MAX_NAME} characters")
     for run in summary.tokens:
@@ -135,6 +138,13 @@ def _check_roles(starts: np.ndarray[tuple[int], np.dtype[np.uint32]], roles: byt
 def _check_id(request_id: str, where: str) -> None:
     if not request_id or len(request_id) > MAX_ID:
         raise invalid("value", f"{where}: request_id must have 1 to {MAX_ID} characters")
+
+
+def _check_tenant(tenant: str, where: str) -> None:
+    try:
+        check_tenant(tenant)
+    except ValueError as error:
+        raise invalid("value", f"{where}.tenant {error}") from None
 
 
 def _check_ledger(ledger: summary_pb2.Ledger) -> None:

@@ -74,6 +74,7 @@ def info(trace: RequestTrace) -> monitor_pb2.RequestInfo:
         capture=trace.capture,
         no_text_reason=trace.text.reason,
         joined_late=trace.joined_late,
+        tenant=trace.tenant,
     )
 
 
@@ -124,6 +125,7 @@ def progress_event(trace: RequestTrace, kind: monitor_pb2.EventKind.ValueType, n
         engine=trace.labels[1],
         wall_time_ns=now_ns,
         summary=summary,
+        tenant=trace.tenant,
     )
 
 

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from stream_monitor.client import AsyncMonitor, MonitorError, Received
+from stream_monitor.client import AsyncMonitor, MonitorError, Received, Target
 from stream_monitor.client.subscription import KINDS, kind_numbers
 from stream_monitor.monitor.events import FINDINGS
 from stream_monitor.monitor.text import one_line
@@ -50,7 +50,7 @@ def as_line(received: Received) -> str:
     return json.dumps(line)
 
 
-async def follow(target: str, requests: Sequence[str], wanted: Sequence[str], as_json: bool) -> None:
+async def follow(target: Target, requests: Sequence[str], wanted: Sequence[str], as_json: bool) -> None:
     """Until cancelled. Raises MonitorError."""
     async with AsyncMonitor(target) as monitor:
         events = monitor.subscribe(request_ids=requests, kinds=wanted, notify=_tell)

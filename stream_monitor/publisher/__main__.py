@@ -11,6 +11,7 @@ import sys
 import msgspec
 
 from stream_monitor.records import EngineInfo
+from stream_monitor.target import Target
 
 
 def _first_line() -> bytes:
@@ -31,7 +32,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     parser = argparse.ArgumentParser(prog="python -m stream_monitor.publisher")
     parser.add_argument("--ring-fd", type=int, required=True, help="the ring's file descriptor, inherited")
-    parser.add_argument("--target", required=True)
+    parser.add_argument("--target", required=True, help="the monitor, a Target as JSON")
     parser.add_argument("--cpus", default="", help="CPUs to run on, such as 1,3; empty: as inherited")
     arguments = parser.parse_args()
     if arguments.cpus:
@@ -46,7 +47,7 @@ def main() -> None:
     from stream_monitor.ring import RingError
 
     try:
-        publish(arguments.ring_fd, info, arguments.target)
+        publish(arguments.ring_fd, info, msgspec.json.decode(arguments.target, type=Target))
     except RingError as error:
         raise SystemExit(f"stream-monitor publisher: {error}") from None
 

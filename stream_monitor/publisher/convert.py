@@ -45,6 +45,7 @@ def engine_message(info: EngineInfo) -> pb.EngineInfo:
         plugin_version=info.plugin_version,
         summary_bytes=info.summary_bytes,
         kv_tokens_lost=info.kv_tokens_lost,
+        tenant=info.tenant,
     )
 
 
@@ -93,6 +94,7 @@ def _started(entry: RequestStarted) -> pb.RequestStarted:
         prompt_flags=entry.prompt_flags,
         prompt_token_ids=entry.prompt_token_ids,
         refused_reason=entry.refused_reason,
+        tenant=entry.tenant,
     )
 
 

@@ -5,11 +5,15 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import grpc
+from grpc_health.v1.health_pb2 import HealthCheckRequest
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 from stream_monitor.publisher.backlog import Backlog
 from stream_monitor.publisher.convert import engine_message, summary_message
 from stream_monitor.publisher.log import Log
 from stream_monitor.records import EngineInfo
+from stream_monitor.replaced import Mark
+from stream_monitor.target import Target, TargetError
 from stream_monitor.v1alpha1 import ingest_pb2
 from stream_monitor.v1alpha1.ingest_pb2_grpc import IngestServiceStub
 
@@ -45,10 +49,11 @@ _MOST_FAULTS = 3
 class Delivery:
     """The sending side; `wake` is set by whoever adds to the backlog."""
 
-    def __init__(self, backlog: Backlog, info: EngineInfo, target: str, log: Log) -> None:
+    def __init__(self, backlog: Backlog, info: EngineInfo, target: Target, log: Log) -> None:
         self._backlog = backlog
         self._engine = engine_message(info)
         self._target = target
+        self._address = target.address
         self._log = log
         self._answers = 0  # of the present stream
         self._deadline = asyncio.timeout(None)
@@ -64,28 +69,47 @@ class Delivery:
         """Deliver until `finish`, for ever otherwise. Raises only asyncio.CancelledError."""
         wait = FIRST_WAIT
         while not (self._finishing and self._backlog.empty):
-            async with grpc.aio.insecure_channel(self._target, options=_OPTIONS) as channel:
-                await self._connected(channel)
-                self._answers = 0
-                status, details = await self._one_stream(IngestServiceStub(channel))
-                self._judge(status)
-                self._backlog.rewind()
-            if status is not grpc.StatusCode.OK:
-                self._log.say("ended", f"stream to {self._target} ended, will begin again: {status.name} {details}")
+            self._answers = 0
+            try:
+                status, details = await self._connect_and_send()
+            except TargetError as error:
+                self._log.say("target", f"cannot connect, will keep trying: {error}")
+            else:
+                if status is not grpc.StatusCode.OK:
+                    self._log.say(
+                        "ended", f"stream to {self._address} ended, will begin again: {status.name} {details}"
+                    )
             wait = FIRST_WAIT if self._answers else min(wait * 2, LONGEST_WAIT)
             await asyncio.sleep(0 if self._finishing and self._backlog.empty else wait)
 
-    async def _connected(self, channel: grpc.aio.Channel) -> None:
+    async def _connect_and_send(self) -> tuple[grpc.StatusCode, str]:
+        """One stream over one connection, with what the target's files hold by now; its status. Raises TargetError."""
+        mark = self._target.mark()
+        credentials = self._target.credentials()
+        if credentials is None:
+            opened = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+        else:
+            opened = grpc.aio.secure_channel(self._address, credentials, options=_OPTIONS)
+        async with opened as channel:
+            await self._connected(channel, mark)
+            status, details = await self._one_stream(IngestServiceStub(channel))
+            self._judge(status)
+            self._backlog.rewind()
+        return status, details
+
+    async def _connected(self, channel: grpc.aio.Channel, mark: Mark) -> None:
+        """Until it is, or until certificates were replaced without which it might never be."""
         ready = asyncio.ensure_future(channel.channel_ready())
         try:
-            while not (await asyncio.wait((ready,), timeout=LONGEST_WAIT))[0]:
-                self._log.say("unreachable", f"monitor at {self._target} unreachable, will keep trying")
+            while not (await asyncio.wait((ready,), timeout=LONGEST_WAIT))[0] and self._target.mark() == mark:
+                reason = f" ({await _failure(channel)})" if self._target.ca else ""
+                self._log.say("unreachable", f"monitor at {self._address} unreachable{reason}, will keep trying")
         finally:
             ready.cancel()
 
     async def _one_stream(self, stub: "IngestServiceAsyncStub") -> tuple[grpc.StatusCode, str]:
-        """Send and settle until the stream ends; return its status."""
-        call = stub.Publish()
+        """Send and settle until the stream ends; return its status. Raises TargetError."""
+        call = stub.Publish(metadata=self._target.metadata())
         sender = asyncio.ensure_future(self._send(call))
         try:
             async with asyncio.timeout(None) as self._deadline:
@@ -153,3 +177,12 @@ class Delivery:
         if status in _CONTRACT or entry.failures >= _MOST_FAULTS:
             self._backlog.settle(refused=f"monitor_{status.name.lower()}")
             self._log.say("fault", f"monitor cannot take summary {entry.sequence}: {status.name}")
+
+
+async def _failure(channel: grpc.aio.Channel) -> str:
+    """Why a channel does not connect: only a call is told."""
+    try:
+        await HealthStub(channel).Check(HealthCheckRequest(), timeout=LONGEST_WAIT)
+    except grpc.aio.AioRpcError as error:
+        return error.details() or error.code().name
+    return "it just did"

@@ -12,6 +12,7 @@ from typing import IO
 import msgspec
 
 from stream_monitor.records import EngineInfo
+from stream_monitor.target import Target
 
 STOP = b"stop\n"
 """Written to the publisher's standard input before its end, when the worker stops in order."""
@@ -32,10 +33,11 @@ class PublisherProcess:
     constructed. Not thread-safe.
     """
 
-    def __init__(self, ring_fd: int, info: EngineInfo, target: str, cpus: Collection[int] = ()) -> None:
+    def __init__(self, ring_fd: int, info: EngineInfo, target: Target, cpus: Collection[int] = ()) -> None:
         self._ring_fd = ring_fd
         self._command = [sys.executable, "-m", "stream_monitor.publisher", "--ring-fd", str(ring_fd)]
-        self._command += ["--target", target]
+        # The names of files, whatever is secret in them.
+        self._command += ["--target", msgspec.json.encode(target).decode()]
         if cpus:
             self._command += ["--cpus", ",".join(map(str, sorted(cpus)))]
         self._info = msgspec.json.encode(info) + b"\n"

@@ -10,6 +10,7 @@ from stream_monitor.publisher.launch import STOP
 from stream_monitor.publisher.log import Log
 from stream_monitor.records import EngineInfo
 from stream_monitor.ring import RingReader
+from stream_monitor.target import Target
 
 BUSY_POLL, IDLE_POLL = 0.001, 0.02
 """Seconds between looks at the ring: after a record, and at most. The worker makes no call to wake anybody."""
@@ -24,7 +25,7 @@ _LAST_LOOK = 0.1
 class Publisher:
     """One ring to one monitor."""
 
-    def __init__(self, reader: RingReader, info: EngineInfo, target: str) -> None:
+    def __init__(self, reader: RingReader, info: EngineInfo, target: Target) -> None:
         self._reader = reader
         self._log = Log(f"tp{info.tensor_parallel_rank} pp{info.pipeline_parallel_rank}")
         self._backlog = Backlog(reader)
@@ -84,7 +85,7 @@ class Publisher:
             self._log.say("lost", "ends with summaries that the monitor never answered")
 
 
-def publish(ring_fd: int, info: EngineInfo, target: str) -> None:
+def publish(ring_fd: int, info: EngineInfo, target: Target) -> None:
     """Run a publisher whose standard input is the link to its worker. Raises RingError if `ring_fd` is no ring."""
     reader = RingReader(ring_fd)
 

@@ -54,7 +54,9 @@ class IngestServiceServicer:
         RESOURCE_EXHAUSTED   larger than the limit the monitor states in the status message
         FAILED_PRECONDITION  schema version not supported
         OUT_OF_RANGE         sequence not above the previous one of this stream
-        A monitor that stops ends every stream with UNAVAILABLE, which faults no message.
+        A monitor that stops ends every stream with UNAVAILABLE, which faults no message. Where the monitor asks for
+        credentials (a bearer token in the metadata `authorization`, or a client certificate), a stream ends at once with
+        UNAUTHENTICATED without a known one, and with PERMISSION_DENIED without the right `publish`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,9 @@ class IngestServiceStub:
       RESOURCE_EXHAUSTED   larger than the limit the monitor states in the status message
       FAILED_PRECONDITION  schema version not supported
       OUT_OF_RANGE         sequence not above the previous one of this stream
-    A monitor that stops ends every stream with UNAVAILABLE, which faults no message.
+    A monitor that stops ends every stream with UNAVAILABLE, which faults no message. Where the monitor asks for
+    credentials (a bearer token in the metadata `authorization`, or a client certificate), a stream ends at once with
+    UNAUTHENTICATED without a known one, and with PERMISSION_DENIED without the right `publish`.
     """
 
 @_typing.type_check_only
@@ -57,7 +59,9 @@ class IngestServiceAsyncStub(IngestServiceStub):
       RESOURCE_EXHAUSTED   larger than the limit the monitor states in the status message
       FAILED_PRECONDITION  schema version not supported
       OUT_OF_RANGE         sequence not above the previous one of this stream
-    A monitor that stops ends every stream with UNAVAILABLE, which faults no message.
+    A monitor that stops ends every stream with UNAVAILABLE, which faults no message. Where the monitor asks for
+    credentials (a bearer token in the metadata `authorization`, or a client certificate), a stream ends at once with
+    UNAUTHENTICATED without a known one, and with PERMISSION_DENIED without the right `publish`.
     """
 
 class IngestServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -76,7 +80,9 @@ class IngestServiceServicer(metaclass=_abc_1.ABCMeta):
           RESOURCE_EXHAUSTED   larger than the limit the monitor states in the status message
           FAILED_PRECONDITION  schema version not supported
           OUT_OF_RANGE         sequence not above the previous one of this stream
-        A monitor that stops ends every stream with UNAVAILABLE, which faults no message.
+        A monitor that stops ends every stream with UNAVAILABLE, which faults no message. Where the monitor asks for
+        credentials (a bearer token in the metadata `authorization`, or a client certificate), a stream ends at once with
+        UNAUTHENTICATED without a known one, and with PERMISSION_DENIED without the right `publish`.
         """
 
 def add_IngestServiceServicer_to_server(servicer: IngestServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -274,6 +274,8 @@ class Event(_message.Message):
     BEGAN_FIELD_NUMBER: _builtins.int
     HEADS_FIELD_NUMBER: _builtins.int
     CLOSED_TIME_NS_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    NO_TEXT_REASON_FIELD_NUMBER: _builtins.int
     kind: Global___EventKind.ValueType
     severity: Global___Severity.ValueType
     external_id: _builtins.str
@@ -299,6 +301,10 @@ class Event(_message.Message):
     """
     closed_time_ns: _builtins.int
     """Unix time in nanoseconds of the engine step that closed `sentence`, by the engine host's clock; 0 without a sentence."""
+    tenant: _builtins.str
+    """As RequestInfo.tenant."""
+    no_text_reason: _builtins.str
+    """As RequestInfo.no_text_reason, and only for "not_permitted"."""
     @_builtins.property
     def key(self) -> Global___TraceKey: ...
     @_builtins.property
@@ -343,10 +349,12 @@ class Event(_message.Message):
         began: Global___Sentence | None = ...,
         heads: _abc.Iterable[Global___HeadShare] | None = ...,
         closed_time_ns: _builtins.int = ...,
+        tenant: _builtins.str = ...,
+        no_text_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "key", b"key", "p_value", b"p_value", "sentence", b"sentence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "closed_time_ns", b"closed_time_ns", "engine", b"engine", "external_id", b"external_id", "from_anchors", b"from_anchors", "heads", b"heads", "key", b"key", "kind", b"kind", "model_name", b"model_name", "p_value", b"p_value", "score", b"score", "sentence", b"sentence", "severity", b"severity", "summary", b"summary", "threshold", b"threshold", "to_anchors", b"to_anchors", "unobserved_share", b"unobserved_share", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "closed_time_ns", b"closed_time_ns", "engine", b"engine", "external_id", b"external_id", "from_anchors", b"from_anchors", "heads", b"heads", "key", b"key", "kind", b"kind", "model_name", b"model_name", "no_text_reason", b"no_text_reason", "p_value", b"p_value", "score", b"score", "sentence", b"sentence", "severity", b"severity", "summary", b"summary", "tenant", b"tenant", "threshold", b"threshold", "to_anchors", b"to_anchors", "unobserved_share", b"unobserved_share", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__p_value: _TypeAlias = _typing.Literal["p_value"]  # noqa: Y015
     _WhichOneofArgType__p_value: _TypeAlias = _typing.Literal["_p_value", b"_p_value"]  # noqa: Y015
@@ -646,6 +654,7 @@ class RequestInfo(_message.Message):
     CAPTURE_FIELD_NUMBER: _builtins.int
     NO_TEXT_REASON_FIELD_NUMBER: _builtins.int
     JOINED_LATE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     external_id: _builtins.str
     model_name: _builtins.str
     engine: _builtins.str
@@ -666,10 +675,12 @@ class RequestInfo(_message.Message):
     no_text_reason: _builtins.str
     """Why its sentences have no text; empty when they have. "not_sent": no token ids came (the engine's setting
     send_token_ids). "no_tokenizer": ids came, and the monitor's setting tokenizers has none for the model.
-    "tokenizer_mismatch": the one it has is not the engine's.
+    "tokenizer_mismatch": the one it has is not the engine's. "not_permitted": whoever asks may not read its text.
     """
     joined_late: _builtins.bool
     """The monitor did not see it start, or lost it while it ran: whatever came before is missing."""
+    tenant: _builtins.str
+    """Whose request it is; empty: nobody's in particular. Who asks on behalf of other tenants finds no such request."""
     @_builtins.property
     def key(self) -> Global___TraceKey: ...
     @_builtins.property
@@ -706,10 +717,11 @@ class RequestInfo(_message.Message):
         capture: _builtins.str = ...,
         no_text_reason: _builtins.str = ...,
         joined_late: _builtins.bool = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "top_anchor", b"top_anchor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture", b"capture", "engine", b"engine", "events", b"events", "external_id", b"external_id", "first_seen_ns", b"first_seen_ns", "joined_late", b"joined_late", "key", b"key", "last_seen_ns", b"last_seen_ns", "missing_ranks", b"missing_ranks", "model_name", b"model_name", "no_text_reason", b"no_text_reason", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "refused_reason", b"refused_reason", "rows_kept", b"rows_kept", "scores", b"scores", "sentences", b"sentences", "state", b"state", "top_anchor", b"top_anchor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture", b"capture", "engine", b"engine", "events", b"events", "external_id", b"external_id", "first_seen_ns", b"first_seen_ns", "joined_late", b"joined_late", "key", b"key", "last_seen_ns", b"last_seen_ns", "missing_ranks", b"missing_ranks", "model_name", b"model_name", "no_text_reason", b"no_text_reason", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "refused_reason", b"refused_reason", "rows_kept", b"rows_kept", "scores", b"scores", "sentences", b"sentences", "state", b"state", "tenant", b"tenant", "top_anchor", b"top_anchor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,12 @@ if _version_not_supported:
 
 
 class MonitorServiceStub:
-    """Missing associated documentation comment in .proto file."""
+    """Where the monitor asks for credentials (a bearer token in the metadata `authorization`, or a client certificate), a
+    call ends with UNAUTHENTICATED without a known one, and with PERMISSION_DENIED without the right that the method needs:
+    `delete` for DeleteRequest, `subscribe` for the others. Rights are those of a tenant: requests of other tenants do not
+    exist for who asks. Without the right `read_text`, texts are left out, and `no_text_reason` is "not_permitted".
+    RESOURCE_EXHAUSTED if there are too many calls.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -57,7 +62,12 @@ class MonitorServiceStub:
 
 
 class MonitorServiceServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Where the monitor asks for credentials (a bearer token in the metadata `authorization`, or a client certificate), a
+    call ends with UNAUTHENTICATED without a known one, and with PERMISSION_DENIED without the right that the method needs:
+    `delete` for DeleteRequest, `subscribe` for the others. Rights are those of a tenant: requests of other tenants do not
+    exist for who asks. Without the right `read_text`, texts are left out, and `no_text_reason` is "not_permitted".
+    RESOURCE_EXHAUSTED if there are too many calls.
+    """
 
     def Subscribe(self, request, context):
         """Events from now on, or from a cursor. A finding is sent when the store has it: its cursor then holds over restarts
@@ -130,7 +140,12 @@ def add_MonitorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MonitorService:
-    """Missing associated documentation comment in .proto file."""
+    """Where the monitor asks for credentials (a bearer token in the metadata `authorization`, or a client certificate), a
+    call ends with UNAUTHENTICATED without a known one, and with PERMISSION_DENIED without the right that the method needs:
+    `delete` for DeleteRequest, `subscribe` for the others. Rights are those of a tenant: requests of other tenants do not
+    exist for who asks. Without the right `read_text`, texts are left out, and `no_text_reason` is "not_permitted".
+    RESOURCE_EXHAUSTED if there are too many calls.
+    """
 
     @staticmethod
     def Subscribe(request,

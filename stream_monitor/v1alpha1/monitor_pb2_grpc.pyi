@@ -27,6 +27,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class MonitorServiceStub:
+    """Where the monitor asks for credentials (a bearer token in the metadata `authorization`, or a client certificate), a
+    call ends with UNAUTHENTICATED without a known one, and with PERMISSION_DENIED without the right that the method needs:
+    `delete` for DeleteRequest, `subscribe` for the others. Rights are those of a tenant: requests of other tenants do not
+    exist for who asks. Without the right `read_text`, texts are left out, and `no_text_reason` is "not_permitted".
+    RESOURCE_EXHAUSTED if there are too many calls.
+    """
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -56,6 +63,13 @@ class MonitorServiceStub:
 
 @_typing.type_check_only
 class MonitorServiceAsyncStub(MonitorServiceStub):
+    """Where the monitor asks for credentials (a bearer token in the metadata `authorization`, or a client certificate), a
+    call ends with UNAUTHENTICATED without a known one, and with PERMISSION_DENIED without the right that the method needs:
+    `delete` for DeleteRequest, `subscribe` for the others. Rights are those of a tenant: requests of other tenants do not
+    exist for who asks. Without the right `read_text`, texts are left out, and `no_text_reason` is "not_permitted".
+    RESOURCE_EXHAUSTED if there are too many calls.
+    """
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Subscribe: _aio.UnaryStreamMultiCallable[_monitor_pb2.SubscribeRequest, _monitor_pb2.SubscribeResponse]  # type: ignore[assignment]
     """Events from now on, or from a cursor. A finding is sent when the store has it: its cursor then holds over restarts
@@ -81,6 +95,13 @@ class MonitorServiceAsyncStub(MonitorServiceStub):
     """
 
 class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Where the monitor asks for credentials (a bearer token in the metadata `authorization`, or a client certificate), a
+    call ends with UNAUTHENTICATED without a known one, and with PERMISSION_DENIED without the right that the method needs:
+    `delete` for DeleteRequest, `subscribe` for the others. Rights are those of a tenant: requests of other tenants do not
+    exist for who asks. Without the right `read_text`, texts are left out, and `no_text_reason` is "not_permitted".
+    RESOURCE_EXHAUSTED if there are too many calls.
+    """
+
     @_abc_1.abstractmethod
     def Subscribe(
         self,

@@ -104,6 +104,7 @@ class EngineInfo(_message.Message):
     PLUGIN_VERSION_FIELD_NUMBER: _builtins.int
     SUMMARY_BYTES_FIELD_NUMBER: _builtins.int
     KV_TOKENS_LOST_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     """UUID of this engine start, 36 characters. A restarted engine has a new one. MUST be present."""
     model_name: _builtins.str
@@ -125,6 +126,10 @@ class EngineInfo(_message.Message):
     """Bytes that the block summaries of this rank take; 0 where the strategy needs none."""
     kv_tokens_lost: _builtins.int
     """Tokens that this rank's KV cache would hold more without them; 0 where they came from memory left free."""
+    tenant: _builtins.str
+    """Whose all requests of this engine are that do not say otherwise; as RequestStarted.tenant. Empty: nobody's in
+    particular. A publisher whose credential is of one tenant publishes for that one, whatever it says here.
+    """
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the watched layers, counted from 0 over the whole model, ascending."""
@@ -155,10 +160,11 @@ class EngineInfo(_message.Message):
         plugin_version: _builtins.str = ...,
         summary_bytes: _builtins.int = ...,
         kv_tokens_lost: _builtins.int = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_parallel_index", b"data_parallel_index", "engine", b"engine", "first_query_head", b"first_query_head", "geometry", b"geometry", "instance", b"instance", "kv_tokens_lost", b"kv_tokens_lost", "layers", b"layers", "model_name", b"model_name", "pipeline_parallel_rank", b"pipeline_parallel_rank", "pipeline_parallel_size", b"pipeline_parallel_size", "plugin_version", b"plugin_version", "query_heads", b"query_heads", "summary_bytes", b"summary_bytes", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "total_query_heads", b"total_query_heads", "vllm_version", b"vllm_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_parallel_index", b"data_parallel_index", "engine", b"engine", "first_query_head", b"first_query_head", "geometry", b"geometry", "instance", b"instance", "kv_tokens_lost", b"kv_tokens_lost", "layers", b"layers", "model_name", b"model_name", "pipeline_parallel_rank", b"pipeline_parallel_rank", "pipeline_parallel_size", b"pipeline_parallel_size", "plugin_version", b"plugin_version", "query_heads", b"query_heads", "summary_bytes", b"summary_bytes", "tenant", b"tenant", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "total_query_heads", b"total_query_heads", "vllm_version", b"vllm_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -305,6 +311,7 @@ class RequestStarted(_message.Message):
     PROMPT_FLAGS_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     REFUSED_REASON_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     prompt_tokens: _builtins.int
     role_starts: _builtins.bytes
@@ -319,6 +326,10 @@ class RequestStarted(_message.Message):
     """Why rows of this request are not captured; empty when they are. "client_disabled", "prompt_embeds" (a prompt
     without token ids) or "request_limit".
     """
+    tenant: _builtins.str
+    """Whose request it is, as the gateway in front of the engine said: at most 64 letters, digits, '.', '_' and '-'. Empty:
+    EngineInfo.tenant.
+    """
     def __init__(
         self,
         *,
@@ -329,10 +340,11 @@ class RequestStarted(_message.Message):
         prompt_flags: _builtins.bytes = ...,
         prompt_token_ids: _builtins.bytes = ...,
         refused_reason: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_flags", b"prompt_flags", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "refused_reason", b"refused_reason", "request_id", b"request_id", "role_starts", b"role_starts", "roles", b"roles"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_flags", b"prompt_flags", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "refused_reason", b"refused_reason", "request_id", b"request_id", "role_starts", b"role_starts", "roles", b"roles", "tenant", b"tenant"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

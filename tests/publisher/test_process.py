@@ -21,6 +21,7 @@ from stream_monitor.publisher import launch
 from stream_monitor.publisher.backlog import WAITING_BYTES
 from stream_monitor.publisher.launch import PublisherProcess
 from stream_monitor.ring import MEMORY_NAME
+from stream_monitor.target import Target
 from tests.publisher.fakes import INFO, Monitor, Worker, check_ledger, wait_until
 
 HEADS = INFO.heads_per_row
@@ -43,7 +44,7 @@ def worker() -> Iterator[Worker]:
 
 @pytest.fixture
 def publisher(worker: Worker, monitor: Monitor) -> Iterator[PublisherProcess]:
-    publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
+    publisher = PublisherProcess(worker.ring.fd, INFO, Target(monitor.address))
     publisher.start()
     yield publisher
     publisher.stop(0)
@@ -182,7 +183,7 @@ def test_lifecycle_of_dropped_rows_still_arrives(worker: Worker, monitor: Monito
 def test_a_ring_that_overflows_is_counted_to_the_row(worker: Worker, monitor: Monitor) -> None:
     for _ in range(3000):
         worker.step()
-    publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
+    publisher = PublisherProcess(worker.ring.fd, INFO, Target(monitor.address))
     publisher.start()
     publisher.stop(45)
     tokens, chunks = check_ledger(monitor, worker)
@@ -208,7 +209,7 @@ def test_a_publisher_that_is_killed_is_replaced_and_nothing_is_lost_or_counted_t
     worker: Worker, monitor: Monitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "FIRST_RESTART", 0.05)
-    publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
+    publisher = PublisherProcess(worker.ring.fd, INFO, Target(monitor.address))
     publisher.start()
     monitor.verdict = lambda summary: "quota" if summary.sequence == 4 else None
 
@@ -236,7 +237,7 @@ def test_what_was_sent_and_what_waits_is_told_and_outlives_the_publisher(
 ) -> None:
     monkeypatch.setattr(launch, "FIRST_RESTART", 0.05)
     monitor.verdict = lambda summary: grpc.StatusCode.UNAVAILABLE if summary.sequence not in monitor.accepted else None
-    publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
+    publisher = PublisherProcess(worker.ring.fd, INFO, Target(monitor.address))
     publisher.start()
     for _ in range(30):
         worker.step()
@@ -266,7 +267,7 @@ def test_one_that_cannot_be_started_is_told_once_and_tried_again(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # vLLM, if it is imported, may have ended that.
     with monkeypatch.context() as broken:
         broken.setattr(sys, "executable", "/nowhere/python")
-        publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address)
+        publisher = PublisherProcess(worker.ring.fd, INFO, Target(monitor.address))
     publisher.start()
     worker.step()
     wait_until(lambda: publisher.poll() or publisher.restarts == 3)
@@ -296,7 +297,7 @@ def test_interrupts_leave_it_running(worker: Worker, monitor: Monitor, publisher
 
 def test_it_runs_on_the_cpus_it_is_given_and_sleeps_when_idle(worker: Worker, monitor: Monitor) -> None:
     cpu = max(os.sched_getaffinity(0))
-    publisher = PublisherProcess(worker.ring.fd, INFO, monitor.address, cpus={cpu})
+    publisher = PublisherProcess(worker.ring.fd, INFO, Target(monitor.address), cpus={cpu})
     publisher.start()
     worker.step()
     wait_until(lambda: 1 in monitor.accepted)
@@ -334,9 +335,10 @@ def test_a_worker_killed_outright_leaves_no_process_and_no_memory(monitor: Monit
     script = f"""
         import os, time
         from stream_monitor.publisher.launch import PublisherProcess
+        from stream_monitor.target import Target
         from tests.publisher.fakes import INFO, Worker
         worker = Worker()
-        publisher = PublisherProcess(worker.ring.fd, INFO, {monitor.address!r})
+        publisher = PublisherProcess(worker.ring.fd, INFO, Target({monitor.address!r}))
         publisher.start()
         status = os.fstat(worker.ring.fd)
         print(publisher.pid, status.st_dev, status.st_ino, flush=True)
@@ -366,14 +368,15 @@ def test_a_worker_killed_outright_leaves_no_process_and_no_memory(monitor: Monit
 
 
 def test_a_publisher_that_is_given_no_ring_says_so_in_one_line() -> None:
-    command = [sys.executable, "-m", "stream_monitor.publisher", "--ring-fd", "0", "--target", "unix:/nobody"]
+    command = [sys.executable, "-m", "stream_monitor.publisher", "--ring-fd", "0"]
+    command += ["--target", '{"address": "unix:/nobody"}']
     ended = subprocess.run(command, input=msgspec.json.encode(INFO) + b"\n", capture_output=True, check=False)
     assert ended.returncode == 1
     assert ended.stderr == b"stream-monitor publisher: file descriptor 0 is not a ring\n"
 
 
 def test_a_missing_monitor_is_mentioned_once(worker: Worker, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    publisher = PublisherProcess(worker.ring.fd, INFO, f"unix:{tmp_path}/nobody.sock")
+    publisher = PublisherProcess(worker.ring.fd, INFO, Target(f"unix:{tmp_path}/nobody.sock"))
     publisher.start()
     worker.step()
     time.sleep(2.6)

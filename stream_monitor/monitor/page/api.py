@@ -17,6 +17,8 @@ from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from stream_monitor.monitor.access import rights
+from stream_monitor.monitor.access.rights import Right
 from stream_monitor.monitor.ranks import RankBook, rank_name
 from stream_monitor.monitor.service import MonitorService
 from stream_monitor.v1alpha1 import monitor_pb2
@@ -30,6 +32,7 @@ _STATUS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: 503,
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.PERMISSION_DENIED: 403,
+    grpc.StatusCode.UNAUTHENTICATED: 401,
 }
 
 
@@ -76,9 +79,13 @@ class Api:
         return answer
 
     async def status(self, _: Request) -> Response:
-        """What is connected, and what became of its rows."""
+        """What is connected, and what became of its rows; engines of other tenants do not exist."""
         engines: dict[tuple[str, str], dict[str, Any]] = {}
+        principal = rights.current()
         for rank in self._ranks.ranks.values():
+            # What an engine of all tenants does tells of other tenants' requests.
+            if not principal.may(Right.SUBSCRIBE, rank.tenant_of("")):
+                continue
             engine = engines.setdefault(
                 rank.labels, {"modelName": rank.labels[0], "engine": rank.labels[1], "ranks": [], "rows": Counter()}
             )

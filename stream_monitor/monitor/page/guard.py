@@ -32,7 +32,7 @@ class Guard:
       browser that asks by a name must ask by one of `hosts`, or localhost; addresses cannot be rebound.
     * Another site's page can make requests without reading the answers. None of them gets as far as the API.
     * `refused` is told the reason of each refusal.
-    * Whoever gets through may read everything. Authentication and the right to read text belong here.
+    * Who asks, and what they may read, is the business of `access.gate.AccessGate`, behind this.
     """
 
     def __init__(self, app: ASGIApp, hosts: Iterable[str], refused: Callable[[str], None]) -> None:

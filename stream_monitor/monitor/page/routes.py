@@ -11,6 +11,9 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from stream_monitor.monitor.access.access import Access
+from stream_monitor.monitor.access.rights import Right
+from stream_monitor.monitor.access.signing_in import SigningIn
 from stream_monitor.monitor.page.api import Api
 from stream_monitor.monitor.page.guard import Guard
 from stream_monitor.monitor.page.live import Live
@@ -19,8 +22,8 @@ VIEWS = ("/", "/events", "/trace")
 """Addresses of one and the same document; its script shows what the address names."""
 
 
-def page(api: Api, live: Live, hosts: Iterable[str], refused: Callable[[str], None]) -> Guard:
-    """The page, guarded; see `Guard` for `hosts` and `refused`."""
+def page(api: Api, live: Live, hosts: Iterable[str], refused: Callable[[str], None], access: Access) -> Guard:
+    """The page, guarded; see `Guard` for `hosts` and `refused`. What holds no requests is for anybody."""
     static = Path(str(resources.files("stream_monitor.monitor.page"))) / "static"
 
     async def document(_: Request) -> Response:
@@ -34,12 +37,20 @@ def page(api: Api, live: Live, hosts: Iterable[str], refused: Callable[[str], No
     async def shares(_: Request) -> Response:
         return FileResponse(Path(str(resources.files("stream_monitor.plots"))) / "shares.js", headers=_REVALIDATE)
 
+    signing = SigningIn(access)
     routes: list[BaseRoute] = [Route(view, document) for view in VIEWS]
     routes += [
-        Route("/api/requests", api.requests),
-        Route("/api/trace", api.trace),
-        Route("/api/status", api.status),
-        Route("/api/events", live.events),
+        *(
+            Route(path, access.gate(Route(path, endpoint), Right.SUBSCRIBE))
+            for path, endpoint in (
+                ("/api/requests", api.requests),
+                ("/api/trace", api.trace),
+                ("/api/status", api.status),
+                ("/api/events", live.events),
+            )
+        ),
+        Route("/api/signin", signing.sign_in, methods=["POST"]),
+        Route("/api/signout", signing.sign_out, methods=["POST"]),
         Route("/static/plotly.js", plotly),
         Route("/static/js/shares.js", shares),
         Mount("/static", _Static(directory=static)),
