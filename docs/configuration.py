@@ -29,7 +29,8 @@ SECTIONS = {
         "## Capture: inside vLLM",
         "What a request may ask for itself, in `vllm_xargs` of its body: `stream_monitor_untrusted`, a flat list "
         "`[start, end, ...]` of token offsets in the rendered prompt that are not to be trusted, and, if "
-        "`client_may_disable` is set, `stream_monitor_disable`. Anything else is not honoured.",
+        "`client_may_disable` is set, `stream_monitor_disable`. Whose a request is (`tenant_argument`) is for the "
+        "gateway in front of vLLM to say. Anything else is not honoured.",
     ),
     "monitor": (
         "## Monitor: `stream-monitor serve`",

@@ -17,9 +17,9 @@ Written by `make docs` from the comments in [protos/](../protos/stream_monitor/v
 text in `docs/wire.py`. The package is `stream_monitor.v1alpha1`: until the first tagged release it may change in any
 way, and becomes `v1` then.
 
-Two services carry everything, over gRPC (HTTP/2), in plain text; each server also answers the standard services for
-health (`grpc.health.v1.Health`, for `""` and for each service by its name) and reflection. By default engines publish
-to a Unix socket, and subscribers use `127.0.0.1:9750`.
+Two services carry everything, over gRPC (HTTP/2), in plain text or over TLS ([security.md](security.md)); each server
+also answers the standard services for health (`grpc.health.v1.Health`, for `""` and for each service by its name) and
+reflection. By default engines publish to a Unix socket, and subscribers use `127.0.0.1:9750`.
 
 | service | who calls it | where |
 | --- | --- | --- |

@@ -7,16 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+import trustme
 from prometheus_client.parser import text_string_to_metric_families
 
 from stream_monitor.anchors.panel import Kind
 from stream_monitor.anchors.profile import make_profile
 from stream_monitor.v1alpha1 import summary_pb2
 from tests.docs.blocks import PAGES, ROOT, unmarked
-from tests.monitor.conftest import Running, starter
+from tests.monitor.conftest import TIMEOUT, Running, starter
 from tests.monitor.synthetic import Engine, Look, finished, started, tokens
 from tests.monitor.test_ingest import Stream
+from tests.security.guarded import Files
 
 _METRIC_ROW = re.compile(r"^\| `(stream_monitor_\w+)` \| (counter|gauge|histogram) \|([^|]*)\| [^|]+\.[^|]* \|$", re.M)
 
@@ -36,10 +39,20 @@ def test_a_page_made_from_code_is_current(page: str) -> None:
 
 def test_the_page_of_metrics_tells_what_a_monitor_shows(start: Callable[..., Running], tmp_path: Path) -> None:
     make_profile("another", "0" * 16, 1, {kind.value: [] for kind in Kind}, 399).write(tmp_path / "profile.json")
-    monitor = start(max_sentences=40, profiles=str(tmp_path / "profile.json"), store=str(tmp_path / "monitor.db"))
+    files = Files(tmp_path / "tls")
+    files.put((ca := trustme.CA()).issue_cert("localhost"), client_ca=ca)
+    monitor = start(
+        max_sentences=40,
+        profiles=str(tmp_path / "profile.json"),
+        store=str(tmp_path / "monitor.db"),
+        metrics="127.0.0.1:0",
+        metrics_insecure=True,
+        **files.settings(mutual=True),
+    )
     _held = _make_every_metric_appear(monitor)
     shown = {}
-    for family in text_string_to_metric_families(monitor.http("/metrics").text):
+    exposition = httpx.get(f"http://{monitor.server.metrics_address}/metrics", trust_env=False, timeout=TIMEOUT).text
+    for family in text_string_to_metric_families(exposition):
         if not family.name.startswith("process_"):
             name = family.name + ("_total" if family.type == "counter" else "")
             labels = {label for sample in family.samples for label in sample.labels} - {"le"}

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from typer.main import get_command
+
 from stream_monitor.cli import app
 from tests.docs.blocks import blocks
 
@@ -20,7 +22,7 @@ def test_a_subscriber_is_a_few_lines() -> None:
 
 
 def test_the_commands_exist() -> None:
-    known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    known = set(get_command(app).commands)  # type: ignore[attr-defined]
     used = set(re.findall(r"stream-monitor (\w+)", COMMANDS))
     assert used == known
     targets = set(re.findall(r"^([a-z-]+):.* ## ", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -122,7 +122,7 @@ class MonitorServer:
         registry, access = self.metrics.registry, front.access
         await front.serve(
             http=application(registry, lambda: front.ready, access, self.page),
-            metrics=metrics_application(registry, lambda: front.ready, access, access.encrypts("metrics")),
+            metrics=metrics_application(registry, lambda: front.ready, access),
         )
         self._flushing = asyncio.create_task(self._flush())
         await front.set_ready()

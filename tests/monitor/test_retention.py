@@ -68,7 +68,7 @@ def test_the_names_of_a_request_stay_while_its_findings_do(database: Database) -
         database.add_events([StoredEvent(2, "i", "r1-00000001", event.SerializeToString())], 2000)
     assert let_go(database, 2000) == {("trace", "age"): 1, ("event", "age"): 1}
     assert held(database) == ([], [2], 1)
-    assert database.find("r1") == [(("i", "r1-00000001"), 1)]
+    assert database.find("r1") == [(("i", "r1-00000001"), 1, "")]
     let_go(database, 3000)
     assert held(database) == ([], [], 0)
 

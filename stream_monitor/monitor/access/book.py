@@ -73,7 +73,11 @@ class _Entry(BaseModel):
     def _tenants(cls, rights: dict[Right, list[str]]) -> dict[Right, list[str]]:
         for right, tenants in rights.items():
             for tenant in tenants:
-                if tenant != EVERY_TENANT and not (tenant and check_tenant(tenant)):
+                try:
+                    named = tenant == EVERY_TENANT or check_tenant(tenant)
+                except ValueError as error:
+                    raise ValueError(f"{right.value}: a tenant's name {error}") from None
+                if not named:
                     raise ValueError(f'{right.value}: a tenant has a name; "*" means all of them')
             if right is Right.PUBLISH and len(tenants) > 1:
                 raise ValueError('publish: name one tenant, to which all belongs that is published, or "*"')

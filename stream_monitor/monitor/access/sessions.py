@@ -36,7 +36,7 @@ class Sessions:
     def principal(self, cookie: str) -> Principal | None:
         """Whose cookie it is; None if it is not ours, or over."""
         try:
-            said, signature = (base64.urlsafe_b64decode(part.encode("ascii")) for part in cookie.split(".", 1))
+            said, signature = (base64.b64decode(part, b"-_", validate=True) for part in cookie.split(".", 1))
             until, _, name = said.decode().partition(":")
             found = self._book.by_name(name)
             if found is None or not hmac.compare_digest(self._signature(said, found[1]), signature):

@@ -102,7 +102,8 @@ class Api:
                 if phase == "token":
                     engine["rows"][outcome] += count
         listed = [engines[labels] for labels in sorted(engines)]
-        return JSONResponse({"version": self._version, "text": self._text, "engines": listed})
+        who = "" if principal is rights.ANYBODY else principal.name
+        return JSONResponse({"version": self._version, "text": self._text, "engines": listed, "principal": who})
 
     async def _answer(self, asked: Message, request: Request, call: Any, others: set[str] | None = None) -> Response:
         try:

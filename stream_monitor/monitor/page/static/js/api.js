@@ -23,8 +23,14 @@ export async function ask(path, parameters = {}) {
   } catch {
     throw new ApiError("UNREACHABLE", body.slice(0, 300) || `status ${response.status}`);
   }
+  if (response.status === 401) askToSignIn(answer.message);
   if (!response.ok) throw new ApiError(answer.code, answer.message);
   return answer;
+}
+
+/** Has the page ask for a token. */
+export function askToSignIn(reason) {
+  dispatchEvent(new CustomEvent("signinneeded", { detail: reason }));
 }
 
 export function address(path, parameters) {

@@ -1,5 +1,5 @@
 // Events as they come, across restarts of the monitor. Says how the connection is on the page's top line.
-import { address } from "./api.js";
+import { address, askToSignIn } from "./api.js";
 
 const RETRY_MILLISECONDS = 3000;
 const POLL_MILLISECONDS = 5000;
@@ -80,6 +80,7 @@ export class Live {
     let reason = null;
     try {
       const response = await fetch("/api/status", { cache: "no-store" });
+      if (response.status === 401) askToSignIn((await response.json()).message);
       if (response.ok && refused) reason = "as many pages are live as the monitor allows; this one looks every 5 s";
     } catch {
       // It does not answer.

@@ -1,6 +1,7 @@
 // The view that the address names; what is connected; the theme.
 import { showEvents } from "./events.js";
 import { showRequests } from "./requests.js";
+import { signIn, signOut } from "./signin.js";
 import { watchStatus } from "./status.js";
 import { showTrace } from "./trace.js";
 
@@ -33,6 +34,20 @@ document.addEventListener("click", (event) => {
   scrollTo(0, 0);
 });
 addEventListener("popstate", show);
+
+addEventListener("signinneeded", (event) => {
+  if (document.getElementById("token")) return;
+  leave();
+  leave = () => {};
+  view.replaceChildren(signIn(event.detail, () => {
+    show();
+    watchStatus();
+  }));
+});
+document.getElementById("signout").addEventListener("click", async () => {
+  await signOut();
+  location.reload();
+});
 
 const toggle = document.getElementById("theme");
 const THEMES = { "": "light", light: "dark", dark: "" };

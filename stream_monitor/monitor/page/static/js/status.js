@@ -4,6 +4,7 @@ import { code, h, notice } from "./dom.js";
 
 const EVERY_MILLISECONDS = 5000;
 const line = document.getElementById("engines");
+const signOutButton = document.getElementById("signout");
 const listeners = new Set();
 export const status = { known: false, text: false, engines: [] };
 
@@ -13,16 +14,21 @@ export function onStatus(listener) {
   return () => listeners.delete(listener);
 }
 
+let timer = null;
+
 export async function watchStatus() {
+  clearTimeout(timer);
   try {
     Object.assign(status, await ask("/api/status"), { known: true });
+    signOutButton.hidden = !status.principal;
+    signOutButton.textContent = `Sign ${status.principal} out`;
     const up = status.engines.filter(isUp);
     line.replaceChildren(...(up.length ? up.map(chip) : [h("span", { class: "chip warn" }, "⚠ no engine connected")]));
     for (const listener of listeners) listener();
   } catch {
     // The live connection says so.
   }
-  setTimeout(watchStatus, EVERY_MILLISECONDS);
+  timer = setTimeout(watchStatus, EVERY_MILLISECONDS);
 }
 
 const isUp = (engine) => engine.ranks.some((rank) => rank.connected);
