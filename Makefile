@@ -6,6 +6,8 @@ PYTHON ?= python3
 MODEL_CACHE ?= .cache/models
 # ONCE=1: `make demo` ends by itself and prints a JSON object last.
 ONCE ?=
+# Versions of vLLM for `make test-matrix`; empty: all.
+VERSIONS ?=
 # More arguments for pytest, such as ARGS="tests/demo -k group".
 ARGS ?=
 
@@ -27,10 +29,10 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install tools weights test test-long lint format protos protos-check docs manifests demo clean
+.PHONY: help install tools weights test test-long test-matrix lint format protos protos-check protos-baseline docs manifests demo clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED) ## make .venv with the engine for CPUs and every tool (3 min)
 
@@ -61,6 +63,9 @@ test: install tools weights ## set everything up, then run the suite
 test-long: install tools weights ## the tests that take minutes
 	$(BIN)/python -m pytest -m long $(ARGS)
 
+test-matrix: install weights ## the engine tests against every CPU build of vLLM from 0.28 on (VERSIONS="0.28.0 ..."; 15 min each)
+	$(BIN)/python -m tests.matrix $(VERSIONS)
+
 lint: $(INSTALLED) ## ruff, mypy, buf
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -74,10 +79,14 @@ format: $(INSTALLED) ## format the code, mend what ruff can mend
 protos: $(INSTALLED) ## write stream_monitor/v1alpha1 anew from protos/
 	$(call PROTOC,.)
 
-protos-check: $(INSTALLED) ## fail if the committed generated code is not what protos/ gives
+protos-check: $(INSTALLED) ## fail if protos/ breaks what is deployed, or the committed generated code is not what it gives
+	@$(BIN)/buf breaking --against protos/baseline.binpb
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(call PROTOC,"$$folder") \
 		&& diff -r -x __pycache__ -x __init__.py "$$folder/stream_monitor/v1alpha1" stream_monitor/v1alpha1 \
 		|| { echo "make: generated code and protos/ differ; run make protos" >&2; exit 1; }
+
+protos-baseline: $(INSTALLED) ## at a release: what protos/ holds now may not be broken any more
+	$(BIN)/buf build --exclude-source-info -o protos/baseline.binpb
 
 docs: $(INSTALLED) ## write the pages and the dashboard anew that are made from code and protos
 	$(BIN)/python docs/configuration.py > docs/configuration.md

@@ -269,9 +269,15 @@ class MonitorSettings(AccessSettings):
     store_bytes: int = Field(
         1 << 30, ge=1 << 20, description="Size of the store; beyond it the oldest findings and traces go."
     )
-    max_traces: int = Field(10_000, ge=1, description="Request traces in memory; the oldest finished ones go first.")
+    max_traces: int = Field(
+        10_000,
+        ge=1,
+        description="Request traces in memory; the oldest finished ones of the engine that has most go first.",
+    )
     max_trace_bytes: int = Field(
-        1 << 30, ge=1 << 20, description="Memory of all traces, estimated; beyond it the oldest go."
+        1 << 30,
+        ge=1 << 20,
+        description="Memory of all traces, estimated; beyond it the oldest of the engine that takes most go.",
     )
     max_sentences: int = Field(4096, ge=16, description="Sentences per request; later ones are counted, not kept.")
     max_message_bytes: int = Field(4 << 20, ge=1 << 16, le=64 << 20, description="Largest summary taken in.")
@@ -280,6 +286,12 @@ class MonitorSettings(AccessSettings):
         5000,
         ge=1,
         description="Messages a second of one engine rank, over ten seconds; those beyond are refused, counted.",
+    )
+    max_ranks_per_engine: int = Field(
+        128, ge=1, description="Of these, ranks of one engine: tensor x pipeline x data parallel; others are refused."
+    )
+    max_requests_per_engine: int = Field(
+        4096, ge=1, description="Running requests of one engine that are followed at a time; others are refused."
     )
     max_subscribers: int = Field(256, ge=1, description="Subscribers at a time.")
     max_principal_subscribers: int = Field(

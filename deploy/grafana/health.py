@@ -169,7 +169,7 @@ def seeing() -> list[stat.Panel | timeseries.Panel]:
         curve(
             "Steps",
             "ops",
-            "Engine steps with rows: complete, or partial where ranks were missing.",
+            "Engine steps with rows: complete; partial where ranks were missing; what ranks sent late of them.",
             Query(rate("stream_monitor_steps_total", by="by (result)"), "{{result}}"),
             stacked=True,
         ),

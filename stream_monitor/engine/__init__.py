@@ -20,7 +20,9 @@ def register() -> None:
         if disabled():
             return
         from stream_monitor.engine.compat.engine import register_backends
+        from stream_monitor.engine.compat.parallel import mark_start
 
+        mark_start()
         register_backends()
     except Exception as error:
         log.warning("Stream Monitor: attention backends not registered, nothing will be captured: %s", error)

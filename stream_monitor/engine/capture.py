@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stream_monitor.engine.blocks import BlockGenerations
-from stream_monitor.engine.compat.runner import RunnerView, has_tokens, is_pending, sampled_tokens
-from stream_monitor.engine.compat.schedule import ScheduledStep, read_schedule
+from stream_monitor.engine.compat.runner import RunnerView, has_tokens, is_pending, misplaced, sampled_tokens
+from stream_monitor.engine.compat.schedule import ScheduledRequest, ScheduledStep, read_schedule
 from stream_monitor.engine.device import Device, StepSlot
 from stream_monitor.engine.drafts import Drafts, Fate
 from stream_monitor.engine.estimator import Estimator
@@ -42,6 +42,7 @@ class _CurrentStep:
     sampled: list[RowLabel]
     slot: StepSlot | None
     drafts: Drafts
+    fresh: list[ScheduledRequest]
     forward_end_ns: int = 0
 
 
@@ -145,7 +146,8 @@ class Capture:
             labels += rows
         sampled = self._count_and_sample(labels, drafts)
         slot = self._acquire(sampled, drafts)
-        self._current = _CurrentStep(self._steps, positions, sampled, slot, drafts)
+        fresh = [request for request in step.requests if request.fresh]
+        self._current = _CurrentStep(self._steps, positions, sampled, slot, drafts, fresh)
 
     def _govern(self) -> None:
         assert self._estimator is not None
@@ -168,7 +170,9 @@ class Capture:
             return
         current.forward_end_ns = time.time_ns()
         if current.slot is not None:
-            fault = current.slot.snapshot(self._runner.batch(), current.sampled, self._generations.now)
+            batch = self._runner.batch()
+            fault = misplaced(batch, current.fresh)
+            fault = fault or current.slot.snapshot(batch, current.sampled, self._generations.now)
             if fault:
                 self.fail(fault)
         if not sampling_follows:
@@ -286,7 +290,7 @@ class Capture:
             self._settle(label, ("dropped", reason), drafts)
 
     def _acquire(self, sampled: list[RowLabel], drafts: Drafts) -> StepSlot | None:
-        if not sampled:
+        if not sampled or not self._slots:
             return None
         try:
             slot = self._free.popleft()
@@ -299,7 +303,8 @@ class Capture:
     def _submit(self, current: _CurrentStep) -> None:
         assert self._estimator is not None
         self._current = None
-        if current.slot is None and not self._started and not self._finished:
+        # A rank without slots, which watches no layer, may be the one that samples: its tokens wait for no row.
+        if current.slot is None and self._slots and not self._started and not self._finished:
             return
         if self._estimator.backlog > MAX_BACKLOG:
             self.fail(f"the estimator is {MAX_BACKLOG} steps behind")

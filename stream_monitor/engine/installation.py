@@ -13,10 +13,12 @@ from stream_monitor import __version__
 from stream_monitor.config import CaptureSettings, SettingsError, load
 from stream_monitor.engine.binding import Binding
 from stream_monitor.engine.blocks import BlockGenerations
+from stream_monitor.engine.bystander import NoDevice
 from stream_monitor.engine.capture import Capture
 from stream_monitor.engine.channels import Channels
 from stream_monitor.engine.compat import engine as compat
 from stream_monitor.engine.compat import layers as layer_facts
+from stream_monitor.engine.compat import parallel
 from stream_monitor.engine.compat import runner as runners
 from stream_monitor.engine.compat.runner_v1 import RunnerV1
 from stream_monitor.engine.compat.runner_v2 import RunnerV2
@@ -25,7 +27,7 @@ from stream_monitor.engine.estimator import Estimator
 from stream_monitor.engine.governor import Governor
 from stream_monitor.engine.hooks import install_runner_hooks, install_worker_hooks
 from stream_monitor.engine.ledger import merged
-from stream_monitor.engine.plan import CapturePlan, make_plan
+from stream_monitor.engine.plan import CapturePlan, make_plan, target_refusals
 from stream_monitor.engine.requests import RequestTable
 from stream_monitor.engine.search_settings import search_config
 from stream_monitor.engine.vocabulary import PromptRoles, token_flags
@@ -55,7 +57,7 @@ class Installation:
         self._layers = layers
         runner = worker.model_runner
         self._runner = RunnerV2(runner) if compat.uses_v2_runner(worker.vllm_config) else RunnerV1(runner)
-        self._device = self._make_device()
+        self._device = NoDevice() if plan.bystander else self._make_device()
         self._capture: Capture | None = None
         self._estimator: Estimator | None = None
         self._ring: RingWriter | None = None
@@ -63,6 +65,8 @@ class Installation:
         self._search_config = search_config(settings)
         self._kv_tokens_lost = 0
         self.left_for_cache = 0
+        # Asked for at once: on several hosts the ranks wait for the first one's word.
+        self._instance = parallel.engine_instance(worker.vllm_config, worker.distributed_init_method)
 
     @classmethod
     def plan(cls, worker: Any) -> "Installation | None":
@@ -71,12 +75,23 @@ class Installation:
             settings = load(CaptureSettings)
             if settings.disable:
                 return None
-            found = layer_facts.attention_layers(worker.vllm_config)
-            refusals = compat.engine_refusals(worker.vllm_config, settings.allow_untested_engine)
-            plan = make_plan([facts for facts, _ in found], refusals, settings)
+            config = worker.vllm_config
+            found = layer_facts.attention_layers(config)
+            refusals = compat.engine_refusals(config, settings.allow_untested_engine)
+            refusals += target_refusals(parallel.hosts(), settings.target)
+            pipeline = config.parallel_config.pipeline_parallel_size > 1
+            plan = make_plan(
+                [facts for facts, _ in found], refusals, settings, compat.model_layers(config) if pipeline else 0
+            )
         except SettingsError as error:
             log.error("Stream Monitor: capture is off, serving goes on: %s", error)
             return None
+        if plan.bystander:
+            log.warning(
+                "Stream Monitor: this pipeline rank watches none of its layers, it tells of requests alone%s",
+                "".join(f"\n  - refused {reason}" for reason in plan.reasons),
+            )
+            return cls(worker, settings, plan, [])
         if not plan.watched:
             log.error("Stream Monitor: nothing can be captured:%s", "".join(f"\n  - {r}" for r in plan.reasons))
             return None
@@ -98,7 +113,7 @@ class Installation:
         """
         self.left_for_cache = available
         config = self._worker.vllm_config
-        if self._search_config.strategy != "beam" or compat.kv_size_is_explicit(config):
+        if self._search_config.strategy != "beam" or compat.kv_size_is_explicit(config) or self.capture_plan.bystander:
             return
         page = config.cache_config.block_size
         cache = compat.kv_bytes_per_token(self._worker)
@@ -144,7 +159,38 @@ class Installation:
         return GpuDevice(self._layers, self._runner, requests, query_len, dtype, settings.gpu_share)
 
     def bind(self) -> None:
-        """Build the search over the allocated KV cache and check it there against dense attention."""
+        """Build the search over the allocated KV cache, check it there against dense attention, install the hooks."""
+        worker, settings = self._worker, self._settings
+        generations = BlockGenerations(worker.model_runner.kv_cache_config.num_blocks)
+        key_bytes = self._bind_device(generations) if self.capture_plan.watched else 0
+        self.search = self._device.search
+        heads_per_row = len(self.capture_plan.watched) * len(self._query_heads)
+        self._capture = Capture(
+            self._runner,
+            worker.vllm_config.kv_transfer_config is not None,
+            self._device,
+            self._request_table(),
+            generations,
+            heads_per_row,
+            Governor(settings.max_overhead),
+        )
+        self._ring = RingWriter(settings.ring_bytes)
+        self._estimator = Estimator(
+            self.search,
+            heads_per_row,
+            key_bytes,
+            self._ring,
+            settings.audit_every,
+            self._free_cpus(),
+            self._capture.release,
+            self._capture.report,
+            self._publisher_alive,
+        )
+        install_runner_hooks(worker.model_runner, self._capture)
+        install_worker_hooks(worker, self._capture, self._take_sinks)
+
+    def _bind_device(self, generations: BlockGenerations) -> int:
+        """Bind the device to the watched layers' caches; bytes of one key of one KV head."""
         worker, settings, watched = self._worker, self._settings, self.capture_plan.watched
         facts, config = watched[0].facts, worker.vllm_config
         on_cpu = compat.platform_name() == "cpu"
@@ -162,44 +208,26 @@ class Installation:
                 "summaries on a GPU: strategy descent is used instead of beam. Watch layers of one group"
             )
             self._search_config = replace(self._search_config, strategy="descent")
-        generations = BlockGenerations(worker.model_runner.kv_cache_config.num_blocks)
         binding = Binding(
             self._runner,
             self._layers,
             caches,
             facts.query_heads,
-            watched[0].query_heads,
+            self._query_heads,
             runners.max_requests(worker.model_runner) * runners.decode_query_len(config),
             config.model_config.max_model_len,
             config.model_config.dtype,
             generations,
         )
+        assert not isinstance(self._device, NoDevice)
         self._device.bind(binding, self._search_config, settings.queue_steps)
-        self.search = self._device.search
-        heads_per_row = len(watched) * len(watched[0].query_heads)
-        self._capture = Capture(
-            self._runner,
-            config.kv_transfer_config is not None,
-            self._device,
-            self._request_table(),
-            generations,
-            heads_per_row,
-            Governor(settings.max_overhead),
-        )
-        self._ring = RingWriter(settings.ring_bytes)
-        self._estimator = Estimator(
-            self.search,
-            heads_per_row,
-            facts.head_dim * caches[0].tensor.element_size(),
-            self._ring,
-            settings.audit_every,
-            self._free_cpus(),
-            self._capture.release,
-            self._capture.report,
-            self._publisher_alive,
-        )
-        install_runner_hooks(worker.model_runner, self._capture)
-        install_worker_hooks(worker, self._capture, self._take_sinks)
+        return int(facts.head_dim * caches[0].tensor.element_size())
+
+    @property
+    def _query_heads(self) -> tuple[int, ...]:
+        """Watched in each layer of this rank."""
+        watched = self.capture_plan.watched
+        return watched[0].query_heads if watched else ()
 
     def arm(self) -> None:
         """Start the estimator thread and the publisher, and begin to capture."""
@@ -236,7 +264,8 @@ class Installation:
             "capturing": capture is not None and not capture.fault,
             "reason": capture.fault if capture else "",
             "layers": [planned.facts.index for planned in self.capture_plan.watched],
-            "query_heads": list(self.capture_plan.watched[0].query_heads),
+            "query_heads": list(self._query_heads),
+            "instance": self._instance,
             "refused": list(self.capture_plan.reasons),
             "backlog": estimator.backlog if estimator else 0,
             "strategy": self._search_config.strategy,
@@ -272,7 +301,7 @@ class Installation:
     def _request_table(self) -> RequestTable:
         settings, config = self._settings, self._worker.vllm_config
         flags, roles, channels = None, None, None
-        if compat.sends_tokens() and (tokenizer := compat.load_tokenizer(config)) is not None:
+        if parallel.sends_tokens() and (tokenizer := compat.load_tokenizer(config)) is not None:
             flags = token_flags(tokenizer, config.model_config.get_vocab_size())
             roles = PromptRoles.from_tokenizer(tokenizer)
             channels = Channels.from_tokenizer(tokenizer)
@@ -288,23 +317,23 @@ class Installation:
         )
 
     def _engine_info(self) -> EngineInfo:
-        worker, settings, watched = self._worker, self._settings, self.capture_plan.watched
-        config = worker.vllm_config
-        parallel, facts = config.parallel_config, watched[0].facts
-        ranks = compat.ranks()
+        settings, config = self._settings, self._worker.vllm_config
+        sizes, here = config.parallel_config, parallel.ranks()
+        watched = self.capture_plan.watched
+        heads = watched[0].facts.query_heads if watched else 0
         return EngineInfo(
-            instance=compat.engine_instance(config, worker.distributed_init_method),
+            instance=self._instance,
             model_name=compat.served_model_name(config),
-            engine=str(parallel.data_parallel_index),
-            data_parallel_index=parallel.data_parallel_index,
-            tensor_parallel_rank=ranks.tensor,
-            tensor_parallel_size=parallel.tensor_parallel_size,
-            pipeline_parallel_rank=ranks.pipeline,
-            pipeline_parallel_size=parallel.pipeline_parallel_size,
+            engine=str(sizes.data_parallel_index),
+            data_parallel_index=sizes.data_parallel_index,
+            tensor_parallel_rank=here.tensor,
+            tensor_parallel_size=sizes.tensor_parallel_size,
+            pipeline_parallel_rank=here.pipeline,
+            pipeline_parallel_size=sizes.pipeline_parallel_size,
             layers=[planned.facts.index for planned in watched],
-            first_query_head=ranks.tensor * facts.query_heads,
-            total_query_heads=parallel.tensor_parallel_size * facts.query_heads,
-            query_heads=list(watched[0].query_heads),
+            first_query_head=here.tensor * heads,
+            total_query_heads=sizes.tensor_parallel_size * heads,
+            query_heads=list(self._query_heads),
             geometry=Geometry(
                 settings.block_size,
                 settings.top_k,

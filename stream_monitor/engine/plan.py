@@ -3,6 +3,7 @@
 Reasons are collected, never raised one by one; `stream-monitor doctor` prints the same plan that the worker installs.
 """
 
+import ipaddress
 from dataclasses import dataclass
 
 from stream_monitor.config import CaptureSettings, SettingsError
@@ -64,11 +65,17 @@ class CapturePlan:
 
     layers: tuple[PlannedLayer, ...]
     refusals: tuple[str, ...]
+    pipeline: bool = False
 
     @property
     def watched(self) -> tuple[PlannedLayer, ...]:
         """The layers that will be captured; none when anything rules capture out."""
         return () if self.refusals else tuple(layer for layer in self.layers if layer.query_heads)
+
+    @property
+    def bystander(self) -> bool:
+        """Whether this rank watches nothing, and other pipeline ranks may: it then tells of requests alone."""
+        return self.pipeline and not self.refusals and not self.watched
 
     @property
     def reasons(self) -> tuple[str, ...]:
@@ -80,13 +87,16 @@ class CapturePlan:
         return self.refusals + tuple(f"layers {_ranges(indices)}: {reason}" for reason, indices in by_reason.items())
 
 
-def make_plan(layers: list[LayerFacts], engine_refusals: tuple[str, ...], settings: CaptureSettings) -> CapturePlan:
+def make_plan(
+    layers: list[LayerFacts], engine_refusals: tuple[str, ...], settings: CaptureSettings, model_layers: int = 0
+) -> CapturePlan:
     """Decide which layers and heads to watch.
 
     Args:
         layers: the attention layers of this rank, any order.
         engine_refusals: reasons that rule out this engine as a whole, from compat/engine.py.
         settings: the operator's choice of layers and heads.
+        model_layers: decoder layers of the whole model where this rank has a pipeline's part of them, else 0.
 
     Raises:
         SettingsError: `layers` or `heads` names something the model does not have or that is not a list.
@@ -103,14 +113,36 @@ def make_plan(layers: list[LayerFacts], engine_refusals: tuple[str, ...], settin
                 refusals[facts.name] = ("its head counts or head size differ from most layers'",)
         capable = [facts for facts in capable if not refusals[facts.name]]
     heads = _choose_heads(capable, settings)
-    chosen = _choose_layers(ordered, capable, len(heads), settings)
+    chosen = _choose_layers(model_layers, ordered, capable, len(heads), settings)
     planned = tuple(
         # Two layers may have one index, such as attention and a state-space mixer side by side.
         PlannedLayer(facts, heads if facts.index in chosen and not refusals[facts.name] else (), refusals[facts.name])
         for facts in ordered
     )
-    engine = engine_refusals if ordered else (*engine_refusals, "the model has no attention layer on this rank")
-    return CapturePlan(planned, engine)
+    # A pipeline rank without any may still be the one that samples the tokens.
+    nothing = () if ordered or model_layers else ("the model has no attention layer on this rank",)
+    return CapturePlan(planned, (*engine_refusals, *nothing), pipeline=model_layers > 0)
+
+
+def target_refusals(hosts: int, target: str) -> tuple[str, ...]:
+    """Why an engine whose ranks run on so many hosts cannot publish to `target`: to one host's own monitor."""
+    if hosts < 2 or not _of_one_host(target):
+        return ()
+    return (
+        f"the engine's ranks run on {hosts} hosts and target {target} is each host's own: set STREAM_MONITOR_TARGET to "
+        "the host:port of one monitor for all of them",
+    )
+
+
+def _of_one_host(target: str) -> bool:
+    """Whether an address means another place on every host: a Unix socket, or loopback."""
+    if target.startswith("unix:"):
+        return True
+    host = target.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def layer_refusals(facts: LayerFacts) -> tuple[str, ...]:
@@ -152,7 +184,7 @@ def _choose_heads(capable: list[LayerFacts], settings: CaptureSettings) -> tuple
 
 
 def _choose_layers(
-    ordered: list[LayerFacts], capable: list[LayerFacts], heads: int, settings: CaptureSettings
+    model_layers: int, ordered: list[LayerFacts], capable: list[LayerFacts], heads: int, settings: CaptureSettings
 ) -> frozenset[int]:
     indices = [facts.index for facts in capable]
     if settings.layers == "all":
@@ -161,10 +193,17 @@ def _choose_layers(
         if not indices:
             return frozenset()
         # Receiver heads sit in the later layers; the first third mostly reads neighbouring tokens.
-        upper = [i for i in indices if 3 * i >= ordered[-1].index] or indices
+        last = model_layers - 1 if model_layers else ordered[-1].index
+        upper = [i for i in indices if 3 * i >= last]
+        if not upper and not model_layers:
+            upper = indices
+        if not upper:
+            return frozenset()
         count = max(1, min(AUTO_MAX_LAYERS, settings.max_heads // max(heads, 1), len(upper)))
         return frozenset(upper[(2 * n + 1) * len(upper) // (2 * count)] for n in range(count))
-    named = _parse_indices("layers", settings.layers, [facts.index for facts in ordered])
+    # What other pipeline ranks have is theirs to watch; what no rank has does not exist.
+    valid = range(model_layers) if model_layers else [facts.index for facts in ordered]
+    named = _parse_indices("layers", settings.layers, valid)
     return frozenset(named) & frozenset(indices)
 
 

@@ -24,7 +24,7 @@ from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.graveyard import Graveyard
 from stream_monitor.monitor.identity import TraceKey
 from stream_monitor.monitor.recorder import Recorder
-from stream_monitor.monitor.retention import Removed, housekeep, let_go_some
+from stream_monitor.monitor.retention import Clock, Removed, housekeep, let_go_some
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.trace import RequestTrace
 from stream_monitor.v1alpha1 import monitor_pb2
@@ -58,6 +58,7 @@ class Archive:
         self.recorder: Recorder | None = None
         self.removed = Removed()
         self.bytes = self.max_bytes = 0
+        self._clock = Clock()
         self._events = events
         self._traces = traces
         self._graveyard = graveyard
@@ -244,7 +245,7 @@ class Archive:
         """At start and once a minute: let go what is too old or too much."""
         while True:
             try:
-                await self._let_go(time.time_ns())
+                await self._let_go(self._clock.now_ns())
             except Exception:
                 log.exception("store: retention failed; it is tried again in a minute")
             await asyncio.sleep(RETENTION_SECONDS)

@@ -16,8 +16,13 @@ _MOST_MODELS = 256
 
 
 def capture_id(engine: summary_pb2.EngineInfo) -> str:
-    """16 hexadecimal digits of what is captured and how: scores of two engines compare where it is equal."""
-    watched = (list(engine.layers), list(engine.query_heads), engine.tensor_parallel_size, engine.total_query_heads)
+    """16 hexadecimal digits of what is captured and how: scores of two engines compare where it is equal.
+
+    A pipeline rank knows its own layers alone, so there the number of ranks stands for all of them.
+    """
+    pipeline = engine.pipeline_parallel_size
+    layers = list(engine.layers) if pipeline == 1 else f"pipeline of {pipeline}"
+    watched = (layers, list(engine.query_heads), engine.tensor_parallel_size, engine.total_query_heads)
     shape = engine.geometry.SerializeToString(deterministic=True)
     return hashlib.sha256(f"{engine.model_name}{watched}".encode() + shape).hexdigest()[:16]
 

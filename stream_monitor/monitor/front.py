@@ -74,7 +74,10 @@ class Front:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", self._transport_bytes),
                 ("grpc.max_send_message_length", -1),
-                # Subscribers may hear nothing for hours and find out by pings whether the connection lives.
+                # Subscribers may hear nothing for hours and find out by pings whether the connection lives. So do we: a
+                # peer that vanished without a word would else count as connected for as long as the kernel says.
+                ("grpc.keepalive_time_ms", 20_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
                 ("grpc.max_concurrent_streams", self.access.max_calls),

@@ -4,7 +4,6 @@ import secrets
 
 from stream_monitor.monitor.database_file import Keys
 from stream_monitor.monitor.identity import TraceKey
-from stream_monitor.monitor.ledger import CHUNK, TOKEN
 from stream_monitor.monitor.merge import MergedStep
 
 
@@ -41,17 +40,4 @@ class Graveyard:
 
     def strip(self, step: MergedStep) -> None:
         """Take out of a step what belongs to deleted requests; their rows are discarded as `deleted`."""
-        instance = step.parts[0].rank.engine.instance
-        kept = []
-        for row in step.rows:
-            if (instance, row.request_id) not in self:
-                kept.append(row)
-                continue
-            for rank, heads in row.sources:
-                rank.ledger.discard(TOKEN if row.token else CHUNK, "deleted", heads)
-        step.rows = kept
-        for part in step.parts:
-            for field in (part.summary.started, part.summary.tokens, part.summary.finished):
-                for place in reversed(range(len(field))):
-                    if (instance, field[place].request_id) in self:
-                        del field[place]
+        step.leave_out(lambda request_id: (step.instance, request_id) in self, "deleted")

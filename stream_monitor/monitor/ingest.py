@@ -64,10 +64,11 @@ class Ingest:
             stream.cancel()
 
     def flush(self) -> None:
-        """Let go of steps whose deadline is over."""
+        """Let go of steps whose deadline is over, and note whose engine is gone."""
         now = time.monotonic()
         for step in self.merger.flush(now):
             self.pipeline.apply(step)
+        self.pipeline.store.cut_off(self.ranks.connected(), now)
         if now - self._rates_from >= RATE_SECONDS:
             self._rates_from = now
             for rank in self.ranks.ranks.values():

@@ -278,7 +278,8 @@ STEPS = _define(
     "counter",
     "steps_total",
     (*ENGINE, "result"),
-    "Engine steps with rows: `complete`, or `partial` where ranks were missing after `merge_deadline_seconds`.",
+    "Engine steps with rows: `complete`; `partial` where a rank was missing after `merge_deadline_seconds`, or there "
+    "without one of the rows; and, beside these, `late`: what a rank sent of a step that went on without it.",
 )
 ENGINES_CONNECTED = _define(
     _S, "gauge", "engines_connected", ENGINE, "Engines of which at least one rank has an open stream."

@@ -23,7 +23,7 @@ ROLES: dict[int, str] = {
     for name, number in summary_pb2.Role.items()
 }
 """Values of the label `role`."""
-RESULTS = ("complete", "partial")
+RESULTS = ("complete", "partial", "late")
 
 
 class SentenceSeries(NamedTuple):

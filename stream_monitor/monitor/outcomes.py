@@ -5,6 +5,8 @@ listed one is exported from the start, as 0: the first loss would else go unseen
 """
 
 OTHER = "other"
+ENGINE_QUOTA = "engine_quota"
+RANKS_REFUSED = ("too_many_ranks", "too_many_ranks_of_engine", "rank_retired", "message_rate", "other_tenant")
 _ELSEWHERE = "a reason that this release of the monitor does not know"
 
 ROWS: dict[str, tuple[str, dict[str, str]]] = {
@@ -39,6 +41,7 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
             "capture_off": "after a fault",
             "paused": "capture was paused by `stream_monitor_pause`",
             "too_many_ranks": "the monitor holds `max_engines` ranks with open streams",
+            "too_many_ranks_of_engine": "it holds `max_ranks_per_engine` ranks of this engine",
             "rank_retired": "the rank returned after the monitor had closed its account",
             "message_rate": "the rank sent more messages than `max_message_rate`",
             "other_tenant": "the engine was published for another tenant before",
@@ -63,6 +66,7 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
             "sentence_limit": "beyond `max_sentences`",
             "unplaced": "no sentence ever held it",
             "deleted": "its request was deleted",
+            ENGINE_QUOTA: "the monitor followed `max_requests_per_engine` requests of its engine already",
         },
     ),
 }
@@ -77,10 +81,7 @@ MESSAGES: dict[str, tuple[str, dict[str, str]]] = {
     "duplicate": ("sent again after a reconnection and taken in before", {"": ""}),
     "refused": (
         "sound, and not taken in",
-        {
-            reason: ROWS["refused"][1][reason]
-            for reason in ("too_many_ranks", "rank_retired", "message_rate", "other_tenant")
-        },
+        {reason: ROWS["refused"][1][reason] for reason in RANKS_REFUSED},
     ),
     "invalid": (
         "the contract is broken, and the stream ends",
@@ -99,7 +100,8 @@ MESSAGES: dict[str, tuple[str, dict[str, str]]] = {
 """The same of messages."""
 
 REQUESTS = {reason: ROWS["refused"][1][reason] for reason in ("client_disabled", "request_limit", "prompt_embeds")} | {
-    OTHER: _ELSEWHERE
+    ENGINE_QUOTA: ROWS["discarded"][1][ENGINE_QUOTA],
+    OTHER: _ELSEWHERE,
 }
 """Why a request is not captured."""
 

@@ -12,7 +12,7 @@ from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.graveyard import Graveyard
 from stream_monitor.monitor.merge import MergedStep
 from stream_monitor.monitor.metrics import Metrics, exemplar
-from stream_monitor.monitor.outcomes import known_request
+from stream_monitor.monitor.outcomes import ENGINE_QUOTA, known_request
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import NOT_SENT, TokenText, Vocabularies
 from stream_monitor.monitor.trace import RequestTrace
@@ -49,7 +49,10 @@ class Pipeline:
         if self.graveyard:
             self.graveyard.strip(step)
         first = step.parts[0]
-        instance, labels = first.rank.engine.instance, first.rank.labels
+        instance, labels = step.instance, first.rank.labels
+        if step.entries > self.store.room(instance):
+            refused = step.leave_out(self.store.over_quota(instance), ENGINE_QUOTA)
+            self.metrics.requests_refused.labels(*labels, ENGINE_QUOTA).inc(len(refused))
         now = first.summary.wall_time_ns or time.time_ns()
         touched: dict[str, RequestTrace] = {}
 
@@ -59,12 +62,15 @@ class Pipeline:
             return touched[request_id]
 
         def seen(trace: RequestTrace) -> RequestTrace:
-            trace.last_seen_ns = now
-            if not trace.capture:
-                trace.capture = capture_id(first.rank.engine)
+            trace.last_seen_ns, trace.cut = now, False
+            model = first.rank.engine.model_name
+            if not trace.model_name:
+                trace.model_name, trace.text = model, TokenText(self.vocabularies.of(model))
                 trace.tenant = first.rank.tenant_of("")
-                trace.panel = self.calibration.panel(first.rank.engine.model_name, trace.capture)
-                trace.text = TokenText(self.vocabularies.of(first.rank.engine.model_name))
+            # A pipeline rank that watches none of its layers does not know what is captured.
+            if not trace.capture and first.rank.heads:
+                trace.capture = capture_id(first.rank.engine)
+                trace.panel = self.calibration.panel(model, trace.capture)
             return trace
 
         for source, started in ((part.rank, started) for part in step.parts for started in part.summary.started):
@@ -80,11 +86,14 @@ class Pipeline:
                     self.metrics.requests_refused.labels(*labels, known_request(trace.refused_reason)).inc()
                 self._progress(trace, monitor_pb2.EVENT_KIND_REQUEST_STARTED, now)
         if first.summary.step:
-            self.metrics.steps.labels(*labels, "partial" if step.missing else "complete").inc()
+            result = "late" if step.late else "partial" if step.missing or step.missing_of else "complete"
+            self.metrics.steps.labels(*labels, result).inc()
         for row in step.rows:
             trace = trace_of(row.request_id)
             trace.missing_ranks.update(step.missing)
             trace.add_row(row)
+        for request_id, names in step.missing_of.items():
+            trace_of(request_id).missing_ranks.update(names)
         for source, run in ((part.rank, run) for part in step.parts for run in part.summary.tokens):
             trace = trace_of(run.request_id)
             trace.token_source = source

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from stream_monitor.monitor.faults import Refusal, invalid
 from stream_monitor.monitor.ledger import RankLedger, add_cells
-from stream_monitor.monitor.validate import check_engine
+from stream_monitor.monitor.validate import MAX_RANKS, check_engine
 from stream_monitor.v1alpha1 import summary_pb2
 
 RankKey = tuple[str, int, int, int]
@@ -98,10 +98,12 @@ class RankBook:
 
     Of `limit` ranks, those without an open stream make room for new ones, oldest first; their last counts stay in a
     sum per label pair. A rank that returns after that is refused, since its cumulative counts are in the sum already.
+    At most `engine_limit` are of one engine instance.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, engine_limit: int = MAX_RANKS) -> None:
         self.limit = limit
+        self.engine_limit = engine_limit
         self.ranks: dict[RankKey, Rank] = {}
         self.retired: dict[Labels, Counter[tuple[str, str, str]]] = {}
         self._retired_totals: dict[Labels, Totals] = {}
@@ -130,6 +132,8 @@ class RankBook:
             raise Refusal("other_tenant")
         while len(self._tenants) > MAX_RETIRED:
             del self._tenants[next(iter(self._tenants))]
+        if sum(held[0] == key[0] for held in self.ranks) >= self.engine_limit:
+            raise Refusal("too_many_ranks_of_engine")
         if len(self.ranks) >= self.limit:
             self._retire()
         kept = summary_pb2.EngineInfo()
@@ -141,6 +145,10 @@ class RankBook:
         """A stream of this rank began; it counts as newest."""
         rank.streams += 1
         self.ranks[rank.key] = self.ranks.pop(rank.key, rank)
+
+    def connected(self) -> set[str]:
+        """Engine instances of which a rank has an open stream."""
+        return {rank.engine.instance for rank in self.ranks.values() if rank.streams}
 
     def totals(self, labels: Labels, ranks: Iterable[Rank]) -> Totals:
         """The sum over `ranks`, which carry these labels, and over the ranks that did and were retired."""

@@ -1,15 +1,41 @@
 """What the store lets go: requests and findings older than a limit, and the oldest ones when it grows too large."""
 
+import logging
+import time
 from collections import Counter
 
 from stream_monitor.monitor import recovery
 from stream_monitor.monitor.database import Database
 
+log = logging.getLogger(__name__)
+
+JUMP_NS = 3600 * 10**9
+"""By so much the wall clock may gain on the time that passes before its word on ages is not taken."""
 REQUESTS, EVENTS = 100, 1000
 """How many go in one transaction: none takes so long that findings wait for it."""
 
 Removed = Counter[tuple[str, str]]
 """Rows that went, by record (`trace`, `event`) and reason (`age`, `size`, `deleted`)."""
+
+
+class Clock:
+    """Unix time by which ages are told. A wall clock that jumps ahead while the monitor runs makes nothing older: what
+    it would let go is gone for good, and clocks are set wrong and set back."""
+
+    def __init__(self) -> None:
+        self._wall, self._steady = time.time_ns(), time.monotonic_ns()
+        self._told = False
+
+    def now_ns(self) -> int:
+        """The wall clock's word, or the latest that can be true."""
+        now, most = time.time_ns(), self._wall + time.monotonic_ns() - self._steady + JUMP_NS
+        if now > most and not self._told:
+            self._told = True
+            log.warning(
+                "store: the clock jumped ahead by %.1f hours; what is too old by that alone stays until a restart",
+                (now - most + JUMP_NS) / JUMP_NS,
+            )
+        return min(now, most)
 
 
 def let_go_some(database: Database, before_ns: int, max_bytes: int) -> Removed:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from stream_monitor.anchors.lock import MIN_LAG
 from stream_monitor.anchors.matrix import NO_BLOCK, forced_block_ids, sum_by_key
 from stream_monitor.monitor.faults import invalid
+from stream_monitor.monitor.ledger import CHUNK, TOKEN
 from stream_monitor.monitor.validate import MAX_ID, MAX_POSITION
 from stream_monitor.v1alpha1 import summary_pb2
 
@@ -219,6 +220,12 @@ def _with_landmarks(row: Row, first: int, end: int) -> Row:
         heaviest = first + int(row.mass[first:end].argmax())
         row.lag, row.lag_mass = row.position - int(row.keys[heaviest]), float(row.mass[heaviest])
     return row
+
+
+def discard(row: Row, reason: str) -> None:
+    """Count a row as taken in and thrown away, with every rank that reported it."""
+    for rank, heads in row.sources:
+        rank.ledger.discard(TOKEN if row.token else CHUNK, reason, heads)
 
 
 def check_audits(audits: Iterable[summary_pb2.Audit]) -> None:

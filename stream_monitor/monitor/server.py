@@ -50,8 +50,10 @@ class MonitorServer:
         self.settings = settings
         self.ingest_address, self.grpc_address, self.http_address = settings.ingest, settings.grpc, settings.http
         self.metrics_address = settings.metrics
-        ranks = RankBook(settings.max_engines)
-        self.store = TraceStore(settings.max_traces, settings.max_trace_bytes, settings.max_sentences)
+        ranks = RankBook(settings.max_engines, settings.max_ranks_per_engine)
+        self.store = TraceStore(
+            settings.max_traces, settings.max_trace_bytes, settings.max_sentences, settings.max_requests_per_engine
+        )
         self.log = EventLog(
             settings.event_log,
             settings.subscriber_queue,

@@ -17,10 +17,9 @@ from stream_monitor.anchors.matrix import fold, sentences_of
 from stream_monitor.anchors.panel import Observation, Panel
 from stream_monitor.anchors.sentences import SentenceBuilder, Span, coarsen, prompt_sentences
 from stream_monitor.monitor.identity import parse
-from stream_monitor.monitor.ledger import CHUNK, TOKEN
 from stream_monitor.monitor.ranks import Labels, Rank
 from stream_monitor.monitor.request_heads import RequestHeads, sentences_of_entries
-from stream_monitor.monitor.rows import Row
+from stream_monitor.monitor.rows import Row, discard
 from stream_monitor.monitor.sentence_row import SentenceRow
 from stream_monitor.monitor.text import TokenText
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
@@ -37,7 +36,8 @@ _TRACE_BYTES, _SPAN_BYTES, _ROW_BYTES = 4096, 136, 560
 class RequestTrace:
     """State of one request; `instance` and `request_id` are its key.
 
-    `to_store` says that it has news for the store: it is new, has a finding, or has ended.
+    `to_store` says that it has news for the store: it is new, has a finding, or has ended; `cut`, that its engine went
+    away while it ran.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class RequestTrace:
         self.max_sentences = max_sentences
         self.joined_late = True
         self.finished = False
+        self.cut = False
         self.to_store = True
         self.prompt_tokens = 0
         self.prompt_sentences = 0
@@ -66,6 +67,7 @@ class RequestTrace:
         self.findings: deque[monitor_pb2.Event] = deque(maxlen=MAX_FINDINGS)
         self.finding_count = 0
         self.panel = Panel()
+        self.model_name = ""
         self.text = TokenText()
         self.capture = ""
         self.top_anchor: tuple[int, float] | None = None
@@ -128,16 +130,16 @@ class RequestTrace:
         """Keep a row, or discard it or the one it repeats."""
         held = self._held(row.position)
         if self.finished and row.position >= self.total_tokens:
-            _discard(row, "past_end")
+            discard(row, "past_end")
         elif held is None:
             self._insert(row)
         elif row.attempt < held.attempt:
-            _discard(row, "stale")
+            discard(row, "stale")
         elif row.attempt > held.attempt:
             self._remove(row.position, "recomputed")
             self._insert(row)
         elif held.shares_source(row):
-            _discard(row, "repeated")
+            discard(row, "repeated")
         else:
             self._join(held, row)
 
@@ -259,10 +261,10 @@ class RequestTrace:
         if row.position < (self.spans[-1].end if self.spans else 0):
             self._fold([row])
         elif len(self.spans) >= self.max_sentences:
-            _discard(row, "sentence_limit")
+            discard(row, "sentence_limit")
             return
         elif self.finished or len(self._pending) >= MAX_PENDING_ROWS:
-            _discard(row, "unplaced")
+            discard(row, "unplaced")
             return
         else:
             self._pending[row.position] = row
@@ -345,7 +347,7 @@ class RequestTrace:
             self._remove(position, reason)
 
     def _remove(self, position: int, reason: str) -> None:
-        _discard(self._pop(position), reason)
+        discard(self._pop(position), reason)
 
     def _pop(self, position: int) -> Row:
         row = self._pending.pop(position, None)
@@ -361,8 +363,3 @@ class RequestTrace:
 
 _NO_KEYS = np.zeros(0, np.uint32)
 _NO_MASS = np.zeros(0, np.float32)
-
-
-def _discard(row: Row, reason: str) -> None:
-    for rank, heads in row.sources:
-        rank.ledger.discard(TOKEN if row.token else CHUNK, reason, heads)

@@ -52,7 +52,9 @@ def anchors(trace: RequestTrace, mass: SparseMass) -> list[monitor_pb2.Anchor]:
 
 def info(trace: RequestTrace) -> monitor_pb2.RequestInfo:
     """The request in short."""
-    state = monitor_pb2.REQUEST_STATE_FINISHED if trace.finished else monitor_pb2.REQUEST_STATE_RUNNING
+    state = monitor_pb2.REQUEST_STATE_CUT if trace.cut else monitor_pb2.REQUEST_STATE_RUNNING
+    if trace.finished:
+        state = monitor_pb2.REQUEST_STATE_FINISHED
     top = trace.top_anchor
     return monitor_pb2.RequestInfo(
         key=trace_key(trace),

@@ -31,6 +31,10 @@ _OPTIONS = [
     ("grpc.min_reconnect_backoff_ms", int(FIRST_WAIT * 1000)),
     ("grpc.max_reconnect_backoff_ms", int(LONGEST_WAIT * 1000)),
     ("grpc.use_local_subchannel_pool", 1),
+    # A monitor whose host vanished without a word is found out while nothing is in flight, too.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
     # An http_proxy in the worker's environment is meant for model downloads, not for the monitor next door.
     ("grpc.enable_http_proxy", 0),
 ]

@@ -90,8 +90,9 @@ class _RequestStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RequestS
     REQUEST_STATE_RUNNING: _RequestState.ValueType  # 1
     REQUEST_STATE_FINISHED: _RequestState.ValueType  # 2
     REQUEST_STATE_CUT: _RequestState.ValueType  # 3
-    """The monitor ended, or had to make room in its memory, while the request ran. Held are its events and what was
-    stored: its state at its newest finding, else at its start.
+    """The monitor ended, or had to make room in its memory, while the request ran: held are its events and what was
+    stored, its state at its newest finding, else at its start. Or its engine is gone: no rank of it was connected for
+    half a minute. Should it come back, the request is running again.
     """
 
 class RequestState(_RequestState, metaclass=_RequestStateEnumTypeWrapper): ...
@@ -100,8 +101,9 @@ REQUEST_STATE_UNSPECIFIED: RequestState.ValueType  # 0
 REQUEST_STATE_RUNNING: RequestState.ValueType  # 1
 REQUEST_STATE_FINISHED: RequestState.ValueType  # 2
 REQUEST_STATE_CUT: RequestState.ValueType  # 3
-"""The monitor ended, or had to make room in its memory, while the request ran. Held are its events and what was
-stored: its state at its newest finding, else at its start.
+"""The monitor ended, or had to make room in its memory, while the request ran: held are its events and what was
+stored, its state at its newest finding, else at its start. Or its engine is gone: no rank of it was connected for
+half a minute. Should it come back, the request is running again.
 """
 Global___RequestState: _TypeAlias = RequestState  # noqa: Y015
 

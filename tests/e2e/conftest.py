@@ -34,8 +34,13 @@ class OfflineResult:
     """What `tests.e2e.offline_engine` wrote, and what its publisher sent (nothing for a plain engine)."""
 
     runs: list[dict[str, Any]]
-    status: dict[str, Any]
+    statuses: list[dict[str, Any]]
     summaries: list[Any]
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What the first rank says."""
+        return self.statuses[0]
 
     @property
     def rows(self) -> list[CapturedRow]:
@@ -82,7 +87,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OfflineRe
             recorder.stop()
         assert code == 0, log.read_text()[-4000:]
         result = json.loads((folder / "result.json").read_text())
-        return OfflineResult(result["runs"], result["status"], recorder.summaries)
+        return OfflineResult(result["runs"], result["statuses"], recorder.summaries)
 
     return run
 

@@ -1,7 +1,8 @@
 """One real vLLM engine in a process of its own, stepped by hand so that two runs can follow the same schedule.
 
-`python -m tests.e2e.offline_engine SPEC.json RESULT.json`. The engine core and the worker run in this process
-(`VLLM_ENABLE_V1_MULTIPROCESSING=0`), all requests are queued before the first step, and aborts happen at fixed steps.
+`python -m tests.e2e.offline_engine SPEC.json RESULT.json`. The engine core runs in this process
+(`VLLM_ENABLE_V1_MULTIPROCESSING=0`), and so does the worker unless there are several ranks. All requests are queued
+before the first step, and aborts happen at fixed steps.
 """
 
 import json
@@ -71,9 +72,17 @@ def main(spec_path: str, result_path: str) -> None:
     # Request ids as given, so that runs can be compared (v1/engine/input_processor.py).
     os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
     spec = json.loads(Path(spec_path).read_text())
+    bind_ranks(max(spec["engine"].get(f"{axis}_parallel_size", 1) for axis in ("tensor", "pipeline")))
     requests = [Request(**request) for request in spec.pop("requests")]
     result = run(Spec(requests=requests, **spec))
     Path(result_path).write_text(json.dumps(result))
+
+
+def bind_ranks(ranks: int) -> None:
+    """A CPU for each of several ranks (utils/ompmultiprocessing.py); vLLM's own choice wants one more than that."""
+    if ranks > 1:
+        cpus = sorted(os.sched_getaffinity(0))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(cpus[n % len(cpus)]) for n in range(ranks)))
 
 
 def run(spec: Spec) -> dict[str, Any]:
@@ -84,7 +93,8 @@ def run(spec: Spec) -> dict[str, Any]:
     worker = {"worker_cls": STREAM_WORKER} if spec.worker == "stream" else {}
     engine = LLMEngine.from_engine_args(EngineArgs(model=spec.model, **spec.engine, **worker))
     core = engine.engine_core.engine_core
-    native = core.model_executor.driver_worker.worker
+    executor = core.model_executor
+    native = executor.driver_worker.worker if hasattr(executor, "driver_worker") else None
     hashes: list[tuple[int, int]] = []
     if spec.hash_attention:
         _hash_attention(native, hashes)
@@ -94,12 +104,13 @@ def run(spec: Spec) -> dict[str, Any]:
             _slow_down(native, spec.slow_estimator)
         runs.append(_run_once(engine, core.scheduler, spec.requests, f"@{number}" if number else "", hashes))
         engine.reset_prefix_cache()
-    status = native.stream_monitor_status() if spec.worker == "stream" else {}
-    layers = native.vllm_config.compilation_config.static_forward_context.values()
-    attention = [type(layer.impl).__module__ for layer in layers if hasattr(layer, "impl")]
-    status["native_backend"] = all(module.startswith("vllm.") for module in attention)
+    statuses = executor.collective_rpc("stream_monitor_status") if spec.worker == "stream" else [{}]
+    if native is not None:
+        layers = native.vllm_config.compilation_config.static_forward_context.values()
+        attention = [type(layer.impl).__module__ for layer in layers if hasattr(layer, "impl")]
+        statuses[0]["native_backend"] = all(module.startswith("vllm.") for module in attention)
     engine.engine_core.shutdown()
-    return {"runs": [asdict(run) for run in runs], "status": status}
+    return {"runs": [asdict(run) for run in runs], "statuses": statuses}
 
 
 def _run_once(engine: Any, scheduler: Any, requests: list[Request], suffix: str, hashes: list[tuple[int, int]]) -> Run:

@@ -26,7 +26,7 @@ class Runner:
 
     def __init__(self, taps: list[LayerTap]) -> None:
         self.taps = taps
-        table = SimpleNamespace(block_table=SimpleNamespace(np=np.ones((4, 8), np.int32)), block_size=16)
+        table = SimpleNamespace(block_table=SimpleNamespace(np=np.full((4, 8), 5, np.int32)), block_size=16)
         group = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=16))
         self.kv_cache_config = SimpleNamespace(kv_cache_groups=[group])
         self.input_batch = SimpleNamespace(req_ids=["a"], block_table=SimpleNamespace(block_tables=[table]))
@@ -365,3 +365,10 @@ def test_tokens_that_are_still_on_the_device_are_noted_when_the_engine_asks_for_
     rig.runner.execute_model.__wrapped__(step(1))
     rig.capture.after_forward(False)
     assert [(run.first_position, len(run.flags)) for job in rig.estimator.jobs for run in job.tokens] == [(4, 1)]
+
+
+def test_a_row_with_another_request_s_blocks_ends_the_capture():
+    rig = Rig().arm()
+    rig.runner.input_batch.block_table.block_tables[0].block_table.np[0, 0] = 6
+    rig.run(2)
+    assert "block table is not that of the request" in rig.capture.fault

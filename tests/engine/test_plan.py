@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stream_monitor.config import CaptureSettings, SettingsError
-from stream_monitor.engine.plan import LayerFacts, layer_refusals, make_plan
+from stream_monitor.engine.plan import LayerFacts, layer_refusals, make_plan, target_refusals
 
 
 def facts(index: int, **changes: object) -> LayerFacts:
@@ -121,3 +121,31 @@ def test_layers_of_another_shape_than_most_are_refused():
 
 def test_a_model_without_attention_says_so():
     assert plan([]).reasons == ("the model has no attention layer on this rank",)
+
+
+def test_a_pipeline_rank_watches_its_part_of_what_is_chosen_of_the_whole_model():
+    whole = [facts(i) for i in range(30)]
+    halves = [make_plan(part, (), CaptureSettings(), 30) for part in (whole[:15], whole[15:])]
+    assert all(10 <= p.facts.index < 30 for half in halves for p in half.watched)
+    listed = [make_plan(part, (), CaptureSettings(layers="3,20-22"), 30) for part in (whole[:15], whole[15:])]
+    assert [[p.facts.index for p in half.watched] for half in listed] == [[3], [20, 21, 22]]
+    with pytest.raises(SettingsError, match="layers: 30 does not exist; valid: 0-29"):
+        make_plan(whole[:15], (), CaptureSettings(layers="30"), 30)
+
+
+def test_a_pipeline_rank_without_a_layer_to_watch_stands_by():
+    first = [facts(i) for i in range(7)]
+    assert make_plan(first, (), CaptureSettings(), 30).bystander
+    assert make_plan([], (), CaptureSettings(), 30).bystander
+    assert not make_plan(first, ("a reason",), CaptureSettings(), 30).bystander
+    assert not make_plan([], (), CaptureSettings()).bystander
+
+
+@pytest.mark.parametrize(
+    "target", ["unix:/run/x.sock", "127.0.0.1:9750", "localhost:9750", "[::1]:9750", "127.9.9.9:1"]
+)
+def test_ranks_on_several_hosts_need_a_target_that_all_of_them_reach(target):
+    (reason,) = target_refusals(2, target)
+    assert reason.startswith(f"the engine's ranks run on 2 hosts and target {target} is each host's own: set STREAM_")
+    assert target_refusals(1, target) == ()
+    assert target_refusals(2, "monitor.example:9750") == target_refusals(2, "[fd00::7]:9750") == ()

@@ -100,7 +100,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Callab
             recorder.stop()
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         result = json.loads((folder / "result.json").read_text())
-        return OfflineResult(result["runs"], result["status"], recorder.summaries)
+        return OfflineResult(result["runs"], result["statuses"], recorder.summaries)
 
     return run
 

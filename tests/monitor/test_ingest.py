@@ -234,6 +234,17 @@ def test_ranks_beyond_the_limit_are_refused_and_stopped_ones_make_room(run: Call
     assert (answer.outcome, answer.reason) == (REFUSED, "rank_retired")
 
 
+def test_ranks_of_one_engine_beyond_its_share_are_refused_and_others_are_taken_in(run: Callable[..., Running]) -> None:
+    monitor = run(max_ranks_per_engine=2)
+    instance = engine().instance
+    answers = [
+        monitor.publish([Engine(engine(instance, data_parallel_index=index)).summary()])[0] for index in range(3)
+    ]
+    assert [answer.reason for answer in answers] == ["", "", "too_many_ranks_of_engine"]
+    assert monitor.metric("stream_monitor_messages_total", reason="too_many_ranks_of_engine") == 1
+    assert monitor.publish([Engine().summary()])[0].outcome == ACCEPTED
+
+
 def account(monitor: Running, phase: str = "token") -> tuple[float, float]:
     """Expected rows, and the sum of what became of them."""
     return (

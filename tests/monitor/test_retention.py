@@ -13,10 +13,10 @@ from stream_monitor.monitor.database import Database, StoredEvent, StoredTrace
 from stream_monitor.monitor.recovery import let_go_aside
 from stream_monitor.monitor.retention import EVENTS, REQUESTS, Removed, housekeep, let_go_some
 from stream_monitor.v1alpha1 import monitor_pb2
-from tests.monitor.conftest import Running
+from tests.monitor.conftest import Running, until
 from tests.monitor.synthetic import Engine
 from tests.monitor.test_service import SHIFTING
-from tests.monitor.test_store import names, stored, subscribe, until
+from tests.monitor.test_store import names, stored, subscribe
 
 
 @pytest.fixture
@@ -59,6 +59,43 @@ def test_what_is_too_old_goes_with_its_names(database: Database) -> None:
     assert held(database) == (list(range(251, 256)), list(range(251, 256)), 5)
     assert database.meta("forgotten") == 250
     assert not let_go(database, 2000)
+
+
+@pytest.mark.parametrize("days", [30, -30])
+def test_a_clock_that_jumps_makes_nothing_old(
+    run: Callable[..., Running],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    days: int,
+) -> None:
+    monkeypatch.setattr(archive, "RETENTION_SECONDS", 0.02)
+    store, rank = tmp_path / "store" / "monitor.db", Engine()
+    monitor = run(store=str(store))
+    stream = subscribe(monitor.api)
+    monitor.publish(rank.request("before-aaaaaaaa", SHIFTING))
+    cursor = next(stream).cursor
+    right = time.time_ns
+    with monkeypatch.context() as jumped:
+        asked = 0
+
+        def wrong() -> int:
+            nonlocal asked
+            asked += 1
+            return right() + days * 86400 * 10**9
+
+        jumped.setattr(time, "time_ns", wrong)
+        monitor.publish(rank.request("meanwhile-aaaaaaaa", SHIFTING))
+        assert next(stream).event.external_id == "meanwhile"
+        until(lambda: stored(store, "SELECT count(*) FROM events") == [(2,)])
+        seen = asked
+        until(lambda: asked > seen + 20)  # retention has looked
+        assert ("clock jumped ahead by" in caplog.text) == (days > 0)
+    monitor.publish(rank.request("after-aaaaaaaa", SHIFTING))
+    resumed = subscribe(monitor.api, cursor)
+    assert [next(resumed).event.external_id for _ in range(2)] == ["meanwhile", "after"]
+    assert names(monitor.api) == ["after", "meanwhile", "before"]
+    until(lambda: stored(store, "SELECT count(*) FROM events") == [(3,)])
 
 
 def test_the_names_of_a_request_stay_while_its_findings_do(database: Database) -> None:

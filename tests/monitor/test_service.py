@@ -7,9 +7,11 @@ import grpc
 import numpy as np
 import pytest
 
+from stream_monitor.monitor import store
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
-from tests.monitor.conftest import Running
+from tests.monitor.conftest import Running, until
 from tests.monitor.synthetic import Engine, Look, engine, finished, started, tokens
+from tests.monitor.test_ingest import Stream
 
 CHAT = "chatcmpl-my-req-1-aee6d49e"
 SHIFTING = [4] * 14 + [30] * 8
@@ -285,6 +287,35 @@ def test_the_oldest_finished_trace_makes_room(run: Callable[..., Running]) -> No
     assert monitor.metric("stream_monitor_traces_evicted_total", limit="count") == 1
 
 
+def test_the_engine_that_has_most_makes_room(run: Callable[..., Running]) -> None:
+    monitor = run(max_traces=4)
+    quiet, busy = Engine(), Engine()
+    monitor.publish(quiet.request("old", [4]))
+    monitor.publish([quiet.summary(started=[started("older")])])
+    for name in "abcdef":
+        monitor.publish(busy.request(name, [4]))
+    listed = monitor.api.ListRequests(monitor_pb2.ListRequestsRequest()).requests
+    assert [info.external_id for info in listed] == ["f", "e", "older", "old"]
+
+
+def test_running_requests_beyond_an_engine_s_share_are_refused_and_counted(run: Callable[..., Running]) -> None:
+    monitor = run(max_requests_per_engine=2)
+    busy, other = Engine(), Engine()
+    monitor.publish([busy.summary(started=[started(name) for name in "abc"])])
+    rows = busy.summary([Look("a", 48), Look("c", 48), Look("d", 48)], tokens=[tokens("c", 48), tokens("d", 48)])
+    monitor.publish([rows])
+    monitor.publish(other.request("e", [4]))
+    listed = monitor.api.ListRequests(monitor_pb2.ListRequestsRequest()).requests
+    assert {info.external_id for info in listed} == {"a", "b", "e"}
+    assert monitor.metric("stream_monitor_requests_refused_total", reason="engine_quota") == 1
+    lost = monitor.metric("stream_monitor_rows_total", outcome="discarded", reason="engine_quota")
+    assert lost == 2 * busy.heads
+    monitor.publish([busy.summary(finished=[finished("a", 54)])])
+    monitor.publish(busy.request("f", [4]))
+    listed = monitor.api.ListRequests(monitor_pb2.ListRequestsRequest()).requests
+    assert {info.external_id for info in listed} == {"a", "b", "e", "f"}
+
+
 def test_memory_is_bounded(run: Callable[..., Running]) -> None:
     monitor = run()
     monitor.server.store.max_bytes = 1 << 16
@@ -389,6 +420,26 @@ def test_a_missing_rank_makes_steps_partial_after_the_deadline(run: Callable[...
     assert (list(info.missing_ranks), info.rows_kept) == (["tp1"], 3)
     assert monitor.metric("stream_monitor_steps_total", result="partial") == 3
     stream.cancel()
+
+
+def test_requests_of_an_engine_that_is_gone_are_cut_until_it_is_back(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "GONE_SECONDS", 0.2)
+    monitor, rank = run(), Engine()
+    monitor.publish([rank.summary(started=[started("done")]), rank.summary(finished=[finished("done", 48)])])
+    monitor.publish([rank.summary(started=[started("runs")])])
+
+    def states() -> list[str]:
+        listed = monitor.api.ListRequests(monitor_pb2.ListRequestsRequest()).requests
+        return [monitor_pb2.RequestState.Name(info.state).removeprefix("REQUEST_STATE_") for info in listed]
+
+    until(lambda: states() == ["CUT", "FINISHED"])
+    back = Stream(monitor)
+    back.send(rank.summary([Look("runs", 48)]))
+    until(lambda: states() == ["RUNNING", "FINISHED"])
+    back.close()
+    until(lambda: states() == ["CUT", "FINISHED"])
 
 
 def test_sentences_beyond_the_limit_are_counted(run: Callable[..., Running]) -> None:

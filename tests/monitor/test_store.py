@@ -1,7 +1,6 @@
 """What is kept over restarts, and what is let go: with a real monitor in a process of its own where it is killed."""
 
 import sqlite3
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import grpc
 import pytest
 
 from stream_monitor.v1alpha1 import monitor_pb2
-from tests.monitor.conftest import Running
+from tests.monitor.conftest import Running, until
 from tests.monitor.process import MonitorProcess
 from tests.monitor.synthetic import Engine, started
 from tests.monitor.test_service import SHIFTING
@@ -45,13 +44,6 @@ def stored(path: Path, query: str) -> Any:
         return None
     finally:
         connection.close()
-
-
-def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_subscriber_resumes_across_kills_without_loss_or_repetition(process: MonitorProcess) -> None:

@@ -20,11 +20,11 @@ from stream_monitor.monitor.database_file import StoreRefused
 from stream_monitor.monitor.events import CursorGone, EventLog, Subscriber
 from stream_monitor.monitor.server import MonitorServer
 from stream_monitor.v1alpha1 import monitor_pb2
-from tests.monitor.conftest import Running
+from tests.monitor.conftest import Running, until
 from tests.monitor.process import MonitorProcess
 from tests.monitor.synthetic import Engine
 from tests.monitor.test_service import SHIFTING
-from tests.monitor.test_store import names, stored, subscribe, until
+from tests.monitor.test_store import names, stored, subscribe
 
 Taken = Callable[[Subscriber], list[str]]
 

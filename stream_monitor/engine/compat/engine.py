@@ -1,12 +1,9 @@
-"""The engine as a whole: version and platform, what rules capture out, and who a worker is.
+"""The engine as a whole: version and platform, and what rules capture out.
 
 Paths are under `vllm/`, read in 0.32.0.
 """
 
-import hashlib
 import os
-import uuid
-from dataclasses import dataclass
 from typing import Any
 
 TESTED_VERSIONS: dict[str, tuple[str, ...]] = {"cpu": ("0.32",), "cuda": ()}
@@ -119,43 +116,14 @@ def uses_v2_runner(vllm_config: Any) -> bool:
     return bool(getattr(vllm_config, "use_v2_model_runner", False))
 
 
-def engine_instance(vllm_config: Any, distributed_init_method: str) -> str:
-    """One UUID per engine start, equal on all tensor- and pipeline-parallel ranks of an engine core.
-
-    Both ingredients are made anew at each start and are the same for all workers of a core: `instance_id`
-    (config/vllm.py) and the rendezvous address. Dense data-parallel engines reset `data_parallel_rank`, not the index.
-    """
-    parallel = vllm_config.parallel_config
-    text = f"{vllm_config.instance_id}|{distributed_init_method}|{parallel.data_parallel_index}"
-    return str(uuid.UUID(bytes=hashlib.sha256(text.encode()).digest()[:16], version=4))
+def model_layers(vllm_config: Any) -> int:
+    """Decoder layers of the whole model, of which a pipeline rank has some (config/model.py:1692)."""
+    return int(vllm_config.model_config.get_total_num_hidden_layers())
 
 
 def served_model_name(vllm_config: Any) -> str:
     """The `model_name` label of vLLM's own metrics (v1/metrics/loggers.py)."""
     return str(vllm_config.model_config.served_model_name)
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """Where this worker stands in its engine."""
-
-    tensor: int
-    pipeline: int
-    last_pipeline: bool
-
-
-def ranks() -> Ranks:
-    """From the process groups (distributed/parallel_state.py)."""
-    from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
-
-    pipeline = get_pp_group()
-    return Ranks(get_tensor_model_parallel_rank(), pipeline.rank_in_group, pipeline.is_last_rank)
-
-
-def sends_tokens() -> bool:
-    """Whether this rank reports sampled tokens: the output rank alone (v1/executor/multiproc_executor.py:1057)."""
-    here = ranks()
-    return here.tensor == 0 and here.last_pipeline
 
 
 def compute_cpus() -> set[int]:

@@ -1,10 +1,13 @@
 """What the capture asks of vLLM's model runner, whichever it is, and what the runner answers with."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stream_monitor.engine.compat.schedule import ScheduledRequest
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,20 @@ class RunnerView(Protocol):
     def query_start_loc(self) -> Any: ...
 
     def device_inputs(self) -> DeviceInputs: ...
+
+
+def misplaced(batch: BatchRows, fresh: Sequence[ScheduledRequest]) -> str:
+    """Why the rows of requests that just began are not theirs by the scheduler's word, which gave each of them its
+    blocks; empty if they are, or where the host has no tables to look at."""
+    row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
+    for request in fresh if batch.block_tables else ():
+        row = row_of.get(request.request_id)
+        if row is None:
+            return "a request that was scheduled has no row in the batch"
+        for table, blocks in zip(batch.block_tables, request.block_ids, strict=True):
+            if table[row, : len(blocks)].tolist() != list(blocks):
+                return "a row's block table is not that of the request it is said to be of"
+    return ""
 
 
 def max_requests(runner: Any) -> int:

@@ -12,7 +12,8 @@ from stream_monitor.engine.binding import Binding
 from stream_monitor.engine.blocks import BlockGenerations
 from stream_monitor.engine.compat.schedule import ScheduledStep
 from stream_monitor.engine.cpu.slots import CpuSlot, LayerTap
-from stream_monitor.engine.paged_keys import check_against_dense, paged_keys
+from stream_monitor.engine.paged_keys import paged_keys
+from stream_monitor.engine.self_check import check_against_dense, check_ownership
 from stream_monitor.records import Audit
 
 
@@ -95,7 +96,7 @@ class CpuDevice:
             return summary
 
         check_against_dense(search_once, keys, binding, config)
-        search.forget()
+        search.forget()  # what it knows of the pages that were put back
         summary = BlockSummary.allocate(len(keys), binding.rows, len(binding.query_heads), config)
         self.search = CpuRowSearch(search, summary, binding.generations)
         head_dim, pages = keys[0].layout.head_dim, binding.runner.table_pages()
@@ -111,6 +112,8 @@ class CpuDevice:
             )
             for _ in range(slots)
         ]
+        check_ownership(self.slots[0], self.search, keys, binding, config)
+        search.forget()
 
     def follow(self, step: ScheduledStep) -> None:
         """Nothing to do: generations say all."""

@@ -14,7 +14,8 @@ from stream_monitor.engine.gpu.rows import GatherTap, GpuSlot, RowBuffers
 from stream_monitor.engine.gpu.search import GpuRowSearch
 from stream_monitor.engine.gpu.streams import streams_of
 from stream_monitor.engine.gpu.tables import HostTables
-from stream_monitor.engine.paged_keys import check_against_dense, device_keys
+from stream_monitor.engine.paged_keys import device_keys
+from stream_monitor.engine.self_check import check_against_dense
 
 _PROGRAMS_PER_PROCESSOR = 2
 

@@ -14,7 +14,10 @@ from stream_kernels.search import BlockSummary, SearchConfig
 from stream_monitor.engine.binding import Binding
 from stream_monitor.engine.blocks import BlockGenerations
 from stream_monitor.engine.compat.layers import PagedLayerCache, learned_sinks, soft_cap
-from stream_monitor.engine.paged_keys import LayoutError, check_against_dense, paged_keys
+from stream_monitor.engine.cpu.device import CpuDevice
+from stream_monitor.engine.cpu.slots import CpuSlot, LayerTap
+from stream_monitor.engine.paged_keys import paged_keys
+from stream_monitor.engine.self_check import LayoutError, check_against_dense
 
 PAGE, HEADS, KV_HEADS, DIM, PAGES = 32, 4, 2, 16, 12
 CONFIG = SearchConfig(strategy="exact", top_k=4)
@@ -102,6 +105,65 @@ def test_a_search_that_weighs_or_reads_otherwise_is_found_out(layers, caches, wh
     searched = [replace(k, **wrong) if n in where else k for n, k in enumerate(keys)]
     with pytest.raises(LayoutError, match="self-check failed"):
         check(searched, keys, layers, caches)
+
+
+class Runner:
+    """Tables of three KV cache groups, of which the second has no watched layer."""
+
+    def table_pages(self) -> list[int]:
+        return [PAGES, 1, PAGES]
+
+    def block_tokens(self) -> list[int]:
+        return [PAGE, PAGE, PAGE]
+
+
+def bind(layers: list[Any], caches: list[PagedLayerCache], rows: int = 4) -> CpuDevice:
+    """The device over these caches, its self-check passed."""
+    device = CpuDevice(layers)
+    generations = BlockGenerations(PAGES)
+    heads = tuple(range(HEADS))
+    binding = Binding(Runner(), layers, caches, HEADS, heads, rows, PAGES * PAGE, torch.float32, generations)
+    device.bind(binding, CONFIG, 2)
+    return device
+
+
+def test_two_requests_in_a_step_get_each_its_own_keys(layers, caches):
+    before = [cache.tensor.clone() for cache in caches]
+    bind(layers, caches)
+    assert all(torch.equal(cache.tensor, content) for cache, content in zip(caches, before, strict=True))
+
+
+def swapped_ids(native: Any) -> Any:
+    return lambda self, batch, labels, now: native(
+        self, replace(batch, request_ids=batch.request_ids[::-1]), labels, now
+    )
+
+
+def swapped_tables(native: Any) -> Any:
+    def snapshot(self: Any, batch: Any, labels: Any, now: int) -> str:
+        tables = [table[::-1] for table in batch.block_tables]
+        return str(native(self, replace(batch, block_tables=tables), labels, now))
+
+    return snapshot
+
+
+def first_rows(native: Any) -> Any:
+    return lambda self, query, starts: native(self, query, torch.tensor([0, 1, 4]))
+
+
+@pytest.mark.parametrize(
+    ("of", "method", "wrong"),
+    [(CpuSlot, "snapshot", swapped_ids), (CpuSlot, "snapshot", swapped_tables), (LayerTap, "take", first_rows)],
+)
+def test_a_row_of_another_request_is_found_out(layers, caches, monkeypatch, of, method, wrong):
+    monkeypatch.setattr(of, method, wrong(getattr(of, method)))
+    with pytest.raises(LayoutError, match="ownership check failed"):
+        bind(layers, caches)
+
+
+def test_a_batch_of_one_has_nobody_to_be_taken_for(layers, caches, monkeypatch):
+    monkeypatch.setattr(CpuSlot, "snapshot", swapped_ids(CpuSlot.snapshot))
+    bind(layers, caches, rows=1)
 
 
 def test_a_cache_without_a_page_for_each_group_is_refused(layers, caches):
