@@ -116,15 +116,13 @@ def check_against_dense(
 @torch.inference_mode()
 def check_ownership(slot: StepSlot, search: RowSearch, keys: Keys, binding: Binding, config: SearchConfig) -> None:
     """The canary: two planted requests go the way of a step, from the taps over the slot to the search, and each must
-    come back with what dense attention says of its own query and keys. Nothing to do where a batch holds one request.
+    come back with what dense attention says of its own query and keys.
 
     Their rows are sampled in another order than the batch's, and the first has query tokens before its last.
 
     Raises:
         LayoutError: a row is another request's, or of no request.
     """
-    if binding.rows < 2:
-        return
     queries = _queries(binding, 4)
     starts = torch.tensor([0, 3, 4], dtype=torch.int32)
     names, last_rows = ["canary-0", "canary-1"], [2, 3]

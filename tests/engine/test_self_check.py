@@ -117,9 +117,9 @@ class Runner:
         return [PAGE, PAGE, PAGE]
 
 
-def bind(layers: list[Any], caches: list[PagedLayerCache], rows: int = 4) -> CpuDevice:
+def bind(layers: list[Any], caches: list[PagedLayerCache], rows: int = 4, drafts: int = 0) -> CpuDevice:
     """The device over these caches, its self-check passed."""
-    device = CpuDevice(layers)
+    device = CpuDevice(layers, drafts + 1)
     generations = BlockGenerations(PAGES)
     heads = tuple(range(HEADS))
     binding = Binding(Runner(), layers, caches, HEADS, heads, rows, PAGES * PAGE, torch.float32, generations)
@@ -127,9 +127,10 @@ def bind(layers: list[Any], caches: list[PagedLayerCache], rows: int = 4) -> Cpu
     return device
 
 
-def test_two_requests_in_a_step_get_each_its_own_keys(layers, caches):
+@pytest.mark.parametrize("drafts", [0, 1])
+def test_two_requests_in_a_step_get_each_its_own_keys(layers, caches, drafts):
     before = [cache.tensor.clone() for cache in caches]
-    bind(layers, caches)
+    bind(layers, caches, drafts=drafts)
     assert all(torch.equal(cache.tensor, content) for cache, content in zip(caches, before, strict=True))
 
 

@@ -112,8 +112,9 @@ class CpuDevice:
             )
             for _ in range(slots)
         ]
-        check_ownership(self.slots[0], self.search, keys, binding, config)
-        search.forget()
+        if binding.rows >= 2 * self._decode_query_len:  # a batch of one request has nobody to be taken for
+            check_ownership(self.slots[0], self.search, keys, binding, config)
+            search.forget()
 
     def follow(self, step: ScheduledStep) -> None:
         """Nothing to do: generations say all."""
