@@ -136,15 +136,16 @@ def assert_equal_traces(start: Callable[..., Running], tmp_path: Path, result: O
     assert merged.metric("stream_monitor_steps_total", result="complete") > 0
 
 
-def test_two_tensor_ranks_say_what_one_says(run, monitor, tmp_path):
-    alone, split = run(), run(tensor_parallel_size=2)
-    assert {place: summaries[0].engine.first_query_head for place, summaries in ranks_of(split).items()} == {
-        (0, 0): 0,
-        (0, 1): 2,
-    }
-    assert_equal_to_one_rank(split, alone)
-    assert_one_account(split)
-    assert_equal_traces(monitor, tmp_path, split, alone)
+@pytest.fixture(scope="session")
+def alone(run: Runner) -> OfflineResult:
+    """One rank."""
+    return run()
+
+
+@pytest.fixture(scope="session")
+def tensor(run: Runner) -> OfflineResult:
+    """Two ranks, each with half of the heads."""
+    return run(tensor_parallel_size=2)
 
 
 # vLLM 0.32 on CPUs makes what later pipeline ranks are sent in its warm-up, which eager mode skips
@@ -152,19 +153,40 @@ def test_two_tensor_ranks_say_what_one_says(run, monitor, tmp_path):
 PIPELINE = {"pipeline_parallel_size": 2, "enforce_eager": False}
 
 
-@pytest.mark.long
-def test_two_pipeline_ranks_say_what_one_says(run, monitor, tmp_path):
-    alone, split = run(), run(**PIPELINE)
-    assert {place: list(s[0].engine.layers) for place, s in ranks_of(split).items()} == {(0, 0): [0, 1], (1, 0): [2, 3]}
-    assert_equal_to_one_rank(split, alone)
-    assert_one_account(split)
-    assert_equal_traces(monitor, tmp_path, split, alone)
+@pytest.fixture(scope="session")
+def pipeline(run: Runner) -> OfflineResult:
+    """Two ranks, each with half of the layers."""
+    return run(**PIPELINE)
+
+
+@pytest.fixture(scope="session", params=["0-1", "2-3"])
+def bystander(request: pytest.FixtureRequest, run: Runner) -> tuple[OfflineResult, OfflineResult]:
+    """Two pipeline ranks of which one watches nothing, and one rank alone that watches the same layers."""
+    chosen = {"layers": request.param}
+    return run(chosen, **PIPELINE), run(chosen)
+
+
+def test_two_tensor_ranks_say_what_one_says(tensor, alone, monitor, tmp_path):
+    assert {place: summaries[0].engine.first_query_head for place, summaries in ranks_of(tensor).items()} == {
+        (0, 0): 0,
+        (0, 1): 2,
+    }
+    assert_equal_to_one_rank(tensor, alone)
+    assert_one_account(tensor)
+    assert_equal_traces(monitor, tmp_path, tensor, alone)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("layers", ["0-1", "2-3"])
-def test_a_pipeline_rank_that_watches_nothing_is_not_missed(run, monitor, tmp_path, layers):
-    chosen = {"layers": layers}
-    split = run(chosen, **PIPELINE)
+def test_two_pipeline_ranks_say_what_one_says(pipeline, alone, monitor, tmp_path):
+    layers = {place: list(summaries[0].engine.layers) for place, summaries in ranks_of(pipeline).items()}
+    assert layers == {(0, 0): [0, 1], (1, 0): [2, 3]}
+    assert_equal_to_one_rank(pipeline, alone)
+    assert_one_account(pipeline)
+    assert_equal_traces(monitor, tmp_path, pipeline, alone)
+
+
+@pytest.mark.long
+def test_a_pipeline_rank_that_watches_nothing_is_not_missed(bystander, monitor, tmp_path):
+    split, alone = bystander
     assert all(status["capturing"] for status in split.statuses)
-    assert_equal_traces(monitor, tmp_path, split, run(chosen))
+    assert_equal_traces(monitor, tmp_path, split, alone)
