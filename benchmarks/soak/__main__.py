@@ -1,0 +1,289 @@
+"""Does the monitor stay right while everything around it breaks? A real engine serves, with a fault in each round.
+
+Rounds of chats and texts, short and long, under the same ids, some ended from outside and some preempted for want of KV
+blocks, are served by two engines step by step under one schedule: plain vLLM, and vLLM with the plug-in. While the
+second one serves, something breaks: the monitor is killed, hangs, is slow, has no disk or no memory, its store is
+damaged; the publisher is killed, its connection dies; the engine is killed and asked the same again. After each round:
+
+* both engines scheduled and sampled the same;
+* the attention of every sentence of every trace is that of its prompt served alone, and its text the engine's answer;
+* every finding in a trace came to the subscriber, once, and can be asked for again;
+* the monitor serves, and each row that was expected has an outcome.
+
+The detectors' thresholds are next to nothing here, so that there are many findings to lose. Default: one round for each
+fault. `--full`: half an hour, a fault a minute.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.report import Report, run
+from benchmarks.soak.checks import Comparison, Reference
+from benchmarks.soak.faults import FAULTS, Fault
+from benchmarks.soak.sidecar import Sidecar, known, wait_for
+from benchmarks.soak.traffic import NEW_TOKENS, Asked, engine_arguments, is_model, make_round, prompts
+from stream_monitor.anchors.panel import Kind
+from stream_monitor.anchors.profile import make_profile
+from stream_monitor.client import MonitorError
+
+STREAM_WORKER = "stream_monitor.engine.worker.StreamWorker"
+FULL_SECONDS, FAULT_SECONDS = 1800.0, 60.0
+STRIKE_AFTER = 2.0
+"""Seconds into a round."""
+FORGETFUL = ("stream_monitor_rows_expected_total", "stream_monitor_rows_total")
+
+
+class Process:
+    """An engine (`benchmarks.soak.engine`)."""
+
+    def __init__(self, arguments: dict[str, Any], environment: dict[str, str], log: Path) -> None:
+        self._command = [sys.executable, "-m", "benchmarks.soak.engine", json.dumps(arguments)]
+        self._environment, self._log = environment, log
+        self.start()
+
+    def start(self) -> None:
+        """Start it (again)."""
+        with self._log.open("a") as output:
+            self._process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+            )
+        started = self._answer()
+        if started is None:
+            tail = "\n".join(self._log.read_text().splitlines()[-25:])
+            raise RuntimeError(f"the engine did not start:\n{tail}")
+
+    @property
+    def pid(self) -> int:
+        """Of the engine core's process."""
+        return self._process.pid
+
+    def ask(self, do: str, **arguments: Any) -> Any:
+        """What the engine's method returns; None if it ended meanwhile."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def stop(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+
+class Soak:
+    """Engines, monitor, and what was seen so far."""
+
+    def __init__(self, plain: Process, stream: Process, sidecar: Sidecar, asked: list[list[int]], model: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.plain, self.stream, self.sidecar, self._prompts = plain, stream, sidecar, asked
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        self.compared = Comparison()
+        self.references: list[Reference] = []
+        self.counts = dict.fromkeys(
+            ("requests", "preempted", "aborted", "outputs differing", "findings lost", "not recovered", "gaps"), 0
+        )
+        self.unaccounted = 0.0
+
+    def make_references(self) -> None:
+        """Each prompt alone."""
+        for number in range(len(self._prompts)):
+            alone = Asked(f"alone{number}", number, NEW_TOKENS, 0, None)
+            answer = self.stream.ask("run", asked=[asdict(alone)], prompts=self._prompts)
+            instance = self.stream.ask("drain")["instance"]
+            self._wait_whole()
+            trace = self.sidecar.trace(alone.request_id, instance)
+            self.references.append(Reference(answer["tokens"][alone.request_id], trace))
+
+    def round(self, asked: list[Asked], fault: Fault | None) -> None:
+        """Serve a round twice, with the fault while the second engine serves, and check."""
+        request = {"asked": [asdict(each) for each in asked], "prompts": self._prompts}
+        plain = self.plain.ask("run", **request)
+        striking = threading.Timer(STRIKE_AFTER, fault.strike, (self.sidecar, self.stream.pid)) if fault else None
+        if striking:
+            striking.start()
+        stream = self.stream.ask("run", **request)
+        if striking:
+            striking.join()
+        if stream is None or (fault and fault.ends_engine):
+            self.stream.stop()
+            self.stream.start()
+            stream = self.stream.ask("run", **request)
+        status = self.stream.ask("drain")
+        differing = plain["schedule"] != stream["schedule"] or plain["tokens"] != stream["tokens"]
+        self.counts["outputs differing"] += differing
+        self.counts["requests"] += len(asked)
+        self.counts["preempted"] += plain["preempted"]
+        self.counts["aborted"] += sum(each.abort_at is not None for each in asked)
+        if not status["capturing"] or not self._wait_whole(rebased=bool(fault and fault.ends_engine)):
+            self.counts["not recovered"] += 1
+            print(f"not recovered: {status['reason']}", flush=True)
+        self._check(asked, stream["tokens"], status["instance"], fault)
+
+    def _wait_whole(self, rebased: bool = False) -> bool:
+        """Until each row has an outcome. Those that a killed engine had in hand have none: no more may come to them."""
+
+        def missing() -> float:
+            expected, became = (self.sidecar.metric(name) for name in FORGETFUL)
+            return expected - became
+
+        if rebased:
+            wait_for(lambda: missing() == missing() >= 0, 30)
+            time.sleep(5)
+            left = missing()
+            self.unaccounted = left if left >= self.unaccounted else float("nan")
+            return left >= 0
+        return wait_for(lambda: missing() == self.unaccounted)
+
+    def _check(self, asked: list[Asked], tokens: dict[str, list[int]], instance: str, fault: Fault | None) -> None:
+        heard = self.sidecar.heard
+        for each in asked:
+            own, other = self.references[each.prompt], self.references[each.prompt - 1]
+            try:
+                trace = self.sidecar.trace(each.request_id, instance)
+            except MonitorError:
+                continue  # killed before anything of it was stored
+            text = self._tokenizer.decode(tokens[each.request_id])
+            self.compared.hold(trace, tokens[each.request_id], own, other, text)
+            told = {known(event) for event in trace.events}
+            if not wait_for(lambda told=told: told <= heard.findings.keys(), 20):  # type: ignore[misc]
+                self.counts["findings lost"] += len(told - heard.findings.keys())
+        if fault is None or not fault.forgets:
+            held = self.sidecar.findings_held()
+            self.counts["findings lost"] += len(heard.since - held)
+        self.counts["gaps"] = heard.gaps
+
+
+def tiny_thresholds(sidecar: Sidecar, soak: Soak, folder: Path) -> None:
+    """Start the monitor again with a profile by which nearly every sentence is a finding."""
+    info = soak.references[0].trace.info
+    highest = {kind.value: [1e-6] * 399 for kind in Kind}
+    make_profile(info.model_name, info.capture, int(time.time()), highest, 399).write(folder / "profile.json")
+    sidecar.restart_with(profiles=str(folder / "profile.json"))
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of a model.")] = Path(".cache/models/smollm2"),
+    traces: Annotated[Path | None, typer.Option(help="JSON lines of recorded reasoning, one prompt more.")] = None,
+    rounds: Annotated[int, typer.Option(help="0: one for each fault.")] = 0,
+    full: Annotated[bool, typer.Option(help="Half an hour, a fault a minute.")] = False,
+    dtype: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Soak."""
+    if not is_model(model):
+        raise typer.BadParameter(f"--model {model}: no config.json there; `make weights` fetches SmolLM2")
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = Path(name)
+        sidecar = Sidecar(folder, model / "tokenizer.json")
+        stack.callback(sidecar.close)
+        arguments = engine_arguments(model, dtype, seed)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("STREAM_MONITOR_")}
+        environment |= {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        capture = {"TARGET": sidecar.target, "MAX_OVERHEAD": "0", "SEND_TOKEN_IDS": "1", "STRIDE": "2"}
+        own = {f"STREAM_MONITOR_{name}": value for name, value in capture.items()}
+        plain = Process(arguments, environment, folder / "plain.log")
+        stack.callback(plain.stop)
+        stream = Process(arguments | {"worker_cls": STREAM_WORKER}, environment | own, folder / "stream.log")
+        stack.callback(stream.stop)
+        asked = prompts(model, traces)
+        soak = Soak(plain, stream, sidecar, asked, model)
+        soak.make_references()
+        tiny_thresholds(sidecar, soak, folder)
+        sidecar.listen()
+        begin, struck = time.monotonic(), 0
+        served = 0
+        names: list[str] = []
+        while served < (rounds or len(FAULTS)) or (full and time.monotonic() - begin < FULL_SECONDS):
+            due = not full or time.monotonic() - begin >= struck * FAULT_SECONDS
+            fault = FAULTS[struck % len(FAULTS)] if due else None
+            struck += due
+            started = time.monotonic()
+            soak.round(make_round(draw, len(asked)), fault)
+            served += 1
+            names += [fault.name] if fault else []
+            took = time.monotonic() - started
+            print(f"round {served}, {fault.name if fault else 'no fault'}: {took:.0f} s, {soak.counts}", flush=True)
+        report(soak, model, arguments, names, served, time.monotonic() - begin, seed)
+
+
+def report(
+    soak: Soak, model: Path, arguments: dict[str, Any], names: list[str], rounds: int, seconds: float, seed: int
+) -> None:
+    """The figures and what they must be."""
+    compared, heard = soak.compared, soak.sidecar.heard
+    config = {
+        "model": model.name,
+        "engine": {key: value for key, value in arguments.items() if key != "model"},
+        "rounds": rounds,
+        "faults": names,
+        "n": "requests",
+    }
+    found = Report("soak", config, seed, soak.counts["requests"])
+    found.figures = {
+        "seconds": seconds,
+        "requests": soak.counts["requests"],
+        "preemptions": soak.counts["preempted"],
+        "requests ended from outside": soak.counts["aborted"],
+        "rounds with other outputs than the plain engine's": soak.counts["outputs differing"],
+        "sentences compared": len(compared.distances),
+        "texts compared": compared.texts,
+        "wrong attributions": compared.wrong,
+        "largest distance to the prompt's own": max(compared.distances, default=float("nan")),
+        "median distance to another prompt's": sorted(compared.others)[len(compared.others) // 2]
+        if compared.others
+        else 0,
+        "findings received": len(heard.findings),
+        "acknowledged findings lost": soak.counts["findings lost"] + heard.lost,
+        "findings received twice": sum(count > 1 for count in heard.findings.values()),
+        "gaps told": heard.gaps,
+        "rounds after which the monitor did not recover": soak.counts["not recovered"],
+        "row-heads without an outcome": soak.unaccounted,
+    }
+    forgetting = sum(fault.forgets for fault in FAULTS for name in names if name == fault.name)
+    found.must = {
+        "rounds with other outputs than the plain engine's": ("<=", 0),
+        "wrong attributions": ("<=", 0),
+        "acknowledged findings lost": ("<=", 0),
+        "findings received twice": ("<=", 0),
+        "rounds after which the monitor did not recover": ("<=", 0),
+        "gaps told": ("<=", forgetting),
+        "sentences compared": (">=", 5 * rounds),
+        "texts compared": (">=", rounds),
+        "findings received": (">=", rounds),
+        "preemptions": (">=", 1),
+        "median distance to another prompt's": (">=", 0.5),
+    }
+    found.finish()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,104 @@
+"""Whose rows they are: each trace is held against what its prompt gave when it was served alone."""
+
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_monitor.v1alpha1 import monitor_pb2
+
+WRONG = 0.25
+"""Total variation between two sentences' attention above which they are not the same. Rows of two prompts are 0.6 and
+more apart; those of one prompt in two batches differ by rounding alone."""
+UNKNOWN = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A prompt served alone: its sampled tokens, and its trace."""
+
+    tokens: list[int]
+    trace: monitor_pb2.GetTraceResponse
+
+
+@dataclass
+class Comparison:
+    """What was held against references, and how far it was off.
+
+    Attributes:
+        distances: of each sentence of the output that could be compared, to the same one of its prompt alone.
+        others: the same to another prompt's, as far as both are long enough: what a wrong attribution looks like.
+        texts: outputs whose text was compared. wrong_texts: those that are not what the engine answered.
+    """
+
+    distances: list[float] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)
+    texts: int = 0
+    wrong_texts: int = 0
+
+    @property
+    def wrong(self) -> int:
+        """Sentences with another's attention, and outputs with another's text."""
+        return sum(not distance <= WRONG for distance in self.distances) + self.wrong_texts
+
+    def hold(
+        self,
+        trace: monitor_pb2.GetTraceResponse,
+        tokens: list[int],
+        own: Reference,
+        other: Reference,
+        text: str,
+    ) -> None:
+        """Compare a request's trace.
+
+        Args:
+            trace: what the monitor has of it.
+            tokens: what the engine sampled.
+            own, other: of its prompt, and of another.
+            text: of its sampled tokens.
+        """
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens, own.tokens, strict=False)))
+        end = own.trace.info.prompt_tokens + same
+        mine, reference, foreign = (_rows(each) for each in (trace, own.trace, other.trace))
+        for place, row in mine.items():
+            if place[1] <= end and place in reference and row.count == reference[place].count:
+                self.distances.append(_variation(row.shares, reference[place].shares))
+                for each in list(foreign.values())[:1]:
+                    self.others.append(_variation(row.shares, each.shares))
+        whole = not trace.info.joined_late and trace.info.output_tokens == len(tokens)
+        if whole and trace.info.state == monitor_pb2.REQUEST_STATE_FINISHED:
+            prompt = trace.info.prompt_tokens
+            said = "".join(each.text for each in trace.sentences if each.first_token >= prompt)
+            self.texts += 1
+            self.wrong_texts += said.strip(UNKNOWN) != text.strip(UNKNOWN)
+
+
+@dataclass(frozen=True)
+class _Row:
+    shares: NDArray[np.float64]
+    count: int
+
+
+def _rows(trace: monitor_pb2.GetTraceResponse) -> dict[tuple[int, int], _Row]:
+    """Rows of the sentence matrix by the sentence's first and end token; sentences of the output alone."""
+    size = len(trace.sentences)
+    rows, columns = (np.frombuffer(raw, "<u4") for raw in (trace.matrix_row, trace.matrix_column))
+    shares = np.frombuffer(trace.matrix_share, "<f4")
+    counts = np.frombuffer(trace.captured_rows, "<u4")
+    found = {}
+    for index, sentence in enumerate(trace.sentences):
+        if sentence.first_token < trace.info.prompt_tokens or not counts[index]:
+            continue
+        dense = np.zeros(size)
+        dense[columns[rows == index]] = shares[rows == index]
+        found[sentence.first_token, sentence.end_token] = _Row(dense, int(counts[index]))
+    return found
+
+
+def _variation(one: NDArray[np.float64], two: NDArray[np.float64]) -> float:
+    """Half the sum of the differences, the first sentence left out: most of it is the attention sink of any prompt."""
+    size = max(len(one), len(two))
+    padded = [np.pad(each, (0, size - len(each)))[1:] for each in (one, two)]
+    total = max(padded[0].sum(), padded[1].sum())
+    return float(0.5 * np.abs(padded[0] - padded[1]).sum() / total) if total else 0.0
