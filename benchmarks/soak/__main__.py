@@ -42,6 +42,8 @@ STREAM_WORKER = "stream_monitor.engine.worker.StreamWorker"
 FULL_SECONDS, FAULT_SECONDS = 1800.0, 60.0
 STRIKE_AFTER = 2.0
 """Seconds into a round."""
+SETTLED_SECONDS = 5.0
+"""A count that did not change for so long stays."""
 FORGETFUL = ("stream_monitor_rows_expected_total", "stream_monitor_rows_total")
 
 
@@ -154,13 +156,18 @@ class Soak:
             expected, became = (self.sidecar.metric(name) for name in FORGETFUL)
             return expected - became
 
-        if rebased:
-            wait_for(lambda: missing() == missing() >= 0, 30)
-            time.sleep(5)
-            left = missing()
-            self.unaccounted = left if left >= self.unaccounted else float("nan")
-            return left >= 0
-        return wait_for(lambda: missing() == self.unaccounted)
+        if not rebased:
+            return wait_for(lambda: missing() == self.unaccounted)
+        seen = [float("nan")] * int(SETTLED_SECONDS / 0.1)
+
+        def settled() -> bool:
+            seen.append(missing())
+            return len(set(seen[-int(SETTLED_SECONDS / 0.1) :])) == 1
+
+        if not wait_for(settled):
+            return False
+        self.unaccounted, before = seen[-1], self.unaccounted
+        return seen[-1] >= before
 
     def _check(self, asked: list[Asked], tokens: dict[str, list[int]], instance: str, fault: Fault | None) -> None:
         heard = self.sidecar.heard
@@ -176,8 +183,7 @@ class Soak:
             if not wait_for(lambda told=told: told <= heard.findings.keys(), 20):  # type: ignore[misc]
                 self.counts["findings lost"] += len(told - heard.findings.keys())
         if fault is None or not fault.forgets:
-            held = self.sidecar.findings_held()
-            self.counts["findings lost"] += len(heard.since - held)
+            self.counts["findings lost"] += len(self.sidecar.forgotten())
         self.counts["gaps"] = heard.gaps
 
 

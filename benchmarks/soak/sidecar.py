@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -17,6 +18,8 @@ from tests.monitor.process import MonitorProcess, free_port
 
 RECOVERY_SECONDS = 120.0
 """Longest until all is well again after a fault: a cut connection is given up after 30 seconds."""
+MOST_ASKED = 1000
+"""Findings that a subscriber may ask for at a time."""
 Known = tuple[str, str, int, int, int]
 """A finding: engine instance, request, kind, sentence, time of the engine's step."""
 
@@ -35,15 +38,13 @@ class Heard:
         findings: how often it was given each.
         lost: events that it was told were lost to it.
         gaps: times that it was told any number may be missing.
-        first: cursor of the first since the last gap, from which all later ones can be asked for again.
-        since: those findings, but the first.
+        since: findings after the last gap, in order.
     """
 
     findings: Counter[Known] = field(default_factory=Counter)
     lost: int = 0
     gaps: int = 0
-    first: str = ""
-    since: set[Known] = field(default_factory=set)
+    since: list[Known] = field(default_factory=list)
 
 
 class Sidecar:
@@ -71,8 +72,7 @@ class Sidecar:
     def restart_with(self, **settings: object) -> None:
         """Stop in order, and start with more settings."""
         self.process.stop()
-        self.process._settings |= settings
-        self.process.start()
+        self.process.start(**settings)
 
     def metric(self, name: str, **labels: str) -> float:
         """Sum of the samples that carry these labels; NaN while nobody answers."""
@@ -92,20 +92,18 @@ class Sidecar:
         """A request of this engine."""
         return self._client.get_trace(request_id, engine_instance=instance).message
 
-    def findings_held(self) -> set[Known]:
-        """What the monitor gives from the first finding since the last gap on, that one left out."""
-        found: set[Known] = set()
-        if self.heard.since:
-            last = max(self.heard.since, key=lambda finding: finding[4])
-            asked = client.Monitor(self.process.address)
-            try:
-                for received in asked.subscribe(cursor=self.heard.first):
-                    found.add(known(received.event))
-                    if last in found and self.heard.since <= found:
-                        break
-            finally:
-                asked.close()
-        return found
+    def forgotten(self) -> set[Known]:
+        """Findings that were received since the last gap and cannot be asked for again."""
+        wanted = set(self.heard.since[-MOST_ASKED // 2 :])
+        try:
+            for response in self.process.api.Subscribe(monitor_pb2.SubscribeRequest(last=MOST_ASKED), timeout=20):
+                wanted.discard(known(response.event))
+                if not wanted:
+                    break
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise
+        return wanted
 
     def close(self) -> None:
         """End everything."""
@@ -117,11 +115,10 @@ class Sidecar:
         for received in self._client.subscribe():
             heard, finding = self.heard, known(received.event)
             heard.lost += received.lost
-            if received.gap or not heard.first:
-                heard.gaps += bool(received.gap)
-                heard.first, heard.since = received.cursor, set()
-            else:
-                heard.since.add(finding)
+            if received.gap:
+                heard.gaps += 1
+                heard.since.clear()
+            heard.since.append(finding)
             heard.findings[finding] += 1
 
 

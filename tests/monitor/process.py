@@ -35,7 +35,9 @@ class MonitorProcess:
         self.process: subprocess.Popen[str] | None = None
         self.start()
 
-    def start(self) -> None:
+    def start(self, **more: object) -> None:
+        """Start it (again), from now on with more settings."""
+        self._settings |= more
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in self._settings.items()]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
