@@ -15,6 +15,7 @@ import pytest
 from stream_monitor.publisher import delivery
 from stream_monitor.publisher.process import Publisher
 from stream_monitor.ring import RingReader
+from stream_monitor.target import Target
 from tests.faults.proxy import Proxy
 from tests.faults.world import EngineRank, World, info_of, world
 from tests.monitor.conftest import until
@@ -177,7 +178,7 @@ class InThread:
         self._life, self._death = os.pipe()
 
         async def publish() -> None:
-            await Publisher(RingReader(rank.ring.fd), info_of(rank.synthetic.info), target).run(self._life)
+            await Publisher(RingReader(rank.ring.fd), info_of(rank.synthetic.info), Target(target)).run(self._life)
 
         self._thread = threading.Thread(target=lambda: asyncio.run(publish()))
         self._thread.start()

@@ -29,6 +29,7 @@ from stream_monitor.records import (
     encode,
 )
 from stream_monitor.ring import RingWriter
+from stream_monitor.target import Target
 from stream_monitor.v1alpha1 import summary_pb2
 from tests.monitor.conftest import until
 from tests.monitor.process import MonitorProcess
@@ -52,7 +53,7 @@ class EngineRank:
         self.synthetic = Engine(engine(instance))
         self.ring = RingWriter(ring_bytes)
         self.rows = RowLedger()
-        self.publisher = PublisherProcess(self.ring.fd, info_of(self.synthetic.info), target)
+        self.publisher = PublisherProcess(self.ring.fd, info_of(self.synthetic.info), Target(target))
         self.publisher.start()
 
     def request(self, name: str, targets: list[int] = SHIFTING) -> None:
