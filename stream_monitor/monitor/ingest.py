@@ -5,7 +5,7 @@ import time
 
 import grpc
 
-from stream_monitor.monitor import identity
+from stream_monitor.monitor import identity, store
 from stream_monitor.monitor.access import rights
 from stream_monitor.monitor.faults import Fault, Refusal
 from stream_monitor.monitor.ledger import RankLedger
@@ -69,6 +69,7 @@ class Ingest:
         for step in self.merger.flush(now):
             self.pipeline.apply(step)
         self.pipeline.store.cut_off(self.ranks.connected(), now)
+        self.ranks.close_silent(now - store.GONE_SECONDS)
         if now - self._rates_from >= RATE_SECONDS:
             self._rates_from = now
             for rank in self.ranks.ranks.values():
@@ -89,6 +90,7 @@ class Ingest:
             self._streams.discard(task)
             for rank in opened:
                 rank.streams -= 1
+                rank.left_at = time.monotonic()
 
     async def _read(self, context: Context, opened: set[Rank]) -> None:
         last: dict[Rank, int] = {}

@@ -4,6 +4,8 @@ A reason that is not listed here is counted as OTHER, so that no publisher can a
 listed one is exported from the start, as 0: the first loss would else go unseen by `rate`, which needs a value before.
 """
 
+from stream_monitor.monitor.ledger import ENGINE_SILENT
+
 OTHER = "other"
 ENGINE_QUOTA = "engine_quota"
 RANKS_REFUSED = ("too_many_ranks", "too_many_ranks_of_engine", "rank_retired", "message_rate", "other_tenant")
@@ -27,6 +29,7 @@ ROWS: dict[str, tuple[str, dict[str, str]]] = {
             "ring_full": "overwritten in the ring before the publisher read it",
             "torn": "damaged in the ring",
             "monitor_unreachable": "nobody took it in for too long",
+            ENGINE_SILENT: "in hand when the engine ended without a word, or was not heard of for half a minute",
             OTHER: _ELSEWHERE,
         },
     ),

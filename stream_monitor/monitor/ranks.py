@@ -59,13 +59,14 @@ def key_of(engine: summary_pb2.EngineInfo) -> RankKey:
 
 @dataclass(slots=True, eq=False)
 class Rank:
-    """One engine rank: constant description, newest sequence and ledger, open streams."""
+    """One engine rank: constant description, newest sequence and ledger, open streams, when the last one ended."""
 
     key: RankKey
     engine: summary_pb2.EngineInfo
     labels: Labels
     sequence: int = 0
     streams: int = 0
+    left_at: float = 0.0
     lost_messages: int = 0
     recent_messages: int = 0
     """Since the last look at the rate."""
@@ -150,6 +151,13 @@ class RankBook:
         """Engine instances of which a rank has an open stream."""
         return {rank.engine.instance for rank in self.ranks.values() if rank.streams}
 
+    def close_silent(self, before: float) -> None:
+        """Close the account of ranks whose last stream ended before a time."""
+        for rank in self.ranks.values():
+            if not rank.streams and 0 < rank.left_at < before:
+                rank.ledger.close()
+                rank.left_at = 0.0
+
     def totals(self, labels: Labels, ranks: Iterable[Rank]) -> Totals:
         """The sum over `ranks`, which carry these labels, and over the ranks that did and were retired."""
         gone = self._retired_totals.get(labels, Totals())
@@ -163,6 +171,7 @@ class RankBook:
         if stopped is None:
             raise Refusal("too_many_ranks")
         del self.ranks[stopped.key]
+        stopped.ledger.close()
         add_cells(self.retired.setdefault(stopped.labels, Counter()), stopped.ledger.cells())
         self._retired_totals.setdefault(stopped.labels, Totals()).add(stopped)
         if len(self._retired_keys) == MAX_RETIRED:

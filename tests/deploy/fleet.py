@@ -26,7 +26,7 @@ from stream_monitor.v1alpha1 import ingest_pb2, ingest_pb2_grpc, monitor_pb2, mo
 from tests.monitor.synthetic import Engine, Look, engine, finished, started, tokens
 from tests.monitor.test_findings import UNTRUSTED, request
 
-MAX_ENGINES, MAX_SENTENCES = 5, 64
+MAX_ENGINES, MAX_RANKS, MAX_REQUESTS, MAX_SENTENCES = 5, 2, 45, 64
 _PUBLISH = "/stream_monitor.v1alpha1.IngestService/Publish"
 OLD_PROFILE, NEW_PROFILE = 40 * 86400, 0
 """Ages in seconds."""
@@ -132,6 +132,7 @@ class Fleet:
                 *(sys.executable, "-m", "stream_monitor", "serve", "--ingest", self.ingest),
                 *("--http", self.http, "--grpc", self.grpc, "--profiles", str(profile)),
                 *("--max-engines", str(MAX_ENGINES), "--max-sentences", str(MAX_SENTENCES)),
+                *("--max-ranks-per-engine", str(MAX_RANKS), "--max-requests-per-engine", str(MAX_REQUESTS)),
                 *("--max-traces", "40", "--subscriber-queue", "16", "--store", str(self.store)),
             ],
             stdout=subprocess.PIPE,
@@ -230,6 +231,9 @@ class Fleet:
         summaries += rank.request(long, [4] * (MAX_SENTENCES + 20))  # sentence_limit
         summaries.append(rank.summary([Look(unplaced, 48 + i) for i in range(1030)], started=[started(unplaced)]))
         summaries.append(rank.summary(finished=[finished(unplaced, 2000)]))
+        many = [self.name() for _ in range(MAX_REQUESTS + 10)]  # engine_quota
+        summaries.append(rank.summary([Look(each, 48, 4) for each in many], started=[started(each) for each in many]))
+        summaries.append(rank.summary(finished=[finished(each, 49) for each in many]))
         rank.sequence += 1  # a message is lost
         for reason in (*outcomes.REQUESTS, "of_a_later_release"):
             summaries.append(rank.summary(started=[started(self.name(), refused=reason)]))
@@ -287,6 +291,8 @@ class Fleet:
         self._refused(stranger.summary(ledger=summary_pb2.Ledger(token_rows=cells)))
         self._refused(again, again)  # a duplicate, and then out of order
         self._refused(Engine().summary())  # one rank too many
+        third = engine(self.wide[0].info.instance, engine="1", data_parallel_index=1)
+        self._refused(Engine(third).summary())  # one too many of its engine
         self._refused(self.retired.summary())
 
     def _refused(self, *summaries: summary_pb2.StepSummary) -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stream_monitor.monitor import store
 from stream_monitor.v1alpha1 import ingest_pb2, ingest_pb2_grpc, monitor_pb2, summary_pb2
-from tests.monitor.conftest import TIMEOUT, Running
+from tests.monitor.conftest import TIMEOUT, Running, until
 from tests.monitor.synthetic import Engine, Look, engine, finished, started, tokens
 
 ACCEPTED, DUPLICATE, REFUSED = 1, 2, 3
@@ -232,6 +233,31 @@ def test_ranks_beyond_the_limit_are_refused_and_stopped_ones_make_room(run: Call
     assert monitor.metric("stream_monitor_rows_total", outcome="captured") == 2 * second.heads
     (answer,) = monitor.publish([first.summary()])
     assert (answer.outcome, answer.reason) == (REFUSED, "rank_retired")
+
+
+def test_rows_in_hand_of_an_engine_that_is_gone_are_dropped_by_name_and_counted_once_if_it_comes_back(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "GONE_SECONDS", 0.2)
+    monitor, rank = run(), Engine()
+
+    def message(captured: int) -> summary_pb2.StepSummary:
+        """Of a rank that expects 100, of which so many have arrived and none was left out."""
+        cells = [summary_pb2.RowCount(outcome=o, count=n) for o, n in (("expected", 100), ("captured", captured))]
+        return rank.summary(ledger=summary_pb2.Ledger(token_rows=cells))
+
+    def told(outcome: str) -> float:
+        return monitor.metric("stream_monitor_rows_total", outcome=outcome)
+
+    stream = Stream(monitor)
+    stream.send(message(90))
+    assert account(monitor) == (100, 90)
+    stream.close()
+    until(lambda: account(monitor) == (100, 100))
+    assert monitor.metric("stream_monitor_rows_total", outcome="dropped", reason="engine_silent") == 10
+    assert told("captured") == 90
+    monitor.publish([message(96)])
+    assert (account(monitor), told("captured"), told("dropped")) == ((100, 100), 90, 10)
 
 
 def test_ranks_of_one_engine_beyond_its_share_are_refused_and_others_are_taken_in(run: Callable[..., Running]) -> None:
