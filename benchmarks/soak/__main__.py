@@ -42,9 +42,6 @@ STREAM_WORKER = "stream_monitor.engine.worker.StreamWorker"
 FULL_SECONDS, FAULT_SECONDS = 1800.0, 60.0
 STRIKE_AFTER = 2.0
 """Seconds into a round."""
-SETTLED_SECONDS = 5.0
-"""A count that did not change for so long stays."""
-FORGETFUL = ("stream_monitor_rows_expected_total", "stream_monitor_rows_total")
 
 
 class Process:
@@ -112,16 +109,16 @@ class Soak:
         self.counts = dict.fromkeys(
             ("requests", "preempted", "aborted", "outputs differing", "findings lost", "not recovered", "gaps"), 0
         )
-        self.unaccounted = 0.0
 
     def make_references(self) -> None:
         """Each prompt alone."""
         for number in range(len(self._prompts)):
             alone = Asked(f"alone{number}", number, NEW_TOKENS, 0, None)
             answer = self.stream.ask("run", asked=[asdict(alone)], prompts=self._prompts)
-            instance = self.stream.ask("drain")["instance"]
-            self._wait_whole()
-            trace = self.sidecar.trace(alone.request_id, instance)
+            status = self.stream.ask("drain")
+            if not self._wait_whole(status):
+                raise RuntimeError(f"nothing of a prompt served alone arrives: {status['reason']}")
+            trace = self.sidecar.trace(alone.request_id, status["instance"])
             self.references.append(Reference(answer["tokens"][alone.request_id], trace))
 
     def round(self, asked: list[Asked], fault: Fault | None) -> None:
@@ -144,30 +141,21 @@ class Soak:
         self.counts["requests"] += len(asked)
         self.counts["preempted"] += plain["preempted"]
         self.counts["aborted"] += sum(each.abort_at is not None for each in asked)
-        if not status["capturing"] or not self._wait_whole(rebased=bool(fault and fault.ends_engine)):
+        if not status["capturing"] or not self._wait_whole(status):
             self.counts["not recovered"] += 1
             print(f"not recovered: {status['reason']}", flush=True)
         self._check(asked, stream["tokens"], status["instance"], fault)
 
-    def _wait_whole(self, rebased: bool = False) -> bool:
-        """Until each row has an outcome. Those that a killed engine had in hand have none: no more may come to them."""
+    def _wait_whole(self, status: dict[str, Any]) -> bool:
+        """Until the monitor has the account, and each row an outcome: those of a killed engine get theirs after a while."""
+        rows = status["ledger"]
+        told = rows["token_rows"]["expected"] + rows["chunk_rows"]["expected"]
 
-        def missing() -> float:
-            expected, became = (self.sidecar.metric(name) for name in FORGETFUL)
-            return expected - became
+        def whole() -> bool:
+            expected, became = (self.sidecar.metric(f"stream_monitor_rows{name}_total") for name in ("_expected", ""))
+            return expected == became and expected >= told
 
-        if not rebased:
-            return wait_for(lambda: missing() == self.unaccounted)
-        seen = [float("nan")] * int(SETTLED_SECONDS / 0.1)
-
-        def settled() -> bool:
-            seen.append(missing())
-            return len(set(seen[-int(SETTLED_SECONDS / 0.1) :])) == 1
-
-        if not wait_for(settled):
-            return False
-        self.unaccounted, before = seen[-1], self.unaccounted
-        return seen[-1] >= before
+        return wait_for(whole)
 
     def _check(self, asked: list[Asked], tokens: dict[str, list[int]], instance: str, fault: Fault | None) -> None:
         heard = self.sidecar.heard
@@ -263,7 +251,7 @@ def report(
         "sentences compared": len(compared.distances),
         "texts compared": compared.texts,
         "wrong attributions": compared.wrong,
-        "largest distance to the prompt's own": max(compared.distances, default=float("nan")),
+        "largest distance to the prompt's own": max(compared.distances, default=0.0),
         "median distance to another prompt's": sorted(compared.others)[len(compared.others) // 2]
         if compared.others
         else 0,
@@ -272,7 +260,6 @@ def report(
         "findings received twice": sum(count > 1 for count in heard.findings.values()),
         "gaps told": heard.gaps,
         "rounds after which the monitor did not recover": soak.counts["not recovered"],
-        "row-heads without an outcome": soak.unaccounted,
     }
     forgetting = sum(fault.forgets for fault in FAULTS for name in names if name == fault.name)
     found.must = {

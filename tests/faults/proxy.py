@@ -36,7 +36,11 @@ class Proxy:
         with contextlib.suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(_place(self._target))
+                try:
+                    far = socket.create_connection(_place(self._target))
+                except OSError:  # nobody is there now
+                    near.close()
+                    continue
                 self._sockets += [near, far]
                 self.connections += 1
                 for source, sink in ((near, far), (far, near)):
