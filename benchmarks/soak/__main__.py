@@ -147,7 +147,7 @@ class Soak:
         self._check(asked, stream["tokens"], status["instance"], fault)
 
     def _wait_whole(self, status: dict[str, Any]) -> bool:
-        """Until the monitor has the account, and each row an outcome; those of a killed engine get theirs in a while."""
+        """Until the monitor has the account, and each row an outcome; a killed engine's get theirs in a while."""
         rows = status["ledger"]
         told = rows["token_rows"]["expected"] + rows["chunk_rows"]["expected"]
 
