@@ -98,7 +98,7 @@ class AsyncMonitor:
             except grpc.aio.AioRpcError as error:
                 if self._closed:
                     return
-                wait = asked.failed(error)
+                wait = asked.failed(error, self._link.renewed())
             finally:
                 call.cancel()
             await asyncio.sleep(wait)

@@ -116,7 +116,7 @@ class Monitor:
             except grpc.RpcError as error:
                 if self._closed:
                     return
-                wait = asked.failed(error)
+                wait = asked.failed(error, self._link.renewed())
             time.sleep(wait)
 
     def get_trace(

@@ -90,6 +90,10 @@ class Link(Generic[Channel]):
                 self._mark = mark
             return self.channels[-1]
 
+    def renewed(self) -> bool:
+        """Whether certificates or the token were replaced since the last call."""
+        return self.target.mark() != self._mark
+
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """What goes along with the next call."""
         return (("authorization", f"Bearer {self._token}"),) if self._token else self.target.metadata()

@@ -98,9 +98,12 @@ class Subscription:
         self._lost, self._gap = 0, ""
         return received
 
-    def failed(self, error: grpc.RpcError) -> float:
-        """Seconds to wait before asking again. Raises MonitorError if that is of no use."""
-        if error.code() in FINAL:
+    def failed(self, error: grpc.RpcError, renewed: bool) -> float:
+        """Seconds to wait before asking again. Raises MonitorError if that is of no use.
+
+        `renewed` says that what is shown to the monitor is another credential by now.
+        """
+        if error.code() in FINAL and not (renewed and error.code() is grpc.StatusCode.UNAUTHENTICATED):
             refuse(self._target, error)
         if error.code() is grpc.StatusCode.OUT_OF_RANGE:
             metadata: Any = error.trailing_metadata() or ()

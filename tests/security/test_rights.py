@@ -55,12 +55,13 @@ MAY = {
 @pytest.mark.parametrize("name", MAY)
 def test_a_call_needs_its_right(start: Callable[..., Guarded], name: str) -> None:
     monitor = start(EACH)
-    # Whoever shows nothing is the one who may scrape: known, and without these rights.
-    otherwise = UNAUTHENTICATED if name == "nobody" else DENIED
+    # Whoever shows nothing may scrape; for all else a credential might help.
+    otherwise = UNAUTHENTICATED if name in ("", "nobody") else DENIED
     ended = {method: code_of(call) for method, call in calls(monitor, name).items()}
     assert ended == dict.fromkeys(ended, otherwise) | MAY[name]
     denied = len(ended) - len(MAY[name])
-    reasons = ("unknown_token",) if name == "nobody" else ("no_right_publish", "no_right_subscribe", "no_right_delete")
+    unknown = {"": ["no_credential"], "nobody": ["unknown_token"]}
+    reasons = unknown.get(name, ["no_right_publish", "no_right_subscribe", "no_right_delete"])
     assert sum(monitor.refused("grpc", reason) for reason in reasons) == denied
     # And whoever may is served.
     assert code_of(calls(monitor, "all")["ListRequests"]) is OK
@@ -119,7 +120,8 @@ def test_over_a_unix_socket_one_may_be_known_by_that(start: Callable[..., Guarde
     monitor.tell([Engine().summary()])
     with monitor.open() as channel:
         api = monitor_pb2_grpc.MonitorServiceStub(channel)
-        assert code_of(lambda: api.ListRequests(monitor_pb2.ListRequestsRequest(), timeout=TIMEOUT)) is DENIED
+        asked = monitor_pb2.ListRequestsRequest()
+        assert code_of(lambda: api.ListRequests(asked, timeout=TIMEOUT)) is UNAUTHENTICATED
 
 
 def test_the_access_file_is_read_again(

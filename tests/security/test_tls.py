@@ -130,9 +130,9 @@ def test_a_certificate_has_the_rights_of_its_principal(
     access += principal("named", 'certificate = "CN=by name"', subscribe="*")
     monitor = start(access, files, mutual=True)
     assert listed(monitor, client=ca.issue_cert("another@example.org", common_name="by name")) is grpc.StatusCode.OK
-    # Known to be trusted, and nobody's: there it is anybody, who may scrape.
-    assert listed(monitor, client=ca.issue_cert("x@example.org")) is grpc.StatusCode.PERMISSION_DENIED
-    assert monitor.refused("grpc", "no_right_subscribe") == 1
+    # Known to be trusted, and nobody's.
+    assert listed(monitor, client=ca.issue_cert("x@example.org")) is grpc.StatusCode.UNAUTHENTICATED
+    assert monitor.refused("grpc", "unknown_certificate") == 1
 
 
 def test_a_certificate_is_replaced_while_a_stream_runs(

@@ -11,10 +11,14 @@ from stream_monitor.monitor.access.certificates import Certificates, Files, TlsE
 from stream_monitor.monitor.access.gate import AccessGate
 from stream_monitor.monitor.access.interceptor import AccessInterceptor
 from stream_monitor.monitor.access.peers import Peers
-from stream_monitor.monitor.access.refusals import Refusals
+from stream_monitor.monitor.access.refusals import GRPC, PEER, Refusals
 from stream_monitor.monitor.access.rights import Right
 from stream_monitor.monitor.access.sessions import Sessions
+from stream_monitor.monitor.access.standing import Standing
 from stream_monitor.monitor.listen import check_exposure
+
+SESSIONS_EVERY = 60
+"""At how many looks at the files it is looked whether sessions are over."""
 
 
 class Access:
@@ -37,6 +41,8 @@ class Access:
         self.book = Book(settings.access, certificates=bool(settings.tls_client_ca))
         self.sessions = Sessions(self.book)
         self.refusals = Refusals(count)
+        self._standing = Standing()
+        self._refreshed = 0
         self.max_calls, self.max_connections = settings.max_calls, settings.max_connections
         self._insecure, self._metrics_insecure = settings.insecure, settings.metrics_insecure
         self._users = frozenset(int(each) for each in settings.socket_uids.split(",") if each.strip())
@@ -52,19 +58,22 @@ class Access:
 
     def interceptor(self) -> AccessInterceptor:
         """What stands before the gRPC calls of one address."""
-        return AccessInterceptor(self.book, self.refusals, self.max_calls)
+        return AccessInterceptor(self.book, self._standing, self.refusals, self.max_calls)
 
     def peers(self, path: str) -> Peers:
         """Who may be at the other end of the Unix socket at `path`, which exists."""
-        return Peers(path, self._users)
+        return Peers(path, self._users, lambda: self.refusals(GRPC, PEER, path))
 
     def gate(self, app: ASGIApp, right: Right) -> AccessGate:
         """`app` for those who have a right."""
-        return AccessGate(app, right, self.book, self.sessions, self.refusals)
+        return AccessGate(app, right, self.book, self.sessions, self._standing, self.refusals)
 
     def refresh(self) -> None:
         """Look whether files were replaced. Called about once a second."""
-        self.book.refresh()
+        self._refreshed += 1
+        # Sessions end without a change of the file.
+        if self.book.refresh() or self._refreshed % SESSIONS_EVERY == 0:
+            self._standing.check()
         if self.certificates is not None:
             self.certificates.refresh()
 

@@ -54,6 +54,14 @@ class NotRecognised(Exception):
         self.reason = reason
 
 
+class NotPermitted(Exception):
+    """Somebody known asks for what they have no right to, for any tenant."""
+
+    def __init__(self, principal: Principal, right: Right) -> None:
+        super().__init__(f"{principal.name} does not have the right {right.value}")
+        self.principal, self.right = principal, right
+
+
 class _Entry(BaseModel):
     """One `[[principal]]`."""
 
@@ -101,7 +109,8 @@ class _Entry(BaseModel):
 
     def principal(self) -> Principal:
         """What it may do."""
-        return Principal(self.name, {right: frozenset(tenants) for right, tenants in self.rights.items()})
+        tenants = {right: frozenset(tenants) for right, tenants in self.rights.items()}
+        return Principal(self.name, tenants, anonymous=self.anyone or self.unix)
 
 
 class _File(BaseModel):
@@ -156,13 +165,13 @@ class Book:
         """Whether everybody may do everything."""
         return self.path is None and not self._certificates
 
-    def refresh(self) -> None:
-        """Read the file again if it changed. What cannot be used is said, counted, and changes nothing."""
+    def refresh(self) -> bool:
+        """Read the file again if it changed; whether it did. What cannot be used is said and counted, no more."""
         if self.path is None:
-            return
+            return False
         seen = mark([self.path])
         if seen == self._seen:
-            return
+            return False
         # Before reading: what is written meanwhile is another change.
         self._seen = seen
         try:
@@ -170,9 +179,25 @@ class Book:
         except AccessError as error:
             self.reloads["failed"] += 1
             log.error("access: %s; what was read before holds on", error)
-        else:
-            self.reloads["done"] += 1
-            log.info("access: %s was read again", self.path)
+            return False
+        self.reloads["done"] += 1
+        log.info("access: %s was read again", self.path)
+        return True
+
+    def admit(
+        self, right: Right, token: str | None, certificate: Iterable[str] | None, unix: bool = False
+    ) -> Principal:
+        """Who shows these credentials, if they have a right for any tenant; the rest as `recognise`.
+
+        Raises:
+            NotRecognised, NotPermitted.
+        """
+        principal = self.recognise(token, certificate, unix)
+        if principal.has(right):
+            return principal
+        if principal.anonymous:
+            raise _nobody(certificate is not None)
+        raise NotPermitted(principal, right)
 
     def recognise(self, token: str | None, certificate: Iterable[str] | None, unix: bool = False) -> Principal:
         """Who shows these credentials.
@@ -197,11 +222,9 @@ class Book:
             if (known := self._by_certificate.get(name)) is not None:
                 return known
         found = (self._unix if unix else None) or self._anyone
-        if found is not None:
-            return found
-        if certificate is not None:
-            raise NotRecognised(UNKNOWN_CERTIFICATE, "the client certificate is nobody's who has access")
-        raise NotRecognised(MISSING, "a credential is needed: a bearer token, or a client certificate")
+        if found is None:
+            raise _nobody(certificate is not None)
+        return found
 
     def by_name(self, name: str) -> tuple[Principal, bytes] | None:
         """A principal with a token, and the token's digest."""
@@ -223,6 +246,12 @@ class Book:
         self._by_certificate = {entry.certificate: entry.principal() for entry in entries if entry.certificate}
         self._anyone = next((entry.principal() for entry in entries if entry.anyone), None)
         self._unix = next((entry.principal() for entry in entries if entry.unix), None)
+
+
+def _nobody(with_certificate: bool) -> NotRecognised:
+    if with_certificate:
+        return NotRecognised(UNKNOWN_CERTIFICATE, "the client certificate is nobody's who has access")
+    return NotRecognised(MISSING, "a credential is needed: a bearer token, or a client certificate")
 
 
 def bearer(header: str | None) -> str | None:

@@ -8,12 +8,13 @@ from http.cookies import CookieError, SimpleCookie
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stream_monitor.monitor.access.book import Book, NotRecognised, bearer
+from stream_monitor.monitor.access.book import Book, NotPermitted, NotRecognised, bearer
 from stream_monitor.monitor.access.refusals import HTTP, Refusals, no_right
 from stream_monitor.monitor.access.rights import Principal, Right, run_as
 from stream_monitor.monitor.access.sessions import SECONDS, Sessions
+from stream_monitor.monitor.access.standing import Revoked, Standing
 
 CERTIFICATE = "stream_monitor.certificate"
 """Where the connection (http_protocol.py) puts the names of the client's certificate, which was verified."""
@@ -22,11 +23,14 @@ CERTIFICATE = "stream_monitor.certificate"
 class AccessGate:
     """ASGI middleware: `app` for those who have `right` for any tenant, on whose behalf it then runs."""
 
-    def __init__(self, app: ASGIApp, right: Right, book: Book, sessions: Sessions, refusals: Refusals) -> None:
+    def __init__(
+        self, app: ASGIApp, right: Right, book: Book, sessions: Sessions, standing: Standing, refusals: Refusals
+    ) -> None:
         self._app = app
         self._right = right
         self._book = book
         self._sessions = sessions
+        self._standing = standing
         self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -37,13 +41,26 @@ class AccessGate:
             self._refusals(HTTP, error.reason, _client(scope))
             await unauthenticated(str(error))(scope, receive, send)
             return
-        if not principal.has(self._right):
-            self._refusals(HTTP, no_right(self._right), principal.name)
-            message = f"{principal.name} does not have the right {self._right.value}"
-            await _refusal(403, "PERMISSION_DENIED", message)(scope, receive, send)
+        except NotPermitted as error:
+            self._refusals(HTTP, no_right(self._right), error.principal.name)
+            await _refusal(403, "PERMISSION_DENIED", str(error))(scope, receive, send)
             return
         run_as(principal)
-        await self._app(scope, receive, send)
+        began = False
+
+        async def sending(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        try:
+            with self._standing.holding(principal, lambda: self._recognise(scope)):
+                await self._app(scope, receive, sending)
+        except Revoked as error:
+            if began:
+                await send({"type": "http.response.body"})
+            else:
+                await unauthenticated(str(error))(scope, receive, send)
 
     def _recognise(self, scope: Scope) -> Principal:
         headers = Headers(scope=scope)
@@ -51,9 +68,11 @@ class AccessGate:
         if token is None and (held := _cookie(headers, scope["scheme"])) is not None:
             known = self._sessions.principal(held)
             if known is not None:
+                if not known.has(self._right):
+                    raise NotPermitted(known, self._right)
                 return known
         names: Iterable[str] | None = scope.get("extensions", {}).get(CERTIFICATE)
-        return self._book.recognise(token, names)
+        return self._book.admit(self._right, token, names)
 
 
 def unauthenticated(message: str) -> Response:

@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 import grpc
 
 from stream_monitor.monitor.access import certificates
-from stream_monitor.monitor.access.book import Book, NotRecognised, bearer
+from stream_monitor.monitor.access.book import Book, NotPermitted, NotRecognised, bearer
 from stream_monitor.monitor.access.peers import NotAllowed, Peers
-from stream_monitor.monitor.access.refusals import GRPC, PEER, TOO_MANY_CALLS, Refusals, no_right
+from stream_monitor.monitor.access.refusals import GRPC, TOO_MANY_CALLS, Refusals, no_right
 from stream_monitor.monitor.access.rights import Principal, Right, run_as
+from stream_monitor.monitor.access.standing import Revoked, Standing
 from stream_monitor.v1alpha1 import ingest_pb2, monitor_pb2
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -42,6 +43,7 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         book: who is who.
+        standing: told of the calls that run.
         refusals: told of each refusal.
         max_calls: of one method at a time.
 
@@ -49,8 +51,9 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
         peers: checks the other ends, where the address is a Unix socket; set once it listens.
     """
 
-    def __init__(self, book: Book, refusals: Refusals, max_calls: int) -> None:
+    def __init__(self, book: Book, standing: Standing, refusals: Refusals, max_calls: int) -> None:
         self._book = book
+        self._standing = standing
         self._refusals = refusals
         self._max_calls = max_calls
         self._calls: Counter[str] = Counter()
@@ -72,70 +75,79 @@ class AccessInterceptor(grpc.aio.ServerInterceptor):
             answer = handler.unary_stream
 
             async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-                await self._admit(context, method, right)
-                with self._counted(method):
-                    async with contextlib.aclosing(answer(request, context)) as responses:
-                        async for response in responses:
-                            yield response
+                principal = await self._admit(context, method, right)
+                try:
+                    with self._running(context, method, principal, right):
+                        async with contextlib.aclosing(answer(request, context)) as responses:
+                            async for response in responses:
+                                yield response
+                except Revoked as error:
+                    await _end(context, error)
 
             return grpc.unary_stream_rpc_method_handler(stream, *codecs)
         behaviour = handler.stream_stream or handler.unary_unary
 
         async def call(request: Any, context: Context) -> Any:
-            await self._admit(context, method, right)
-            with self._counted(method):
-                return await behaviour(request, context)
+            principal = await self._admit(context, method, right)
+            try:
+                with self._running(context, method, principal, right):
+                    return await behaviour(request, context)
+            except Revoked as error:
+                await _end(context, error)
 
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(call, *codecs)
         return grpc.unary_unary_rpc_method_handler(call, *codecs)
 
-    async def _admit(self, context: Context, method: str, right: Right) -> None:
+    async def _admit(self, context: Context, method: str, right: Right) -> Principal:
         """Let the call go on, on behalf of whoever makes it, or end it."""
         if self.peers is not None:
             await self._check_peer(context, self.peers)
         try:
-            principal = self._recognise(context)
+            principal = self._recognise(context, right)
         except NotRecognised as error:
             self._refusals(GRPC, error.reason, context.peer())
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, str(error))
-        if not principal.has(right):
-            self._refusals(GRPC, no_right(right), principal.name)
-            await context.abort(
-                grpc.StatusCode.PERMISSION_DENIED, f"{principal.name} does not have the right {right.value}"
-            )
+        except NotPermitted as error:
+            self._refusals(GRPC, no_right(right), error.principal.name)
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         if self._calls[method] >= self._max_calls:
             self._refusals(GRPC, TOO_MANY_CALLS, principal.name)
             await context.abort(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, f"{self._max_calls} calls of this method run (setting max_calls)"
             )
         run_as(principal)
+        return principal
 
     async def _check_peer(self, context: Context, peers: Peers) -> None:
-        before = peers.refused
         try:
             await peers.check()
         except NotAllowed:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the Unix socket is being cleared; try again")
-        finally:
-            for _ in range(peers.refused - before):
-                self._refusals(GRPC, PEER, peers.path)
         # Fails if the connection is gone by now, as peers.py explains.
         await context.send_initial_metadata(())
 
-    def _recognise(self, context: Context) -> Principal:
+    def _recognise(self, context: Context, right: Right) -> Principal:
         if self._book.open:
-            return self._book.recognise(None, None)
+            return self._book.admit(right, None, None)
         metadata = dict(context.invocation_metadata() or ())
         held = context.auth_context().get("x509_pem_cert")
         names = certificates.names(next(iter(held))) if held else None
         header = metadata.get("authorization")
-        return self._book.recognise(bearer(None if header is None else str(header)), names, unix=self.peers is not None)
+        return self._book.admit(
+            right, bearer(None if header is None else str(header)), names, unix=self.peers is not None
+        )
 
     @contextlib.contextmanager
-    def _counted(self, method: str) -> Iterator[None]:
+    def _running(self, context: Context, method: str, principal: Principal, right: Right) -> Iterator[None]:
         self._calls[method] += 1
         try:
-            yield
+            with self._standing.holding(principal, lambda: self._recognise(context, right)):
+                yield
         finally:
             self._calls[method] -= 1
+
+
+async def _end(context: Context, error: Revoked) -> None:
+    code = grpc.StatusCode.UNAVAILABLE if error.known else grpc.StatusCode.UNAUTHENTICATED
+    await context.abort(code, str(error))

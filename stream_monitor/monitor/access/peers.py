@@ -16,7 +16,7 @@ import contextlib
 import os
 import socket
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 _PEER_GROUPS = 59
 """SO_PEERGROUPS of Linux, which Python's socket module lacks."""
@@ -39,14 +39,12 @@ class Peers:
     Args:
         path: of the socket.
         users: who may connect; empty: our own user, root, and members of the socket's group.
-
-    Attributes:
-        refused: connections that were shut down.
+        refused: told of each connection that is shut down.
     """
 
-    def __init__(self, path: str, users: Collection[int] = ()) -> None:
+    def __init__(self, path: str, users: Collection[int] = (), refused: Callable[[], None] = lambda: None) -> None:
         self.path = path
-        self.refused = 0
+        self._refused = refused
         self._users = frozenset(users)
         self._group = os.stat(path).st_gid
         self._checked: set[str] = set()
@@ -80,7 +78,8 @@ class Peers:
             if not link.startswith("socket:"):
                 continue
             (found if link in self._checked or self._is_fine(int(name)) else shut).add(link)
-        self.refused += len(shut - self._shut)
+        for _ in shut - self._shut:
+            self._refused()
         self._checked, self._shut = found, shut
         return bool(shut)
 

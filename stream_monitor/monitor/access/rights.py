@@ -33,10 +33,12 @@ class Principal:
     Attributes:
         name: for the audit log.
         tenants: of each right, where it holds; EVERY_TENANT stands for all, those without a name included.
+        anonymous: it has shown nothing, and a credential might give it more.
     """
 
     name: str
     tenants: Mapping[Right, frozenset[str]] = field(default_factory=dict)
+    anonymous: bool = False
 
     def may(self, right: Right, tenant: str) -> bool:
         """Whether the right holds for what belongs to `tenant`; empty: to no tenant in particular."""
