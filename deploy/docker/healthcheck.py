@@ -2,12 +2,25 @@
 
 import http.client
 import os
+import ssl
 import sys
 
-address = os.environ.get("STREAM_MONITOR_HTTP", "127.0.0.1:9751")
-connection = http.client.HTTPConnection("127.0.0.1", int(address.rpartition(":")[2]), timeout=2)
+
+def setting(name: str, default: str = "") -> str:
+    return os.environ.get(f"STREAM_MONITOR_{name}", default)
+
+
+port = int(setting("HTTP", "127.0.0.1:9751").rpartition(":")[2])
+if setting("TLS_CERTIFICATE"):
+    # Whether it is the right one is not the question here, and no secret is sent.
+    context = ssl.create_default_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    connection = http.client.HTTPSConnection("127.0.0.1", port, timeout=2, context=context)
+else:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=2)
 try:
     connection.request("GET", "/healthz")
     sys.exit(connection.getresponse().status != 200)
 except OSError as error:
-    sys.exit(f"no answer on port {connection.port}: {error}")
+    sys.exit(f"no answer on port {port}: {error}")

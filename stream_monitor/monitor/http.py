@@ -26,20 +26,18 @@ HANDSHAKE_SECONDS = 10.0
 
 def application(registry: CollectorRegistry, ready: Callable[[], bool], access: Access, page: ASGIApp) -> Starlette:
     """The routes. `ready` says whether the monitor takes in messages; `page` answers all that is not for machines."""
-    return Starlette(routes=[*_machines(registry, ready, access, exemplars=True), Mount("/", page)])
+    return Starlette(routes=[*_machines(registry, ready, access, "http"), Mount("/", page)])
 
 
 def metrics_application(registry: CollectorRegistry, ready: Callable[[], bool], access: Access) -> Starlette:
-    """The routes without the page, for the address of metrics alone. In the clear, no ids of requests go along."""
-    return Starlette(routes=_machines(registry, ready, access, exemplars=access.encrypts("metrics")))
+    """The routes without the page, for the address of metrics alone."""
+    return Starlette(routes=_machines(registry, ready, access, "metrics"))
 
 
-def _machines(
-    registry: CollectorRegistry, ready: Callable[[], bool], access: Access, exemplars: bool
-) -> list[BaseRoute]:
+def _machines(registry: CollectorRegistry, ready: Callable[[], bool], access: Access, name: str) -> list[BaseRoute]:
     async def metrics(request: Request) -> Response:
         # On the event loop (async), like everything that touches the monitor's state.
-        encoder, content_type = choose_encoder(request.headers.get("accept", "") if exemplars else "")
+        encoder, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encoder(registry), headers={"content-type": content_type})
 
     async def healthz(_: Request) -> Response:
@@ -49,8 +47,8 @@ def _machines(
         return PlainTextResponse("ready\n") if ready() else PlainTextResponse("not ready\n", 503)
 
     endpoint: ASGIApp = Route("/metrics", metrics)
-    # Where certificates are all that shows who asks, and there are none, whoever opened the address meant anybody.
-    if exemplars or access.book.path is not None:
+    # Where certificates are all that shows who asks, whoever opened an address in the clear meant anybody.
+    if access.book.path is not None or access.encrypts(name):
         endpoint = access.gate(endpoint, Right.METRICS)
     # Whether it lives is told to anybody: those who restart it show no credentials.
     return [

@@ -69,7 +69,7 @@ def test_engine_and_monitor_meet_at_the_socket_of_a_shared_volume(name: str) -> 
         assert target.startswith(f"unix:{volumes['ingest']}/")
     settings = _settings(monitor["environment"])
     checked = MonitorSettings(**settings)  # type: ignore[arg-type]
-    for address in ("grpc", "http"):
+    for address in ("grpc", "http", "metrics"):
         check_exposure(address, getattr(checked, address), checked.insecure)
     CaptureSettings(**_settings(engine["environment"]))  # type: ignore[arg-type]
     assert monitor["read_only"] is True
@@ -107,7 +107,10 @@ def test_prometheus_accepts_what_it_is_given(tmp_path: Path) -> None:
     for job in scraped["scrape_configs"]:
         for target in job["static_configs"][0]["targets"]:
             host, _, port = target.partition(":")
-            assert port in {str(each["target"]) for each in services[host]["ports"]}
+            listened = {str(each["target"]) for each in services[host]["ports"]}
+            assert port in listened | {
+                services[host]["environment"].get("STREAM_MONITOR_METRICS", "").rpartition(":")[2]
+            }
     (alerts,) = scraped["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
     assert alerts.partition(":")[0] in services
 

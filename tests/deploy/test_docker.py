@@ -17,9 +17,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import trustme
 
 from stream_monitor import __version__
 from tests.deploy.installed import CONTEXT, ROOT
+from tests.security.guarded import Files
 
 DOCKER = ROOT / "deploy" / "docker"
 MONITOR, ENGINE = DOCKER / "monitor.Dockerfile", DOCKER / "engine.Dockerfile"
@@ -163,6 +165,16 @@ def test_the_sidecar_runs_as_nobody_on_a_read_only_file_system(sidecar: Path, op
             # An engine is another user; the group that Kubernetes gives to every container of the pod lets it in.
             assert connects(process.pid, folder / "ingest.sock", [USER])
             assert not connects(process.pid, folder / "ingest.sock", [])
+    assert not healthy(settings)
+
+
+def test_the_health_check_speaks_tls_where_the_monitor_does(sidecar: Path, open_folder: Path) -> None:
+    files = Files(open_folder / "tls")
+    files.put(trustme.CA().issue_cert("localhost"))
+    secured = {f"STREAM_MONITOR_{name.upper()}": value for name, value in files.settings().items()}
+    settings = environment(sidecar, open_folder) | secured
+    with serving([sidecar / "stream-monitor"], settings):
+        assert healthy(settings)
     assert not healthy(settings)
 
 

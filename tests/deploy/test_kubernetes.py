@@ -1,6 +1,7 @@
 """The manifests, as `kubectl kustomize` builds them: valid for the current API, and meaning what they should."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 import yaml
 
 from stream_monitor import __version__
+from stream_monitor.addresses import is_local
 from stream_monitor.config import CaptureSettings, MonitorSettings
-from stream_monitor.monitor.listen import ListenError, check_exposure
+from stream_monitor.monitor.access.book import Book
+from stream_monitor.monitor.listen import check_exposure
 from tests.deploy.installed import ROOT
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
@@ -158,13 +161,58 @@ def test_settings_exist_and_are_sound(build: str, name: str, monkeypatch: pytest
         }
         assert values
         if container["name"] == "engine":
-            CaptureSettings(**values)  # type: ignore[arg-type]
+            CaptureSettings(**values).monitor()  # type: ignore[arg-type]
             continue
         settings = MonitorSettings(**values)  # type: ignore[arg-type]
+        assert not settings.insecure
         for address in ("ingest", "grpc", "http"):
-            check_exposure(address, getattr(settings, address), settings.insecure)
-        with pytest.raises(ListenError, match="http"):
-            check_exposure("http", settings.http, False)
+            check_exposure(address, getattr(settings, address), bool(settings.tls_certificate))
+        # Alone in the clear: metrics, which hold no traces.
+        assert settings.metrics_insecure
+        assert not is_local(settings.metrics)
+
+
+def secret_files(template: Resource) -> dict[str, tuple[str, str | None]]:
+    """Where files of Secrets appear in the first container, or a folder of them: the Secret, and the key if named."""
+    found: dict[str, tuple[str, str | None]] = {}
+    mounts = {each["name"]: each for each in template["spec"]["containers"][0]["volumeMounts"]}
+    for volume in (each for each in template["spec"]["volumes"] if "secret" in each):
+        # For the group that fsGroup gives the files, and nobody else.
+        assert volume["secret"]["defaultMode"] == 0o440
+        mount = mounts[volume["name"]]
+        assert mount["readOnly"] is True
+        items = volume["secret"].get("items")
+        for item in items or [{"path": "*", "key": None}]:
+            found[f"{mount['mountPath']}/{item['path']}"] = (volume["secret"]["secretName"], item["key"])
+    return found
+
+
+def test_the_fleet_speaks_tls_with_tokens_from_secrets() -> None:
+    monitor, engine = pod("fleet", "monitor"), pod("fleet", "engine")
+    values = environment("fleet", containers(engine)["engine"])
+    assert secret_files(engine) == {
+        values["STREAM_MONITOR_TARGET_CA"]: ("monitor-tls", "ca.crt"),
+        "/etc/stream-monitor/token/*": ("engine-token", None),
+    }
+    assert values["STREAM_MONITOR_TARGET_TOKEN_FILE"] == "/etc/stream-monitor/token/token"
+    values = environment("fleet", containers(monitor)["monitor"])
+    assert secret_files(monitor) == {
+        "/etc/stream-monitor/tls/*": ("monitor-tls", None),
+        "/etc/stream-monitor/access/*": ("monitor-access", None),
+    }
+    assert values["STREAM_MONITOR_TLS_CERTIFICATE"] == "/etc/stream-monitor/tls/tls.crt"
+    assert values["STREAM_MONITOR_TLS_KEY"] == "/etc/stream-monitor/tls/tls.key"
+    assert values["STREAM_MONITOR_ACCESS"] == "/etc/stream-monitor/access/access.toml"
+
+
+def test_the_access_file_of_the_pages_is_one(tmp_path: Path) -> None:
+    """That of docs/install.md, which is made into a Secret; and that of docs/security.md."""
+    for page in ("install", "security"):
+        text = (ROOT / "docs" / f"{page}.md").read_text()
+        (content,) = (block for block in re.findall(r"```toml\n(.*?)```", text, re.S) if "[[principal]]" in block)
+        whole = re.sub(r'"[0-9a-f]{4}\.\.\.[0-9a-f]{4}"', lambda found: f'"{found.start():064x}"', content)
+        (tmp_path / "access.toml").write_text(whole)
+        Book(str(tmp_path / "access.toml"))
 
 
 @pytest.mark.parametrize(("build", "name"), [("base", "engine"), ("gpu", "engine"), ("fleet", "monitor")])

@@ -34,3 +34,25 @@ def test_malformed_spans_are_refused_and_named(spans):
 def test_unknown_arguments_share_one_counter():
     made_up = {f"stream_monitor_{n}": 1 for n in range(1000)}
     assert decide(made_up, 10, False).refused_arguments == ("other:unknown",)
+
+
+def test_the_tenant_is_in_the_entry_that_the_operator_named_and_nowhere_else():
+    assert decide({"whose": "acme"}, 10, False, "whose").tenant == "acme"
+    assert decide({"stream_monitor_tenant": "acme"}, 10, False, "stream_monitor_tenant").tenant == "acme"
+    unnamed = decide({"stream_monitor_tenant": "acme", "whose": "acme"}, 10, False)
+    assert (unnamed.tenant, unnamed.refused_arguments) == ("", ("stream_monitor_tenant:not_allowed",))
+    # A client's own entry beside the gateway's.
+    both = decide({"stream_monitor_tenant": "beta", "whose": "acme"}, 10, False, "whose")
+    assert (both.tenant, both.refused_arguments) == ("acme", ("stream_monitor_tenant:not_allowed",))
+
+
+@pytest.mark.parametrize("arguments", [None, {}, {"other": 1}])
+def test_a_tenant_that_the_gateway_forgot_is_counted(arguments):
+    policy = decide(arguments, 10, False, "whose")
+    assert (policy.tenant, policy.refused_arguments) == ("", ("stream_monitor_tenant:missing",))
+
+
+@pytest.mark.parametrize("said", ["a b", "a" * 65, 7, ["acme"], "täter", "*"])
+def test_what_is_no_tenant_is_nobody_and_counted(said):
+    policy = decide({"whose": said}, 10, False, "whose")
+    assert (policy.tenant, policy.refused_arguments) == ("", ("stream_monitor_tenant:malformed",))

@@ -170,6 +170,14 @@ def test_labels_of_the_client():
     assert requests.refused_arguments == {"stream_monitor_untrusted:malformed": 1}
 
 
+def test_whose_a_request_is():
+    requests = table(tenant_argument="whose")
+    assert requests.start(new(whose="acme")).tenant == "acme"
+    # Also of one that is not captured: that it ran is its tenant's, too.
+    assert requests.start(NewRequest("b", None, 10, {"whose": "acme"})).tenant == "acme"
+    assert table().start(new(whose="acme")).tenant == ""
+
+
 @pytest.mark.parametrize("may", [True, False])
 def test_only_with_leave_may_a_client_switch_off(may):
     reason = table(client_may_disable=may).start(new(stream_monitor_disable=1)).refused_reason
