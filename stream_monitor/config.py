@@ -212,7 +212,7 @@ class AccessSettings(_Layered):
     )
     metrics_insecure: bool = Field(
         False,
-        description="Serve `metrics` without TLS, beyond loopback too. It holds no traces; exemplars are ids of requests.",
+        description="Serve `metrics` without TLS, beyond loopback too. No traces; exemplars are ids of requests.",
     )
     max_calls: int = Field(1024, ge=1, description="Calls of one gRPC method at a time, streams included.")
     max_connections: int = Field(1024, ge=1, description="Connections to each address at a time.")

@@ -168,11 +168,11 @@ def test_the_sidecar_runs_as_nobody_on_a_read_only_file_system(sidecar: Path, op
     assert not healthy(settings)
 
 
-def test_the_health_check_speaks_tls_where_the_monitor_does(sidecar: Path, open_folder: Path) -> None:
-    files = Files(open_folder / "tls")
+def test_the_health_check_speaks_tls_where_the_monitor_does(sidecar: Path, tmp_path: Path) -> None:
+    files = Files(tmp_path / "tls")
     files.put(trustme.CA().issue_cert("localhost"))
     secured = {f"STREAM_MONITOR_{name.upper()}": value for name, value in files.settings().items()}
-    settings = environment(sidecar, open_folder) | secured
+    settings = environment(sidecar, tmp_path) | secured
     with serving([sidecar / "stream-monitor"], settings):
         assert healthy(settings)
     assert not healthy(settings)
