@@ -25,6 +25,23 @@ def worker() -> Iterator[Worker]:
     made.ring.close()
 
 
+class Heard:
+    """What the publisher's process said so far."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self.text = ""
+        self._capfd = capfd
+
+    def has(self, text: str) -> bool:
+        self.text += self._capfd.readouterr().err
+        return text in self.text
+
+
+@pytest.fixture
+def heard(capfd: pytest.CaptureFixture[str]) -> Heard:
+    return Heard(capfd)
+
+
 class Publishing:
     """A publisher's process, with the files of a target that a test may replace."""
 
@@ -80,19 +97,12 @@ def test_it_speaks_tls_with_a_token(publishing: Callable[..., tuple[Guarded, Pub
 
 
 def test_it_shows_a_certificate_and_takes_a_replaced_one(
-    publishing: Callable[..., tuple[Guarded, Publishing]], ca: trustme.CA, capfd: pytest.CaptureFixture[str]
+    publishing: Callable[..., tuple[Guarded, Publishing]], ca: trustme.CA, heard: Heard
 ) -> None:
     monitor, publisher = publishing(mutual=True)
     publisher.client.put(expired(ca, "engine@example.org"))
     publisher.start(mutual=True)
-    said = ""
-
-    def has_said(text: str) -> bool:
-        nonlocal said
-        said += capfd.readouterr().err
-        return text in said
-
-    wait_until(lambda: has_said("unreachable"))
+    wait_until(lambda: heard.has("unreachable"))
     assert monitor.metric(MESSAGES, **ACCEPTED) == 0
     publisher.client.put(ca.issue_cert("engine@example.org"))
     wait_until(lambda: monitor.metric(MESSAGES, **ACCEPTED) > 0)
@@ -102,43 +112,29 @@ def test_a_wrong_ca_is_named_and_a_right_one_is_taken(
     publishing: Callable[..., tuple[Guarded, Publishing]],
     ca: trustme.CA,
     other_ca: trustme.CA,
-    capfd: pytest.CaptureFixture[str],
+    heard: Heard,
 ) -> None:
     monitor, publisher = publishing()
     publisher.ca.write_bytes(other_ca.cert_pem.bytes())
     publisher.start()
-    said = ""
-
-    def has_said(text: str) -> bool:
-        nonlocal said
-        said += capfd.readouterr().err
-        return text in said
-
-    wait_until(lambda: has_said("CERTIFICATE_VERIFY_FAILED"))
+    wait_until(lambda: heard.has("CERTIFICATE_VERIFY_FAILED"))
     publisher.ca.write_bytes(ca.cert_pem.bytes())
     wait_until(lambda: monitor.metric(MESSAGES, **ACCEPTED) > 0)
 
 
 def test_a_token_that_was_not_known_is_tried_again_with_what_the_file_holds_then(
-    publishing: Callable[..., tuple[Guarded, Publishing]], capfd: pytest.CaptureFixture[str]
+    publishing: Callable[..., tuple[Guarded, Publishing]], heard: Heard
 ) -> None:
     monitor, publisher = publishing()
     publisher.token.write_text(token_of("stranger"))
     publisher.start()
     wait_until(lambda: monitor.refused("grpc", "unknown_token") > 0)
     publisher.token.unlink()
-    said = ""
-
-    def has_said(text: str) -> bool:
-        nonlocal said
-        said += capfd.readouterr().err
-        return text in said
-
-    wait_until(lambda: has_said(f"cannot connect, will keep trying: cannot read {publisher.token}"))
+    wait_until(lambda: heard.has(f"cannot connect, will keep trying: cannot read {publisher.token}"))
     publisher.token.write_text(token_of("engine") + "\n")
     wait_until(lambda: monitor.metric(MESSAGES, **ACCEPTED) > 0)
-    assert has_said("UNAUTHENTICATED the token is nobody's who has access")
-    assert token_of("stranger") not in said
+    assert heard.has("UNAUTHENTICATED the token is nobody's who has access")
+    assert token_of("stranger") not in heard.text
 
 
 @pytest.mark.parametrize(
