@@ -77,11 +77,13 @@ class Delivery:
             try:
                 status, details = await self._connect_and_send()
             except TargetError as error:
-                self._log.say("target", f"cannot connect, will keep trying: {error}")
+                self._log.say(str(error), f"cannot connect, will keep trying: {error}")
             else:
                 if status is not grpc.StatusCode.OK:
+                    # Another reason than the one before is news.
                     self._log.say(
-                        "ended", f"stream to {self._address} ended, will begin again: {status.name} {details}"
+                        f"ended {status.name}",
+                        f"stream to {self._address} ended, will begin again: {status.name} {details}",
                     )
             wait = FIRST_WAIT if self._answers else min(wait * 2, LONGEST_WAIT)
             await asyncio.sleep(0 if self._finishing and self._backlog.empty else wait)

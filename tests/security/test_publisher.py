@@ -128,12 +128,12 @@ def test_a_token_that_was_not_known_is_tried_again_with_what_the_file_holds_then
     monitor, publisher = publishing()
     publisher.token.write_text(token_of("stranger"))
     publisher.start()
-    wait_until(lambda: monitor.refused("grpc", "unknown_token") > 0)
+    wait_until(lambda: heard.has("UNAUTHENTICATED the token is nobody's who has access"))
+    assert monitor.refused("grpc", "unknown_token") > 0
     publisher.token.unlink()
     wait_until(lambda: heard.has(f"cannot connect, will keep trying: cannot read {publisher.token}"))
     publisher.token.write_text(token_of("engine") + "\n")
     wait_until(lambda: monitor.metric(MESSAGES, **ACCEPTED) > 0)
-    assert heard.has("UNAUTHENTICATED the token is nobody's who has access")
     assert token_of("stranger") not in heard.text
 
 
