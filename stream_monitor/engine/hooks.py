@@ -14,7 +14,7 @@ from stream_monitor.engine.capture import Capture
 
 log = logging.getLogger("vllm.stream_monitor")
 
-REPLACES_CACHE = ("sleep", "wake_up", "discard", "update_weights", "reload_weights")
+REPLACES_CACHE = ("sleep", "wake_up", "discard", "update_weights", "reload_weights", "reset_weights")
 """Worker methods after which no key in the cache can be trusted (v1/worker/gpu_worker.py)."""
 
 
