@@ -9,9 +9,9 @@ import os
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -42,6 +42,11 @@ def default_store() -> str:
     base = os.environ.get("XDG_STATE_HOME")
     folder = Path(base) if base else Path(os.path.expanduser("~")) / ".local" / "state"
     return str(folder / "stream-monitor" / "monitor.db")
+
+
+def _whole(value: object) -> object:
+    """A number as a variable has it, as text: a `Literal` takes no text for a number."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
 class _Layered(BaseSettings):
@@ -119,7 +124,9 @@ class CaptureSettings(_Layered):
         description="How key blocks are searched: beam by summaries of the blocks, which take about 1/32 of the "
         "watched layers' KV cache; descent without, reading more of the keys; exact reads all of them.",
     )
-    block_size: Literal[8, 16, 32, 64, 128] = Field(32, description="Tokens per key block.")
+    block_size: Annotated[Literal[8, 16, 32, 64, 128], BeforeValidator(_whole)] = Field(
+        32, description="Tokens per key block."
+    )
     top_k: int = Field(8, ge=1, le=4096, description="Key blocks kept per query head.")
     min_gain: float = Field(
         0.0005,

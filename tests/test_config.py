@@ -51,6 +51,18 @@ def test_a_missing_file_and_an_unknown_variable(monkeypatch: pytest.MonkeyPatch)
         load(MonitorSettings)
 
 
+def test_every_default_of_the_capture_may_be_given_by_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, field in CaptureSettings.model_fields.items():
+        value = field.get_default(call_default_factory=True)
+        monkeypatch.setenv(f"STREAM_MONITOR_{name.upper()}", str(value))
+    assert load(CaptureSettings) == CaptureSettings.model_construct()
+    monkeypatch.setenv("STREAM_MONITOR_BLOCK_SIZE", "16")
+    assert load(CaptureSettings).block_size == 16
+    monkeypatch.setenv("STREAM_MONITOR_BLOCK_SIZE", "17")
+    with pytest.raises(SettingsError, match="block_size: Input should be 8, 16, 32, 64 or 128"):
+        load(CaptureSettings)
+
+
 @pytest.mark.parametrize("address", ["unix:/run/x.sock", "localhost:0", "[::1]:9750", "10.0.0.1:65535"])
 def test_addresses(address: str) -> None:
     assert check_address(address) == address
