@@ -94,11 +94,15 @@ def test_whose_a_request_is_goes_from_the_gateway_to_the_subscriber(product: Sec
     with pytest.raises(MonitorError, match="the token is nobody's who has access"):
         seen("stranger")
 
-    def refused(reason: str) -> float:
-        name = "stream_monitor_arguments_refused_total"
-        return total(product.monitor_http, name, argument="stream_monitor_tenant", reason=reason)
+    def refused() -> dict[str, float]:
+        name, reasons = "stream_monitor_request_arguments_refused_total", ("not_allowed", "missing", "malformed")
+        found = {
+            each: total(product.monitor_http, name, argument="stream_monitor_tenant", reason=each) for each in reasons
+        }
+        return found | {"other": total(product.monitor_http, name, argument="other")}
 
-    assert eventually(lambda: refused("not_allowed") == refused("missing") == refused("malformed") == 1, 30)
+    once = {"not_allowed": 1, "missing": 1, "malformed": 1, "other": 0}
+    assert eventually(lambda: refused() == once, 30), refused()
     assert total(product.monitor_http, "stream_monitor_rows_total", outcome="captured", phase="token") > 0
     for name in ("engine", "monitor"):
         assert token_of("engine") not in product.log(name)

@@ -5,8 +5,9 @@ second time. But its sockets are descriptors of this process. So when a call beg
 looked at, and those of others are shut down. A call goes on only if its own connection was among them:
 
 * the look comes after the call began, so its connection was accepted by then;
-* gRPC closes a descriptor only after it has ended the connection's calls. If the connection was gone before the look,
-  then sending the initial metadata after it fails, and the call ends there.
+* one that was gone before the look, which somebody might hope for who sends and closes at once, has no call any more:
+  whoever asks for the look sends the initial metadata after it (interceptor.py), which fails then. As of 1.85, gRPC
+  keeps a descriptor while a call of it runs, so that the look finds it; but gRPC does not promise that.
 
 One look costs some microseconds a descriptor, once a call; messages cost nothing.
 """
