@@ -34,6 +34,7 @@ _OPTIONS = [
     # A monitor whose host vanished without a word is found out while nothing is in flight, too.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.http2.max_pings_without_data", 0),
     # An http_proxy in the worker's environment is meant for model downloads, not for the monitor next door.
     ("grpc.enable_http_proxy", 0),
