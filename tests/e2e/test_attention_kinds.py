@@ -12,7 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.e2e.conftest import OfflineResult, ledger
+from tests.e2e.conftest import OfflineResult, ledger, vllm_before
 from tests.e2e.offline_engine import Request, Spec
 from tests.e2e.recorder import CapturedRow
 from tests.e2e.tiny_models import MODELS, make_model
@@ -68,6 +68,8 @@ def done() -> dict[str, Captured]:
 def captured(request, done, offline, tmp_path_factory) -> Captured:
     """What the engine with the model that the test names captured."""
     name = request.param
+    if name == "gpt_oss" and vllm_before("0.29"):
+        pytest.skip("its CPU attention takes learned sinks in bfloat16 alone, and this test computes in float32")
     if name not in done:
         folder = tmp_path_factory.mktemp(name)
         make_model(folder, name)
