@@ -1,12 +1,13 @@
 """The engines that are compared, each in a process of its own, and the monitor that those with a capture publish to."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from benchmarks.engine_process import EngineProcess
 
 STREAM_WORKER = "stream_monitor.engine.worker.StreamWorker"
 EVERYTHING = {"STREAM_MONITOR_STRIDE": "1", "STREAM_MONITOR_LAYERS": "all", "STREAM_MONITOR_HEADS": "all"}
@@ -19,11 +20,10 @@ ARMS: dict[str, dict[str, str] | None] = {
 """Settings of the plug-in; None for the engine without it."""
 
 
-class Arm:
+class Arm(EngineProcess):
     """An engine in a process of its own (`benchmarks.engine_overhead.engine`)."""
 
     def __init__(self, name: str, engine: dict[str, Any], environment: dict[str, str], log: Path) -> None:
-        self.name, self._log = name, log
         settings = ARMS[name]
         captures = settings is not None and name != "off"
         if settings is not None:
@@ -36,42 +36,8 @@ class Arm:
                 "STREAM_MONITOR_ALLOW_UNTESTED_ENGINE": "1",
             }
         )
-        asked = json.dumps({"engine": engine, "captures": captures})
-        with log.open("w") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.engine_overhead.engine", asked],
-                env=own,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                text=True,
-            )
-        self.started = self._answer()
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """What the engine's method `do` returns."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def stop(self) -> None:
-        """End the engine."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            tail = "\n".join(self._log.read_text().splitlines()[-25:])
-            raise RuntimeError(f"the engine `{self.name}` ended:\n{tail}")
-        return json.loads(line)
+        asked = {"engine": engine, "captures": captures}
+        super().__init__(name, "benchmarks.engine_overhead.engine", asked, own, log)
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from benchmarks.engine_process import serve
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -156,18 +158,8 @@ def _count_compilations(worker: Any) -> dict[str, int]:
 
 def main(settings: str) -> None:
     """Serve one engine until standard input ends."""
-    # vLLM and its processes write to standard output too: answers get a copy of it, the rest goes to standard error.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # a function is handed to a worker of our own
-    engine = Engine(Settings(**json.loads(settings)))
-    print(json.dumps(engine.started), file=answers)
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(getattr(engine, request.pop("do"))(**request)), file=answers)
-    engine.stop()
+    serve(lambda: Engine(Settings(**json.loads(settings))))
 
 
 if __name__ == "__main__":

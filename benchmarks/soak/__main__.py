@@ -14,21 +14,19 @@ The detectors' thresholds are next to nothing here, so that there are many findi
 fault. `--full`: half an hour, a fault a minute.
 """
 
-import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.engine_process import EngineEnded, EngineProcess
 from benchmarks.report import Report, run
 from benchmarks.soak.checks import Comparison, Reference
 from benchmarks.soak.faults import FAULTS, Fault
@@ -38,68 +36,19 @@ from stream_monitor.anchors.panel import Kind
 from stream_monitor.anchors.profile import make_profile
 from stream_monitor.client import MonitorError
 
+ENGINE = "benchmarks.soak.engine"
 STREAM_WORKER = "stream_monitor.engine.worker.StreamWorker"
 FULL_SECONDS, FAULT_SECONDS = 1800.0, 60.0
 STRIKE_AFTER = 2.0
 """Seconds into a round."""
 
 
-class Process:
-    """An engine (`benchmarks.soak.engine`)."""
-
-    def __init__(self, arguments: dict[str, Any], environment: dict[str, str], log: Path) -> None:
-        self._command = [sys.executable, "-m", "benchmarks.soak.engine", json.dumps(arguments)]
-        self._environment, self._log = environment, log
-        self.start()
-
-    def start(self) -> None:
-        """Start it (again)."""
-        with self._log.open("a") as output:
-            self._process = subprocess.Popen(
-                self._command,
-                env=self._environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                text=True,
-            )
-        started = self._answer()
-        if started is None:
-            tail = "\n".join(self._log.read_text().splitlines()[-25:])
-            raise RuntimeError(f"the engine did not start:\n{tail}")
-
-    @property
-    def pid(self) -> int:
-        """Of the engine core's process."""
-        return self._process.pid
-
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """What the engine's method returns; None if it ended meanwhile."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def stop(self) -> None:
-        """End it."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _answer(self) -> Any:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else None
-
-
 class Soak:
     """Engines, monitor, and what was seen so far."""
 
-    def __init__(self, plain: Process, stream: Process, sidecar: Sidecar, asked: list[list[int]], model: Path) -> None:
+    def __init__(
+        self, plain: EngineProcess, stream: EngineProcess, sidecar: Sidecar, asked: list[list[int]], model: Path
+    ) -> None:
         from transformers import AutoTokenizer
 
         self.plain, self.stream, self.sidecar, self._prompts = plain, stream, sidecar, asked
@@ -128,7 +77,9 @@ class Soak:
         striking = threading.Timer(STRIKE_AFTER, fault.strike, (self.sidecar, self.stream.pid)) if fault else None
         if striking:
             striking.start()
-        stream = self.stream.ask("run", **request)
+        stream = None
+        with suppress(EngineEnded):
+            stream = self.stream.ask("run", **request)
         if striking:
             striking.join()
         if stream is None or (fault and fault.ends_engine):
@@ -204,9 +155,10 @@ def main(
         environment |= {"VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         capture = {"TARGET": sidecar.target, "MAX_OVERHEAD": "0", "SEND_TOKEN_IDS": "1", "STRIDE": "2"}
         own = {f"STREAM_MONITOR_{name}": value for name, value in capture.items()}
-        plain = Process(arguments, environment, folder / "plain.log")
+        plain = EngineProcess("plain", ENGINE, arguments, environment, folder / "plain.log")
         stack.callback(plain.stop)
-        stream = Process(arguments | {"worker_cls": STREAM_WORKER}, environment | own, folder / "stream.log")
+        captured = arguments | {"worker_cls": STREAM_WORKER}
+        stream = EngineProcess("stream", ENGINE, captured, environment | own, folder / "stream.log")
         stack.callback(stream.stop)
         asked = prompts(model, traces)
         soak = Soak(plain, stream, sidecar, asked, model)

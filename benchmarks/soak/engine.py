@@ -10,6 +10,8 @@ import sys
 import time
 from typing import Any
 
+from benchmarks.engine_process import serve
+
 
 class Engine:
     """The engine, and what is asked of it."""
@@ -31,6 +33,7 @@ class Engine:
             return output
 
         self._core.scheduler.schedule = schedule
+        self.started = {"pid": os.getpid()}
 
     def run(self, asked: list[dict[str, Any]], prompts: list[list[int]]) -> dict[str, Any]:
         """Serve a round; what was sampled, how steps were made up, and how often a request was preempted."""
@@ -81,20 +84,5 @@ class Engine:
         self._engine.engine_core.shutdown()
 
 
-def main(arguments: str) -> None:
-    """Serve one engine until standard input ends."""
-    # vLLM and its processes write to standard output too: answers get a copy of it, the rest goes to standard error.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
-    engine = Engine(json.loads(arguments))
-    print(json.dumps({"pid": os.getpid()}), file=answers)
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(getattr(engine, request.pop("do"))(**request)), file=answers)
-    engine.stop()
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(lambda: Engine(json.loads(sys.argv[1])))
