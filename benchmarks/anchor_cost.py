@@ -18,11 +18,11 @@ from benchmarks.report import Report, bootstrap, run
 from stream_monitor.config import CaptureSettings, MonitorSettings
 from stream_monitor.monitor.calibration import Calibration
 from stream_monitor.monitor.events import EventLog
-from stream_monitor.monitor.ingest import Ingest
+from stream_monitor.monitor.intake import Intake, Stream
 from stream_monitor.monitor.merge import Merger
 from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.pipeline import Pipeline
-from stream_monitor.monitor.ranks import Rank, RankBook
+from stream_monitor.monitor.ranks import RankBook
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import Vocabularies
 from stream_monitor.v1alpha1 import ingest_pb2, summary_pb2
@@ -174,7 +174,7 @@ class DrawnEngine:
         ]
 
 
-def _monitor() -> Ingest:
+def _monitor() -> Intake:
     settings = MonitorSettings(max_sentences=2 * max(SIZES))
     ranks = RankBook(settings.max_engines)
     store = TraceStore(settings.max_traces, settings.max_trace_bytes, settings.max_sentences)
@@ -182,7 +182,7 @@ def _monitor() -> Ingest:
     calibration = Calibration()
     metrics = Metrics()
     pipeline = Pipeline(store, log, metrics, calibration, Vocabularies({}))
-    return Ingest(ranks, Merger(settings.merge_deadline_seconds), pipeline, metrics, settings.max_message_bytes)
+    return Intake(ranks, Merger(settings.merge_deadline_seconds), pipeline, metrics, settings.max_message_bytes)
 
 
 def _growing(sizes: tuple[int, ...], seed: int) -> Iterator[tuple[int, list[float]]]:
@@ -228,14 +228,14 @@ def _throughput(requests: int, seconds: float, seed: int) -> float:
 class _Run:
     """A monitor that one stream of messages goes into; each of them must be accepted."""
 
-    def __init__(self, ingest: Ingest) -> None:
-        self._ingest = ingest
-        self._last: dict[Rank, int] = {}
-        self._opened: set[Rank] = set()
+    def __init__(self, intake: Intake) -> None:
+        self._intake = intake
+        self._stream = Stream()
 
     def take(self, message: bytes) -> None:
-        answer = self._ingest.take(message, self._last, self._opened)
+        (answer,) = self._intake.take([message], self._stream)
         assert answer.outcome == ingest_pb2.PUBLISH_OUTCOME_ACCEPTED, answer
+        self._intake.score()
 
 
 def _processor_seconds() -> float:

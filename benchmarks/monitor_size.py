@@ -4,22 +4,16 @@ A real `stream-monitor serve` takes in finished requests of drawn rows, as an en
 `benchmarks.anchor_cost`); then it is asked for its own figures. Each size has a monitor of its own.
 """
 
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
-from urllib.request import ProxyHandler, build_opener
 
 import grpc
 import typer
-from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.anchor_cost import CAPTURE, HEADS, PROMPT_TOKENS, SENTENCE_TOKENS, DrawnEngine
+from benchmarks.monitor_process import monitor
 from benchmarks.report import Report, run
 from stream_monitor.v1alpha1 import ingest_pb2, summary_pb2
 
@@ -61,12 +55,12 @@ def main(
 def _measure(size: int, count: int, seed: int) -> Figures:
     """Bytes of one request, by name; of the whole monitor if `count` is 0."""
     with tempfile.TemporaryDirectory() as folder:
-        with _monitor(Path(folder)) as (ingest, metrics):
-            before = metrics()
+        with monitor(Path(folder)) as running:
+            before = running.settled_metrics()
             if not count:
                 return {"resident_bytes": before["process_resident_memory_bytes"]}
-            _publish(ingest, size, count, seed)
-            after = metrics()
+            _publish(running.ingest, size, count, seed)
+            after = running.settled_metrics()
         assert after["stream_monitor_traces"] == count, "traces were evicted: fewer requests, please"
         # Closed, the store is one file.
         stored = sum(file.stat().st_size for file in Path(folder).glob("stream-monitor/monitor.db*"))
@@ -77,44 +71,6 @@ def _measure(size: int, count: int, seed: int) -> Figures:
     }
     figures = {name: (after[metric] - before[metric]) / count for name, metric in grown.items()}
     return figures | {"stored_bytes": stored / count}
-
-
-@contextmanager
-def _monitor(folder: Path) -> Iterator[tuple[str, "Metrics"]]:
-    """A monitor process: its ingest address and its metrics."""
-    os.chmod(folder, 0o700)
-    ingest = f"unix:{folder}/ingest.sock"
-    command = [sys.executable, "-m", "stream_monitor", "serve", "--ingest", ingest]
-    command += ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("STREAM_MONITOR_")}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=environment | {"XDG_STATE_HOME": str(folder)}
-    )
-    try:
-        assert process.stdout is not None
-        yield ingest, Metrics(process.stdout.readline().split()[-1])
-    finally:
-        process.terminate()
-        process.communicate()
-
-
-class Metrics:
-    """The monitor's metrics, each summed over its labels."""
-
-    def __init__(self, address: str) -> None:
-        self._url = f"http://{address}/metrics"
-        self._open = build_opener(ProxyHandler({})).open
-
-    def __call__(self) -> Figures:
-        """Once nothing waits to be stored any more."""
-        while True:
-            held: Figures = {}
-            for family in text_string_to_metric_families(self._open(self._url).read().decode()):
-                for sample in family.samples:
-                    held[sample.name] = held.get(sample.name, 0) + sample.value
-            if not held["stream_monitor_store_queue_records"]:
-                return held
-            time.sleep(0.5)
 
 
 def _publish(ingest: str, size: int, count: int, seed: int) -> None:

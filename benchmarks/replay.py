@@ -1,13 +1,12 @@
 """A recording through the monitor as if it had been served: its own ingest, merge, traces and detectors."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from benchmarks.recording import INSTANCE, REQUEST, Recorder, Recording
 from stream_monitor.config import CaptureSettings, MonitorSettings
 from stream_monitor.monitor.calibration import Calibration
 from stream_monitor.monitor.events import EventLog
-from stream_monitor.monitor.ingest import Ingest
+from stream_monitor.monitor.intake import Intake, Stream
 from stream_monitor.monitor.merge import Merger
 from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.pipeline import Pipeline
@@ -45,12 +44,12 @@ def show(recording: Recording, calibration: Calibration | None = None) -> Reques
     log = EventLog(settings.event_log, settings.subscriber_queue, settings.max_subscribers)
     metrics = Metrics()
     pipeline = Pipeline(store, log, metrics, calibration, Vocabularies({}))
-    ingest = Ingest(ranks, Merger(settings.merge_deadline_seconds), pipeline, metrics, 1 << 30)
-    last: dict[Any, int] = {}
-    opened: set[Any] = set()
+    intake = Intake(ranks, Merger(settings.merge_deadline_seconds), pipeline, metrics, 1 << 30)
+    stream = Stream()
     for message in recording:
-        answer = ingest.take(message, last, opened)
+        (answer,) = intake.take([message], stream)
         assert answer.outcome == ingest_pb2.PUBLISH_OUTCOME_ACCEPTED, answer
+        intake.score()
     trace = store.get(INSTANCE, REQUEST)
     assert trace is not None
     assert trace.finished

@@ -80,11 +80,14 @@ class _FileTable(PydanticBaseSettingsSource):
             content = tomllib.loads(Path(path).read_text())
         except OSError as error:
             raise SettingsError(f"{PREFIX}CONFIG: cannot read {path}: {error.strerror}") from None
-        except tomllib.TOMLDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise SettingsError(f"{PREFIX}CONFIG: {path} is not TOML: {error}") from None
         if unknown := sorted(set(content) - set(TABLES)):
             raise SettingsError(f"{path}: unknown table [{unknown[0]}]; valid: {', '.join(f'[{t}]' for t in TABLES)}")
-        table: dict[str, Any] = content.get(next(t for t, c in TABLES.items() if c is self.settings_cls), {})
+        name = next(table for table, settings in TABLES.items() if settings is self.settings_cls)
+        table = content.get(name, {})
+        if not isinstance(table, dict):
+            raise SettingsError(f"{path}: {name} is not a table; write [{name}] on a line of its own")
         return table
 
 

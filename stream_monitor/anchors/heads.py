@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.matrix import ANCHOR_GAP, Mass, Positions, SparseMass
+from stream_monitor.anchors.matrix import ANCHOR_GAP, Distinct, Mass, Positions, SparseMass
 
 LEAST_SENTENCES = 12
 """Scored sentences of an output below which the kurtosis over them says nothing."""
@@ -41,20 +41,22 @@ class HeadShares(NamedTuple):
         return self.heads.nbytes + self.columns.nbytes + self.shares.nbytes
 
     @classmethod
-    def of_rows(cls, heads: Positions, columns: Positions, mass: NDArray[np.floating], rows: int) -> "HeadShares":
-        """Of the entries of `rows` rows, int64 [m], int64 [m], float [m]: equal (head, column) are joined."""
-        if not len(heads):
-            return NO_SHARES
-        # Not np.unique: a table over all sentences costs less than sorting, however many there are.
-        places = np.zeros(int(columns.max()) + 1, np.int64)
-        places[columns] = 1
-        distinct = np.flatnonzero(places)
-        places[distinct] = np.arange(len(distinct))
-        dense = np.bincount(heads * len(distinct) + places[columns], mass)
+    def of_rows(
+        cls, heads: Positions, columns: Distinct, mass: NDArray[np.floating], count: int, rows: int
+    ) -> "HeadShares":
+        """Of the entries of `rows` rows, in which equal (head, column) are joined.
+
+        Args:
+            heads: int64 [m], below `count`; what is not is left out.
+            columns: of the m entries.
+            mass: float [m].
+        """
+        found, places = columns
+        dense = np.bincount(heads * len(found) + places, mass, count * len(found))[: count * len(found)]
         used = np.flatnonzero(dense)
         return cls(
-            (used // len(distinct)).astype(np.uint8),
-            distinct[used % len(distinct)].astype(np.uint32),
+            (used // max(1, len(found))).astype(np.uint8),
+            found[used % max(1, len(found))].astype(np.uint32),
             (dense[used] / rows).astype(np.float32),
         )
 
@@ -95,13 +97,15 @@ def vertical_scores_by_head(sentences: Sequence[tuple[int, HeadShares]], heads: 
         heads: of the request.
         size: sentences there are.
     """
-    total = np.zeros(heads * size)
+    numbers = np.array([index for index, _ in sentences], np.int64)
+    rows = np.repeat(numbers, [len(found.columns) for _, found in sentences])
+    heads_of, columns, shares = (
+        np.concatenate([none, *(found[place] for _, found in sentences)]) for place, none in enumerate(NO_SHARES)
+    )
+    far = columns <= rows - ANCHOR_GAP
+    total = np.bincount(heads_of[far].astype(np.int64) * size + columns[far], shares[far], heads * size)
     observed = np.zeros(size)
-    for index, found in sentences:
-        far = found.columns <= index - ANCHOR_GAP
-        codes = found.heads[far].astype(np.int64) * size + found.columns[far]
-        np.add.at(total, codes, found.shares[far])
-        observed[index] = 1
+    observed[numbers] = 1
     later = np.cumsum(observed[::-1])[::-1]
     count = np.zeros(size)
     count[: max(0, size - ANCHOR_GAP)] = later[ANCHOR_GAP:]

@@ -81,15 +81,16 @@ class AnchorLock:
         total = self._shares.sum()
         longest = int(self._lags.max()) + 1
         short = np.arange(_LEAST_PERIOD, min(_SHORT, longest) + 1)
-        periods = np.unique(np.concatenate([short, self._lags, self._lags + 1]))
-        rest = self._lags % periods[:, None]
-        fits = (rest == 0) | (rest == periods[:, None] - 1)
-        part = fits @ self._shares / total
+        periods = np.concatenate([short, self._lags, self._lags + 1]).astype(float)
+        # Lags that leave b - 1 or 0 are those whose successors leave 0 or 1. Exact in floating point, and faster.
+        next_lags = self._lags + 1.0
+        rest = next_lags - np.floor(next_lags / periods[:, None]) * periods[:, None]
+        part = (rest <= 1) @ self._shares / total
         # Two lags in b fit by chance; as few rows as these may fit by three standard errors more.
         rows = total**2 / np.square(self._shares).sum()
         chance = 2 / periods
         chance = np.minimum(chance + 3 * np.sqrt(chance * (1 - chance) / rows), _MOST_CHANCE)
         scores = (part - chance) / (1 - chance)
+        self.score = float(scores.max())
         # What fits a period fits its divisors too.
-        best = int(np.flatnonzero(scores > scores.max() - 1e-9)[-1])
-        self.score, self.period = float(scores[best]), int(periods[best])
+        self.period = int(periods[scores > self.score - 1e-9].max())

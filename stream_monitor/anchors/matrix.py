@@ -4,6 +4,7 @@ A block's mass goes whole to the sentence that holds its strongest key: an even 
 sentences that matter. What the search did not observe is kept beside and never renormalised away.
 """
 
+from array import array
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,8 +14,8 @@ from numpy.typing import NDArray
 ANCHOR_GAP = 4
 """A sentence's own neighbourhood is no anchor: only sentences at least this much earlier are (thought-anchors' δ)."""
 NO_BLOCK = 0xFFFFFFFF
-_NO_KEY = 1 << 31
-"""Above every token position, and low enough to be shifted by the bits of a place in a row."""
+_MOST_TOKENS = 1 << 20
+"""Tokens of a request beyond which the sentence of a token is searched, not looked up: a table takes memory."""
 
 Positions = NDArray[np.int64]
 Mass = NDArray[np.float64]
@@ -51,7 +52,7 @@ class SparseMass(NamedTuple):
 
     def before(self, sentence: int) -> "SparseMass":
         """The part on sentences below a number."""
-        end = int(np.searchsorted(self.columns, sentence))
+        end = int(self.columns.searchsorted(sentence))
         return SparseMass(self.columns[:end], self.shares[:end])
 
     def where(self, some: NDArray[np.bool_]) -> "SparseMass":
@@ -71,72 +72,85 @@ def forced_block_ids(positions: Positions, block_size: int, sink: int, recent: i
     return np.concatenate([np.where(first < blocks, first, -1), np.where(last >= sink, last, -1)], axis=1)
 
 
-class Joined(NamedTuple):
-    """Rows whose equal keys are joined.
+class Distinct(NamedTuple):
+    """Some sentences [m], of which many are equal.
 
     Attributes:
-        keys: int64 [m], the distinct keys of each row, ascending, one row after the other.
-        mass: float32 [m], their summed mass.
-        edges: int64 [rows + 1], where each row begins, and the end of the last.
-        places: int64 [used entries], in the order of the entries: each one's place among its row's distinct keys.
+        columns: int64 [n], the distinct ones, ascending.
+        places: int64 [m], the place of each of the m among them.
     """
 
-    keys: Positions
-    mass: NDArray[np.float32]
-    edges: Positions
+    columns: Positions
     places: Positions
 
 
-def sum_by_key(keys: Positions, mass: Mass, used: NDArray[np.bool_]) -> Joined:
-    """Join equal keys of each row: keys, mass and whether an entry counts at all, [rows, n] each.
+def distinct(columns: Positions) -> Distinct:
+    """Of int64 [m].
 
-    >>> joined = sum_by_key(np.array([[7, 3, 7]]), np.array([[0.2, 0.3, 0.5]]), np.ones((1, 3), bool))
-    >>> joined.keys.tolist(), [round(float(mass), 2) for mass in joined.mass], joined.places.tolist()
-    ([3, 7], [0.3, 0.7], [1, 0, 1])
+    >>> [found.tolist() for found in distinct(np.array([7, 2, 7, 5]))]
+    [[2, 5, 7], [2, 0, 2, 1]]
     """
-    bits = keys.shape[1].bit_length()
-    # Each key carries its place in its low bits: numbers are sorted faster than indices, and rows faster than all at
-    # once. What does not count goes last.
-    packed = np.sort(np.where(used, keys, _NO_KEY) << bits | np.arange(keys.shape[1]), axis=1)
-    ordered = packed >> bits
-    first = ordered != _NO_KEY
-    first[:, 1:] &= ordered[:, 1:] != ordered[:, :-1]
-    places = np.empty_like(keys)
-    np.put_along_axis(places, packed & ((1 << bits) - 1), np.cumsum(first, axis=1) - 1, axis=1)
-    edges = np.concatenate([[0], np.cumsum(first.sum(axis=1))])
-    summed = np.bincount((places + edges[:-1, None])[used], mass[used], edges[-1])
-    return Joined(ordered[first], summed.astype(np.float32), edges, places[used])
+    # Not np.unique: a table over all sentences costs less than sorting, however many there are.
+    places = np.zeros(int(columns.max(initial=-1)) + 1, np.int64)
+    places[columns] = 1
+    found = places.nonzero()[0]
+    places[found] = np.arange(len(found))
+    return Distinct(found, places[columns])
 
 
-def sentences_of(keys: NDArray[np.uint32], starts: Positions) -> Positions:
-    """The sentence of each token position, given each sentence's first position.
+class SentenceStarts:
+    """First token of each sentence; and, looked up, the sentence of each token.
 
-    >>> sentences_of(np.array([3, 9, 40], np.uint32), np.array([0, 8, 16])).tolist()
+    Examples
+    --------
+    >>> starts = SentenceStarts()
+    >>> for start, end in (0, 8), (8, 16), (16, 50):
+    ...     starts.append(start, end)
+    >>> starts.of(np.array([3, 9, 40], np.uint32)).tolist()
     [0, 1, 2]
     """
-    return np.searchsorted(starts, keys, side="right") - 1
 
+    def __init__(self) -> None:
+        self._starts = array("q")
+        self._sentences: NDArray[np.int32] | None = np.zeros(256, np.int32)
 
-def fold(
-    columns: Positions, mass: NDArray[np.float32], edges: Positions
-) -> tuple[NDArray[np.uint32], NDArray[np.float32], Positions]:
-    """Join equal sentences of each row: ascending numbers [n], mass [n] -> distinct ones, summed mass, new edges.
+    def __len__(self) -> int:
+        return len(self._starts)
 
-    Args:
-        columns, mass: of all rows, one after the other.
-        edges: where each row begins, and the end of the last.
+    @property
+    def nbytes(self) -> int:
+        """Of the table of tokens."""
+        return 0 if self._sentences is None else self._sentences.nbytes
 
-    >>> columns, shares, edges = fold(np.array([0, 1, 1, 1]), np.float32([0.2, 0.3, 0.5, 1.0]), np.array([0, 3, 4]))
-    >>> columns.tolist(), [round(float(share), 2) for share in shares], edges.tolist()
-    ([0, 1, 1], [0.2, 0.8, 1.0], [0, 2, 3])
-    """
-    if not len(columns):
-        return columns.astype(np.uint32), mass, edges
-    first = np.ones(len(columns), bool)
-    np.not_equal(columns[1:], columns[:-1], out=first[1:])
-    first[edges[edges < len(columns)]] = True
-    firsts = first.nonzero()[0]
-    return columns[firsts].astype(np.uint32), np.add.reduceat(mass, firsts), np.searchsorted(firsts, edges)
+    @property
+    def positions(self) -> Positions:
+        """int64 [sentences]. A copy: what is lent out could not grow."""
+        return np.array(self._starts, np.int64)
+
+    def append(self, start: int, end: int) -> None:
+        """One more sentence, of the tokens [start, end)."""
+        if self._sentences is not None:
+            if end > _MOST_TOKENS:
+                self.release()
+            else:
+                if end > len(self._sentences):
+                    self._sentences = np.concatenate([self._sentences, np.zeros(end, np.int32)])
+                self._sentences[start:end] = len(self._starts)
+        self._starts.append(start)
+
+    def cut(self, count: int) -> None:
+        """Keep so many sentences."""
+        del self._starts[count:]
+
+    def release(self) -> None:
+        """Give the table of tokens away: sentences are searched from now on."""
+        self._sentences = None
+
+    def of(self, keys: NDArray[np.uint32]) -> Positions:
+        """The sentence of each of these tokens, all of which lie in sentences: int64 [n]."""
+        if self._sentences is not None:
+            return self._sentences[keys].astype(np.int64)
+        return np.searchsorted(np.frombuffer(self._starts, np.int64), keys, side="right") - 1
 
 
 def vertical_scores(

@@ -179,15 +179,9 @@ class Panel:
         tokens = min(1.0, prompt.user_tokens / max(1, int(seen.starts[limit])))
         role = int(seen.roles[seen.index])
         told = (user, far.total, tokens, seen.rows, limit, role)
-        near = _candidates(seen, limit)
-        untrusted = seen.roles[near.columns] == Role.UNTRUSTED
+        near = _candidates(seen, limit) if prompt.untrusted else _NOTHING
         self.verdicts = {
-            Kind.UNTRUSTED_ANCHOR: self.untrusted.update(
-                near.shares[untrusted].max(initial=0.0),
-                near.shares[~untrusted].max(initial=0.0),
-                near.total if prompt.untrusted else 0.0,
-                seen.rows,
-            ),
+            Kind.UNTRUSTED_ANCHOR: self.untrusted.update(*_heaviest(near, seen), seen.rows),
             Kind.ANCHOR_SHIFT: self.shift.update(far, limit, seen.rows, role),
             Kind.PROMPT_DETACHMENT: self.detachment.update(*told),
             Kind.ANCHOR_LOCK: self.lock.update(seen.lags, seen.lag_shares),
@@ -276,6 +270,14 @@ class Panel:
         left = max(1, len(possible - self._raised))
         for kind in Kind:
             self._detectors[kind].threshold = self.profile.threshold(kind, self.rate / left)
+
+
+def _heaviest(near: SparseMass, seen: Observation) -> tuple[float, float, float]:
+    """The heaviest untrusted candidate, the heaviest other one, and all of them."""
+    if not len(near.columns):
+        return 0.0, 0.0, 0.0
+    untrusted = seen.roles[near.columns] == Role.UNTRUSTED
+    return near.shares[untrusted].max(initial=0.0), near.shares[~untrusted].max(initial=0.0), near.total
 
 
 def _candidates(seen: Observation, limit: int) -> SparseMass:

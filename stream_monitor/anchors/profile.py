@@ -106,13 +106,13 @@ class Profile:
                 for kind, known in content.pop("references").items()
             }
             found = cls(highest=highest, receivers=receivers, references=references, **content)
+            found._check_content(path)
         except OSError as error:
             raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, ProfileError):
                 raise
             raise ProfileError(f"{path} is not a profile; `stream-monitor calibrate` makes one") from error
-        found._check_content(path)
         return found
 
     def _check_content(self, path: Path) -> None:

@@ -3,6 +3,7 @@
 from copy import copy
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stream_monitor.anchors.matrix import Mass, Positions, SparseMass
 from stream_monitor.anchors.page_hinkley import RiseDetector
@@ -22,13 +23,10 @@ def jensen_shannon(p: Mass, q: Mass) -> float:
     >>> jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 1.0]))
     1.0
     """
-    middle = (p + q) / 2
-    return max(0.0, (_relative_entropy(p, middle) + _relative_entropy(q, middle)) / 2)
-
-
-def _relative_entropy(p: Mass, q: Mass) -> float:
-    held = p > _LEAST
-    return float(np.sum(p[held] * np.log2(p[held] / q[held])))
+    both = np.stack([p, q])
+    # No share is divided by 0; where there is none, nothing is added.
+    ratio = np.maximum(both, _LEAST) / np.maximum((p + q) / 2, _LEAST)
+    return max(0.0, float((both * np.log2(ratio)).sum()) / 2)
 
 
 class AnchorShift(RiseDetector):
@@ -109,15 +107,15 @@ class AnchorShift(RiseDetector):
         if common == 0:
             self.reference = current
             return Verdict.WARM_UP
-        ours, theirs = current.before(common), self.reference.before(common)
-        shared, held = ours.total, theirs.total
+        columns, both = _side_by_side(self.reference, current)
+        known = both[:, : np.searchsorted(columns, common)]
+        held, shared = known.sum(axis=1).tolist()
         self.entering = 1.0 - shared
         self.before = self.reference
         if shared < self.min_mass or held < self.min_mass:
-            self._learn(current)
+            self._learn(columns, both)
             return Verdict.INSUFFICIENT
-        _, one, other = _side_by_side(ours, theirs)
-        self.divergence = jensen_shannon(one / shared, other / held)
+        self.divergence = jensen_shannon(known[1] / shared, known[0] / held)
         stratum = Stratum.of(rows, candidates, role)
         self._test.update(self.normal.standardise(self.divergence, stratum) if self.normal else self.divergence)
         self._scored += 1
@@ -125,7 +123,7 @@ class AnchorShift(RiseDetector):
             self.reference = current
             self._scored = 0
             return Verdict.ALARM
-        self._learn(current)
+        self._learn(columns, both)
         return Verdict.WARM_UP if self._scored < self.warm_up else Verdict.STEADY
 
     def unbroken(self) -> "AnchorShift":
@@ -133,24 +131,24 @@ class AnchorShift(RiseDetector):
         twin = copy(self)
         twin._test = self._test.unbroken()
         twin.reference = self.before
-        twin._learn(self._current)
+        twin._learn(*_side_by_side(self.before, self._current))
         return twin
 
-    def _learn(self, current: SparseMass) -> None:
-        columns, old, new = _side_by_side(self.reference, current)
-        shares = (1.0 - self.weight) * old + self.weight * new
-        kept = shares > 0
+    def _learn(self, columns: Positions, both: NDArray[np.float64]) -> None:
+        """From the reference and the newest sentence side by side."""
+        shares = (1.0 - self.weight) * both[0] + self.weight * both[1]
         if len(shares) > _MOST:
             kept = shares > np.partition(shares, -_MOST - 1)[-_MOST - 1]
-        self.reference = SparseMass(columns[kept], shares[kept])
+            columns, shares = columns[kept], shares[kept]
+        self.reference = SparseMass(columns, shares)
 
 
-def _side_by_side(one: SparseMass, other: SparseMass) -> tuple[Positions, Mass, Mass]:
-    """All columns of both, and the shares of each there."""
+def _side_by_side(one: SparseMass, other: SparseMass) -> tuple[Positions, NDArray[np.float64]]:
+    """All columns of both [n], and the shares of each there [2, n]."""
     # Over all sentences and not sorted: a table of them costs less, however many there are.
     size = max(int(mass.columns[-1]) + 1 if len(mass.columns) else 0 for mass in (one, other))
     shares = np.zeros((2, size))
     shares[0, one.columns] = one.shares
     shares[1, other.columns] = other.shares
-    columns = np.flatnonzero(shares[0] + shares[1])
-    return columns, shares[0, columns], shares[1, columns]
+    columns = np.flatnonzero(shares.any(axis=0))
+    return columns, shares[:, columns]

@@ -239,7 +239,7 @@ class Capture:
         """Submit what is left, with the final counts."""
         self._take_arrived()
         if self._estimator is not None:
-            self._estimator.submit(self._job(self._steps, time.time_ns(), None))
+            self._estimator.submit(self._job(self._steps, time.time_ns(), None, None))
 
     def _mark_rewritten(self, step: ScheduledStep) -> None:
         self._generations.next_step()
@@ -308,9 +308,10 @@ class Capture:
             return
         if self._estimator.backlog > MAX_BACKLOG:
             self.fail(f"the estimator is {MAX_BACKLOG} steps behind")
-        self._estimator.submit(self._job(current.number, current.forward_end_ns, current.slot))
+        rows = {label.request_id for label in current.sampled} if current.slot is not None else set()
+        self._estimator.submit(self._job(current.number, current.forward_end_ns, current.slot, rows))
 
-    def _job(self, step: int, wall_time_ns: int, slot: StepSlot | None) -> Job:
+    def _job(self, step: int, wall_time_ns: int, slot: StepSlot | None, rows: set[str] | None) -> Job:
         self._ledger.hook_seconds = self.governor.hook_seconds
         self._ledger.stride = 0 if self.paused or self._ledger.fault else self._table.stride
         self._ledger.queues = [QueueState("estimator", self._slots - len(self._free), self._slots)]
@@ -320,7 +321,7 @@ class Capture:
             snapshot(self._ledger),
             slot,
             self._started,
-            self._tokens + self._table.take_tokens(),
+            self._tokens + self._table.take_tokens(rows),
             self._finished,
         )
         self._started, self._tokens, self._finished = [], [], []

@@ -1,5 +1,6 @@
 """Who owns which row: requests as the scheduler tells of them, labels of a step's rows, tokens waiting to be sent."""
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,8 @@ REQUEST_LIMIT = "request_limit"
 UNKNOWN_REQUEST = "unknown_request"
 ID_TOO_LONG = "id_too_long"
 MAX_ID = 1024
+MOST_WAITING = 16
+"""Tokens of a request that wait for its next row."""
 """Characters of an internal id that a receiver takes. Clients choose most of it; one such request must not spoil the
 messages it shares with others, so it is counted and never named."""
 
@@ -218,11 +221,21 @@ class RequestTable:
             tracked.pending_ids += token_ids
         self._with_tokens[request_id] = None
 
-    def take_tokens(self) -> list[TokenRun]:
-        """Tokens since the last call, one run a request."""
-        runs = [self._take(request_id) for request_id in self._with_tokens]
-        self._with_tokens.clear()
-        return runs
+    def take_tokens(self, rows: Container[str] | None = None) -> list[TokenRun]:
+        """Tokens since they were last taken, one run a request.
+
+        Args:
+            rows: requests of which a row goes along. A sentence is scored when a row behind its end is in, so tokens of
+                others wait for theirs, `MOST_WAITING` of them: fewer, longer runs cost less on their way. All if None.
+        """
+        ready = [
+            request_id
+            for request_id in self._with_tokens
+            if rows is None or request_id in rows or len(self._tracked[request_id].pending_flags) >= MOST_WAITING
+        ]
+        for request_id in ready:
+            del self._with_tokens[request_id]
+        return [self._take(request_id) for request_id in ready]
 
     def _take(self, request_id: str) -> TokenRun:
         tracked = self._tracked[request_id]

@@ -68,9 +68,10 @@ class Subscriber:
     One that resumes reads what it missed from the store, page by page, until the log in memory reaches back far enough.
     """
 
-    def __init__(self, log: "EventLog", wanted: Wanted, after: int, limit: int, owner: str) -> None:
+    def __init__(self, log: "EventLog", wanted: Wanted, after: int, limit: int, owner: str, progress: bool) -> None:
         self.wanted = wanted
         self.owner = owner
+        self.progress = progress
         self.lost = 0
         self.closed = False
         self._log = log
@@ -168,7 +169,7 @@ class EventLog:
         self._held: deque[tuple[int, monitor_pb2.Event]] = deque()
         # Numbers given out, sent to subscribers, committed to the store, and let go by it.
         self._issued = self._sent = self._stored = self._let_go = 0
-        self._pending: deque[tuple[int, monitor_pb2.Event]] = deque()
+        self._pending: deque[tuple[int, monitor_pb2.Event, bool]] = deque()
         self._pending_since = 0.0
         self._patient = True
 
@@ -192,18 +193,26 @@ class EventLog:
         self._epoch, self._stored, self._let_go = epoch, newest, let_go
         self._patient = True
 
-    def publish(self, event: monitor_pb2.Event) -> None:
-        """Log a finding and hand the event to every subscriber that wants it."""
+    @property
+    def progress_wanted(self) -> bool:
+        """Whether any subscriber may want more than findings."""
+        return any(subscriber.progress for subscriber in self.subscribers)
+
+    def publish(self, event: monitor_pb2.Event, quietly: bool = False) -> None:
+        """Log a finding and hand the event to every subscriber that wants it.
+
+        `quietly`: to none, as none wanted it; only `sent` is told of it, when its turn comes.
+        """
         if event.kind in FINDINGS:
             self._issued += 1
             if self._shelf is not None:
                 self._shelf.keep(self._issued, event)
         if self._shelf is None or (not self._pending and event.kind not in FINDINGS):
-            self._send(self._issued, event)
+            self._send(self._issued, event, quietly)
             return
         if not self._pending:
             self._pending_since = time.monotonic()
-        self._pending.append((self._issued, event))
+        self._pending.append((self._issued, event, quietly))
         if not self._patient:
             self._send_pending(self._issued)
 
@@ -236,9 +245,12 @@ class EventLog:
             subscriber.forget(gone)
         return removed
 
-    def subscribe(self, wanted: Wanted, cursor: str, last: int = 0, owner: str = "") -> tuple[Subscriber, str]:
+    def subscribe(
+        self, wanted: Wanted, cursor: str, last: int = 0, owner: str = "", progress: bool = True
+    ) -> tuple[Subscriber, str]:
         """A subscriber, fed from `cursor`, or if that is empty from the newest `last` findings it wants on, and the
-        cursor it starts at. `owner` is whose it is, where there is more than one to share the room.
+        cursor it starts at. `owner` is whose it is, where there is more than one to share the room; `progress` says
+        whether it may want more than findings.
 
         Raises CursorGone, CursorMalformed or TooManySubscribers.
         """
@@ -247,7 +259,7 @@ class EventLog:
             raise TooManySubscribers(f"{self.max_subscribers} subscribers (setting max_subscribers)")
         if owner and sum(each.owner == owner for each in self.subscribers) >= self.max_of_owner:
             raise TooManySubscribers(f"{self.max_of_owner} subscribers of {owner} (setting max_principal_subscribers)")
-        subscriber = Subscriber(self, wanted, after, self.queue, owner)
+        subscriber = Subscriber(self, wanted, after, self.queue, owner, progress)
         self.subscribers.add(subscriber)
         return subscriber, self.cursor(after)
 
@@ -274,9 +286,11 @@ class EventLog:
         # Neither the store nor the memory has what comes next.
         return EventPage([], self.forgotten, self.forgotten - sequence)
 
-    def _send(self, sequence: int, event: monitor_pb2.Event) -> None:
+    def _send(self, sequence: int, event: monitor_pb2.Event, quietly: bool) -> None:
         self._sent = sequence
         self.sent(event)
+        if quietly:
+            return
         if event.kind in FINDINGS:
             self._held.append((sequence, event))
             if len(self._held) > self._size:

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.calibration import output_kurtosis
-from stream_monitor.anchors.heads import HeadShares, weights
+from stream_monitor.anchors.heads import HeadShares
 from stream_monitor.anchors.matrix import Mass, Positions, proximity_corrected, vertical_scores
 from stream_monitor.anchors.panel import Alarm, Kind
 from stream_monitor.monitor.trace import RequestTrace
@@ -39,7 +39,7 @@ def add_heads(trace: RequestTrace, response: monitor_pb2.GetTraceResponse, with_
 
 def _receiver_matrix(trace: RequestTrace) -> tuple[Numbers, Numbers, Mass, NDArray[np.bool_]]:
     """The sentence matrix of the output's sentences by the heads that count, in coordinate form."""
-    chosen = weights(trace.heads.heads, trace.panel.receivers)
+    chosen = trace.heads.weights(trace.panel.receivers)
     observed = np.zeros(len(trace.spans), bool)
     rows, columns, shares = [], [], []
     for index, found in trace.heads.sentences():

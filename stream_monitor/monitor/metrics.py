@@ -1,9 +1,13 @@
 """What the parts of the monitor count for Prometheus while they work. `scrape.py` reads the rest when it is asked."""
 
+import collections
 from collections.abc import Container
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import prometheus_client
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 
 from stream_monitor.anchors.panel import Kind
@@ -26,6 +30,23 @@ ROLES: dict[int, str] = {
 RESULTS = ("complete", "partial", "late")
 
 
+@dataclass(slots=True)
+class SentenceTally:
+    """Sentences that were scored together: counted here first, as counting on a series takes locks and checks.
+
+    Attributes:
+        anchor_mass: by `summary.proto` Role.
+        unobserved: of each sentence that has rows.
+        named: exemplar.
+    """
+
+    sentences: int = 0
+    verdicts: collections.Counter[tuple[Kind, Verdict]] = field(default_factory=collections.Counter)
+    anchor_mass: NDArray[np.float64] = field(default_factory=lambda: np.zeros(max(ROLES) + 1))
+    unobserved: list[float] = field(default_factory=list)
+    named: dict[str, str] | None = None
+
+
 class SentenceSeries(NamedTuple):
     """What every closed sentence of an engine counts on: found once, as looking labels up costs more than counting.
 
@@ -38,6 +59,19 @@ class SentenceSeries(NamedTuple):
     event_delay: Histogram
     anchor_mass: dict[int, Counter]
     verdicts: dict[tuple[Kind, Verdict], Counter]
+
+    def add(self, tally: "SentenceTally") -> None:
+        """Count some sentences; the first of them is the exemplar."""
+        self.sentences.inc(tally.sentences)
+        for verdict, count in tally.verdicts.items():
+            self.verdicts[verdict].inc(count)
+        for role, share in enumerate(tally.anchor_mass.tolist()):
+            if share:
+                self.anchor_mass[role].inc(share)
+        named = tally.named
+        for share in tally.unobserved:
+            self.unobserved.observe(share, named)
+            named = None
 
 
 # `_created` series would double the export and tell nothing that Prometheus uses.

@@ -10,9 +10,11 @@ from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.calibration import Calibration, capture_id
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.graveyard import Graveyard
+from stream_monitor.monitor.identity import TraceKey
 from stream_monitor.monitor.merge import MergedStep
-from stream_monitor.monitor.metrics import Metrics, exemplar
+from stream_monitor.monitor.metrics import Metrics, SentenceTally, exemplar
 from stream_monitor.monitor.outcomes import ENGINE_QUOTA, known_request
+from stream_monitor.monitor.ranks import Labels
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import NOT_SENT, TokenText, Vocabularies
 from stream_monitor.monitor.trace import RequestTrace
@@ -43,23 +45,35 @@ class Pipeline:
         self.metrics = metrics
         self.archive = archive
         self.graveyard = graveyard
+        self._touched: dict[TraceKey, RequestTrace] = {}
+        self._ended: list[RequestTrace] = []
 
     def apply(self, step: MergedStep) -> None:
-        """Starts, then rows, then tokens (a token is sampled from its step's row), then ends; then score sentences."""
+        """Starts, then rows, then tokens (a token is sampled from its step's row), then ends. What that closes is
+        scored by `score`, together with what other steps close."""
         if self.graveyard:
             self.graveyard.strip(step)
         first = step.parts[0]
         instance, labels = step.instance, first.rank.labels
         if step.entries > self.store.room(instance):
+            # Those that ended since the last time make room.
+            self.score()
+        if step.entries > self.store.room(instance):
             refused = step.leave_out(self.store.over_quota(instance), ENGINE_QUOTA)
             self.metrics.requests_refused.labels(*labels, ENGINE_QUOTA).inc(len(refused))
         now = first.summary.wall_time_ns or time.time_ns()
+        if any(
+            (instance, started.request_id) in self._touched for part in step.parts for started in part.summary.started
+        ):
+            # A start may cut a trace off, or replace it.
+            self.score()
         touched: dict[str, RequestTrace] = {}
 
         def trace_of(request_id: str) -> RequestTrace:
-            if request_id not in touched:
-                touched[request_id] = seen(self.store.find_or_late(instance, request_id, labels, now))
-            return touched[request_id]
+            trace = touched.get(request_id)
+            if trace is None:
+                trace = touched[request_id] = seen(self.store.find_or_late(instance, request_id, labels, now))
+            return trace
 
         def seen(trace: RequestTrace) -> RequestTrace:
             trace.last_seen_ns, trace.cut = now, False
@@ -101,7 +115,6 @@ class Pipeline:
             trace.add_tokens(run)
             if trace.missing_tokens > missing:
                 self.metrics.tokens_missing.labels(*labels).inc(trace.missing_tokens - missing)
-        ended = []
         for source, finished in ((part.rank, end) for part in step.parts for end in part.summary.finished):
             held = self.store.get(instance, finished.request_id)
             # The end of a request that was never seen leaves nothing to keep. Where one rank sees the tokens, only that
@@ -110,16 +123,29 @@ class Pipeline:
                 touched[finished.request_id] = seen(held)
                 held.finish(finished.total_tokens)
                 held.to_store = True
-                ended.append(held)
+                self._ended.append(held)
         for trace in touched.values():
-            self._score(trace, now)
+            self._touched[trace.instance, trace.request_id] = trace
+
+    def score(self) -> None:
+        """Score the sentences that were closed since the last call, and tell of requests that ended."""
+        touched, self._touched = self._touched, {}
+        ended, self._ended = self._ended, []
+        tallies: dict[Labels, SentenceTally] = {}
+        try:
+            for trace in touched.values():
+                self._score(trace, tallies)
+        finally:
+            for labels, tally in tallies.items():
+                self.metrics.of_sentences(labels).add(tally)
         for trace in ended:
+            labels = trace.labels
             self.metrics.requests_finished.labels(*labels).inc()
             if trace.dropped_sentences:
                 self.metrics.sentences_dropped.labels(*labels).inc(trace.dropped_sentences)
             if (reason := trace.text.reason) and (reason != NOT_SENT or self.vocabularies):
                 self.metrics.requests_without_text.labels(*labels, reason).inc()
-            self._progress(trace, monitor_pb2.EVENT_KIND_REQUEST_FINISHED, now)
+            self._progress(trace, monitor_pb2.EVENT_KIND_REQUEST_FINISHED, trace.last_seen_ns)
         for trace in touched.values():
             # Evictions look at what is marked.
             if self.archive is not None and trace.to_store:
@@ -127,23 +153,22 @@ class Pipeline:
                 trace.to_store = trace.finished
             self.store.changed(trace)
 
-    def _score(self, trace: RequestTrace, now: int) -> None:
+    def _score(self, trace: RequestTrace, tallies: dict[Labels, SentenceTally]) -> None:
         for index in trace.settle():
-            series = self.metrics.of_sentences(trace.labels)
-            row = trace.sentence_row(index)
-            shares = trace.close_heads(index)
+            now = trace.last_seen_ns
+            row, shares = trace.close(index)
             seen = trace.observation(index, row, shares)
             alarms = trace.panel.update(seen)
             mass = seen.mass.before(index - ANCHOR_GAP + 1)
             trace.top_anchor = mass.heaviest()
-            series.sentences.inc()
-            for verdict in trace.panel.verdicts.items():
-                series.verdicts[verdict].inc()
-            named = exemplar(trace.identity.external_id)
+            tally = tallies.get(trace.labels)
+            if tally is None:
+                tally = tallies[trace.labels] = SentenceTally(named=exemplar(trace.identity.external_id))
+            tally.sentences += 1
+            tally.verdicts.update(trace.panel.verdicts.items())
+            tally.anchor_mass += np.bincount(seen.roles[mass.columns], mass.shares, len(tally.anchor_mass))
             if row.rows:
-                series.unobserved.observe(row.unobserved, named)
-            for role, share in enumerate(np.bincount(seen.roles[mass.columns], mass.shares)):
-                series.anchor_mass[role].inc(share)
+                tally.unobserved.append(row.unobserved)
             for alarm in alarms:
                 finding = views.alarm_event(trace, index, alarm, shares, row.unobserved, now)
                 trace.findings.append(finding)
@@ -151,9 +176,13 @@ class Pipeline:
                 trace.to_store = True
                 name = monitor_pb2.EventKind.Name(finding.kind).removeprefix("EVENT_KIND_")
                 severity = monitor_pb2.Severity.Name(finding.severity).removeprefix("SEVERITY_").lower()
+                named = exemplar(trace.identity.external_id)
                 self.metrics.events.labels(*trace.labels, name, severity).inc(exemplar=named)
                 self.log.publish(finding)
-            self.log.publish(views.sentence_event(trace, index, mass, row.unobserved, now))
+            if self.log.progress_wanted:
+                self.log.publish(views.sentence_event(trace, index, mass, row.unobserved, now))
+            else:
+                self.log.publish(views.sentence_closed(trace, index), quietly=True)
 
     def _sent(self, event: monitor_pb2.Event) -> None:
         """One event a sentence, the last: findings of it went out before."""

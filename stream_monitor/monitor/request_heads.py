@@ -1,19 +1,16 @@
 """One request's attention head by head: kept for every sentence of its output, from when the sentence is scored."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.heads import NO_SHARES, Head, HeadShares, vertical_scores_by_head
-from stream_monitor.monitor.rows import Row
+from stream_monitor.anchors.heads import NO_SHARES, Head, HeadShares, vertical_scores_by_head, weights
 
 MAX_HEADS = 256
 """Heads of a request that are told apart, evenly those watched of each rank, as many as it is the first to bring."""
-SINK = 0xFFFFFFFF
-"""In place of a sentence: the entry lies on the context's first token and counts for none."""
 
 
 class RequestHeads:
@@ -29,28 +26,19 @@ class RequestHeads:
         self.bytes = 0
         self._places: dict[Any, NDArray[np.int64]] = {}
         self._shares: dict[int, HeadShares] = {}
+        self._weights: tuple[tuple[Head, ...], NDArray[np.float64]] = ((), np.zeros(0))
 
-    def close(self, sentence: int, rows: Iterable[Row]) -> HeadShares:
-        """Join the folded rows of a sentence, which lose their entries."""
-        heads, columns, mass, count = [], [], [], 0
-        for row in rows:
-            if row.by_head is None:
-                continue
-            count += 1
-            heads.append(self._places_of(row)[row.by_head.heads])
-            columns.append(row.by_head.places)
-            mass.append(row.by_head.mass)
-            row.by_head = None
-        shares = NO_SHARES
-        if heads:
-            places, of_entries = np.concatenate(heads), np.concatenate(columns)
-            told = np.flatnonzero((places >= 0) & (of_entries != SINK))
-            entries = places[told], of_entries[told].astype(np.int64), np.concatenate(mass)[told]
-            shares = HeadShares.of_rows(*entries, count)
-        if count:
-            self._shares[sentence] = shares
-            self.bytes += shares.nbytes
-        return shares
+    def weights(self, receivers: tuple[Head, ...]) -> NDArray[np.float64]:
+        """What each head counts; see `heads.weights`."""
+        known, found = self._weights
+        if known is not receivers or len(found) != len(self.heads):
+            self._weights = receivers, weights(self.heads, receivers)
+        return self._weights[1]
+
+    def put(self, sentence: int, shares: HeadShares) -> None:
+        """Keep what a scored sentence reads."""
+        self._shares[sentence] = shares
+        self.bytes += shares.nbytes
 
     def of(self, sentence: int) -> HeadShares:
         """What was kept of a sentence."""
@@ -73,13 +61,8 @@ class RequestHeads:
         """float64 [heads, size]; see `vertical_scores_by_head`."""
         return vertical_scores_by_head(self.sentences(), len(self.heads), size)
 
-    def _places_of(self, row: Row) -> NDArray[np.int64]:
-        """Place of each (layer, head) of the row's sources; -1 for one that is not told apart."""
-        if len(row.sources) == 1:
-            return self._places_of_rank(row.sources[0][0])
-        return np.concatenate([self._places_of_rank(rank) for rank, _ in row.sources])
-
-    def _places_of_rank(self, rank: Any) -> NDArray[np.int64]:
+    def of_entries(self, rank: Any) -> NDArray[np.int64]:
+        """Place of the head of each entry of a row of this rank; `MAX_HEADS` for a head that is not told apart."""
         known = self._places.get(rank)
         if known is not None:
             return known
@@ -87,17 +70,14 @@ class RequestHeads:
         watched = [
             (int(layer), int(engine.first_query_head + head)) for layer in engine.layers for head in engine.query_heads
         ]
-        places = np.full(len(watched), -1)
+        places = np.full(len(watched), MAX_HEADS)
         chosen = _evenly(len(watched), MAX_HEADS - len(self.heads))
         places[chosen] = len(self.heads) + np.arange(len(chosen))
         self.heads += [watched[place] for place in chosen]
-        self._places[rank] = places
-        return places
-
-
-def sentences_of_entries(columns: NDArray[np.int64], keys: NDArray[np.uint32]) -> NDArray[np.uint32]:
-    """What an entry on each key lies on, given the key's sentence: what is on the first token goes to `SINK`."""
-    return np.where(keys == 0, np.uint32(SINK), columns.astype(np.uint32))
+        geometry = engine.geometry
+        known = np.repeat(places, geometry.top_k + geometry.sink_blocks + geometry.recent_blocks)
+        self._places[rank] = known
+        return known
 
 
 def _evenly(count: int, most: int) -> Sequence[int]:

@@ -11,6 +11,7 @@ from stream_monitor.monitor.access.access import Access
 from stream_monitor.monitor.access.access_metrics import AccessCollector
 from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.calibration import Calibration
+from stream_monitor.monitor.calls import monitor_handler
 from stream_monitor.monitor.database_file import StoreRefused
 from stream_monitor.monitor.deletion import Deletion
 from stream_monitor.monitor.events import EventLog
@@ -18,6 +19,7 @@ from stream_monitor.monitor.front import Front
 from stream_monitor.monitor.graveyard import Graveyard
 from stream_monitor.monitor.http import application, metrics_application
 from stream_monitor.monitor.ingest import Ingest
+from stream_monitor.monitor.intake import Intake
 from stream_monitor.monitor.listen import ListenError
 from stream_monitor.monitor.lookup import Lookup
 from stream_monitor.monitor.merge import Merger
@@ -32,7 +34,6 @@ from stream_monitor.monitor.service import MonitorService
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.store_metrics import StoreCollector
 from stream_monitor.monitor.text import Vocabularies
-from stream_monitor.v1alpha1 import monitor_pb2_grpc
 
 DAY_SECONDS = 86_400
 SERVICES = (ingest.SERVICE, service.SERVICE)
@@ -70,22 +71,19 @@ class MonitorServer:
         merger = Merger(settings.merge_deadline_seconds)
         self.metrics.registry.register(StateCollector(version, ranks, merger, self.store, self.log, calibration))
         self.metrics.registry.register(StoreCollector(self.archive, self.deletion))
-        self.ingest = Ingest(
-            ranks,
-            merger,
-            Pipeline(
-                self.store,
-                self.log,
-                self.metrics,
-                calibration,
-                Vocabularies.read(settings.tokenizers),
-                self.archive,
-                graveyard,
-            ),
+        pipeline = Pipeline(
+            self.store,
+            self.log,
             self.metrics,
-            settings.max_message_bytes,
-            settings.max_message_rate,
+            calibration,
+            Vocabularies.read(settings.tokenizers),
+            self.archive,
+            graveyard,
         )
+        self.intake = Intake(
+            ranks, merger, pipeline, self.metrics, settings.max_message_bytes, settings.max_message_rate
+        )
+        self.ingest = Ingest(self.intake)
         self.service = MonitorService(Lookup(self.store, self.archive), self.log, self.deletion)
         refused = self._page_refused
         access = Access(settings, self.metrics.refused)
@@ -145,7 +143,7 @@ class MonitorServer:
         server.add_generic_rpc_handlers((self.ingest.handler(),))
 
     def _add_monitor(self, server: grpc.aio.Server) -> None:
-        monitor_pb2_grpc.add_MonitorServiceServicer_to_server(self.service, server)
+        server.add_generic_rpc_handlers((monitor_handler(self.service),))
 
     def _page_refused(self, reason: str) -> None:
         self.metrics.page_refused.labels(reason).inc()
@@ -153,5 +151,5 @@ class MonitorServer:
     async def _flush(self) -> None:
         while True:
             await asyncio.sleep(min(0.25, self.settings.merge_deadline_seconds / 2))
-            self.ingest.flush()
+            self.intake.flush()
             self.log.tick()

@@ -55,7 +55,11 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
         owner = "" if principal is rights.ANYBODY else principal.name
         try:
             subscriber, cursor = self.log.subscribe(
-                wanted(request, principal.sees(Right.SUBSCRIBE)), request.cursor, request.last, owner
+                wanted(request, principal.sees(Right.SUBSCRIBE)),
+                request.cursor,
+                request.last,
+                owner,
+                progress=not FINDINGS.issuperset(request.kinds),
             )
         except CursorGone as error:
             await _gone(context, error)

@@ -87,7 +87,7 @@ def full(trace: RequestTrace, with_heads: bool = False) -> monitor_pb2.GetTraceR
     columns = np.concatenate([np.zeros(0, np.uint32), *(row.columns for row in rows)])
     shares = np.concatenate([np.zeros(0), *(row.shares for row in rows)])
     captured = np.array([row.rows for row in rows], "<u4")
-    positions, attempts = trace.token_row_keys()
+    positions, attempts = trace.rows.token_row_keys()
     response = monitor_pb2.GetTraceResponse(
         info=info(trace),
         sentences=[whole_sentence(trace, index) for index in range(len(trace.spans))],
@@ -128,6 +128,18 @@ def progress_event(trace: RequestTrace, kind: monitor_pb2.EventKind.ValueType, n
         wall_time_ns=now_ns,
         summary=summary,
         tenant=trace.tenant,
+    )
+
+
+def sentence_closed(trace: RequestTrace, index: int) -> monitor_pb2.Event:
+    """No more of `sentence_event` than when it was and whose it is."""
+    return monitor_pb2.Event(
+        kind=monitor_pb2.EVENT_KIND_SENTENCE_CLOSED,
+        key=trace_key(trace),
+        external_id=trace.identity.external_id,
+        model_name=trace.labels[0],
+        engine=trace.labels[1],
+        closed_time_ns=trace.closed_ns(index),
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.masks import MASKS, MaskFile
+from stream_monitor.tracing.parquet import readable
 from stream_monitor.tracing.routes import ROUTES, Hop, Routes, find_routes, route_difference
 
 
@@ -32,12 +33,13 @@ class OtherTrace:
             TracingError: it is no trace with a needle, or its blocks are not the same.
         """
         try:
-            start, end = json.loads((folder / ROUTES).read_text(encoding="utf-8"))["needle_tokens"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            start, end = map(int, json.loads((folder / ROUTES).read_text(encoding="utf-8"))["needle_tokens"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise TracingError(f"{folder} is not a trace made with --needle: it has no readable {ROUTES}") from error
         masks = MaskFile(folder / MASKS)
-        size = int(masks.metadata["search"]["block_size"])
-        own, other = -(-tokens // block_size), -(-len(masks.metadata["tokens"]) // size)
+        with readable(folder / MASKS, "masks"):
+            size = int(masks.metadata["search"]["block_size"])
+            own, other = -(-tokens // block_size), -(-len(masks.metadata["tokens"]) // size)
         if (layers, own, block_size) != (masks.layers, other, size):
             raise TracingError(
                 f"{folder} has {masks.layers} layers and {other} blocks of {size} tokens; its routes cannot be "

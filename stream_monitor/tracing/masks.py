@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from stream_kernels.prefill import PrefillSummary
 from stream_monitor.tracing.errors import TracingError
-from stream_monitor.tracing.parquet import LayerWriter, open_parquet
+from stream_monitor.tracing.parquet import LayerWriter, open_parquet, readable
 
 _KEY = b"stream_monitor"
 MASKS = "masks.parquet"
@@ -146,15 +146,22 @@ class MaskFile:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = open_parquet(path, "masks")
-        stored = self._file.metadata.metadata or {}
-        self.metadata: dict[str, Any] = json.loads(stored.get(_KEY, b"{}"))
-        if self.metadata.get("format") != _FORMAT:
-            raise TracingError(f"{path} does not hold masks in the format {_FORMAT} known here")
+        with readable(path, "masks"):
+            stored = self._file.metadata.metadata or {}
+            self.metadata: dict[str, Any] = json.loads(stored.get(_KEY, b"{}"))
+            if self.metadata.get("format") != _FORMAT:
+                raise TracingError(f"{path} does not hold masks in the format {_FORMAT} known here")
         self.layers: int = self._file.metadata.num_row_groups
 
     def layer(self, number: int) -> LayerMasks:
-        """One layer's masks."""
+        """One layer's masks. Raises TracingError if they are damaged."""
+        with readable(self._path, "masks"):
+            return self._layer(number)
+        raise AssertionError("the layer is read, or an error was raised")
+
+    def _layer(self, number: int) -> LayerMasks:
         table = self._file.read_row_group(number)
         heads = int(table["head"][-1].as_py()) + 1
 

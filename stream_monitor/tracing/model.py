@@ -124,7 +124,9 @@ def read_messages(path: Path) -> list[dict[str, str]]:
     """
     try:
         found = json.loads(read_file(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, TracingError):
+            raise
         raise TracingError(f"{path} is not JSON: {error}") from error
     fits = isinstance(found, list) and all(
         isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))

@@ -1,13 +1,26 @@
 """The Parquet files of a trace: a row group per layer, written as layers come."""
 
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stream_monitor.tracing.errors import TracingError
+
+_DAMAGED = (
+    OSError,
+    pa.ArrowException,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What bytes that were changed may end in: pyarrow checks little of what it reads."""
 
 
 class LayerWriter:
@@ -39,14 +52,24 @@ def _close_quietly(writer: pq.ParquetWriter) -> None:
         writer.close()
 
 
+@contextmanager
+def readable(path: Path, content: str) -> Iterator[None]:
+    """Around what reads from a file: raises TracingError where that shows that the file is damaged."""
+    try:
+        yield
+    except _DAMAGED as error:
+        if isinstance(error, TracingError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise TracingError(f"cannot read the {content} in {path}: {' '.join(str(reason).split())}") from error
+
+
 def open_parquet(path: Path, content: str) -> pq.ParquetFile:
     """The file at `path`, said to hold `content`.
 
     Raises:
         TracingError: it cannot be read, or is no such file at all.
     """
-    try:
+    with readable(path, content):
         return pq.ParquetFile(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise TracingError(f"cannot read the {content} in {path}: {reason}") from error
+    raise AssertionError("the file is open, or an error was raised")

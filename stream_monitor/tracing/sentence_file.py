@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from stream_monitor.tracing.errors import TracingError
-from stream_monitor.tracing.parquet import LayerWriter, open_parquet
+from stream_monitor.tracing.parquet import LayerWriter, open_parquet, readable
 from stream_monitor.tracing.sentence_mass import SentenceMass
 
 UNOBSERVED = -1
@@ -55,18 +55,21 @@ class SentenceFile:
     """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = open_parquet(path, "sentence masses")
         if not self._file.schema_arrow.equals(_SCHEMA):
             raise TracingError(f"{path} does not hold sentence masses")
         self.layers: int = self._file.metadata.num_row_groups
 
     def layer(self, number: int) -> SentenceMass:
-        """One layer's masses."""
-        table = self._file.read_row_group(number)
-        query, head, key, mass = (np.asarray(table[name]) for name in ("query", "head", "key", "mass"))
-        rest = key == UNOBSERVED
-        shape = (int(query[rest].max()) + 1, int(head[rest].max()) + 1)
-        return SentenceMass(query[~rest], head[~rest], key[~rest], mass[~rest], mass[rest].reshape(shape))
+        """One layer's masses. Raises TracingError if they are damaged."""
+        with readable(self._path, "sentence masses"):
+            table = self._file.read_row_group(number)
+            query, head, key, mass = (np.asarray(table[name]) for name in ("query", "head", "key", "mass"))
+            rest = key == UNOBSERVED
+            shape = (int(query[rest].max()) + 1, int(head[rest].max()) + 1)
+            return SentenceMass(query[~rest], head[~rest], key[~rest], mass[~rest], mass[rest].reshape(shape))
+        raise AssertionError("the layer is read, or an error was raised")
 
     def __iter__(self) -> Iterator[SentenceMass]:
         return (self.layer(number) for number in range(self.layers))

@@ -36,7 +36,7 @@ def read_texts(path: Path) -> list[Text]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise TracingError(f"{path}, line {number}: not JSON: {error}") from error
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("prompt", "reasoning")):
             raise TracingError(f"{path}, line {number}: not an object with the strings prompt and reasoning")

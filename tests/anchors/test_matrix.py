@@ -6,49 +6,37 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_monitor.anchors.matrix import SparseMass, fold, forced_block_ids, sentences_of, sum_by_key, vertical_scores
+from stream_monitor.anchors.matrix import SentenceStarts, SparseMass, distinct, forced_block_ids, vertical_scores
 
 SEEDS = st.integers(0, 1 << 16)
 
 
+@given(SEEDS, st.booleans(), st.sampled_from([0, (1 << 20) - 100]))
+def test_every_token_is_in_the_sentence_that_begins_last_before_it(seed: int, released: bool, base: int) -> None:
+    generator = np.random.default_rng(seed)
+    edges = [0, *(base + np.unique(generator.integers(1, 400, 12))).tolist()]
+    found = SentenceStarts()
+    for start, end in pairwise(edges):
+        found.append(start, end)
+    kept = int(generator.integers(1, len(edges)))
+    found.cut(kept)
+    for start, end in pairwise(edges[kept - 1 :][1:]):
+        found.append(start, end)
+    if released:
+        found.release()
+    assert len(found) == len(found.positions)
+    keys = generator.integers(0, found.positions[-1] + 1, 50).astype(np.uint32)
+    starts = found.positions.tolist()
+    assert found.of(keys).tolist() == [max(j for j, start in enumerate(starts) if start <= key) for key in keys]
+
+
 @given(SEEDS)
-def test_folding_loses_no_mass(seed: int) -> None:
+def test_distinct_sentences_are_those_there_are(seed: int) -> None:
     generator = np.random.default_rng(seed)
-    starts = np.unique(np.append(0, generator.integers(1, 200, 12)))
-    counts = generator.integers(0, 60, 3) * generator.integers(0, 2, 3)
-    used = np.arange(60) < counts[:, None]
-    keys, mass, edges, _ = sum_by_key(generator.integers(0, 250, used.shape), generator.random(used.shape), used)
-    columns, shares, folded = fold(sentences_of(keys.astype(np.uint32), starts), mass, edges)
-    assert folded[0] == 0
-    assert folded[-1] == len(columns) == len(shares)
-    for row, (low, high) in enumerate(pairwise(folded)):
-        of_row = slice(edges[row], edges[row + 1])
-        expected = np.zeros(len(starts))
-        for key, value in zip(keys[of_row], mass[of_row], strict=True):
-            expected[max(j for j, start in enumerate(starts) if start <= key)] += value
-        dense = np.zeros(len(starts))
-        dense[columns[low:high]] = shares[low:high]
-        assert np.allclose(dense, expected, rtol=1e-5)
-        assert (np.diff(columns[low:high].astype(int)) > 0).all()
-
-
-@given(SEEDS, st.sampled_from([0, (1 << 28) - 20]), st.integers(0, 4), st.integers(0, 30))
-def test_equal_keys_of_a_row_are_joined(seed: int, base: int, rows: int, entries: int) -> None:
-    generator = np.random.default_rng(seed)
-    shape = rows, entries
-    keys, mass = base + generator.integers(0, 20, shape), generator.random(shape)
-    used = generator.random(shape) < generator.random((rows, 1))
-    joined = sum_by_key(keys, mass, used)
-    assert len(joined.edges) == rows + 1
-    assert joined.edges[-1] == len(joined.keys) == len(joined.mass)
-    places = iter(joined.places.tolist())
-    for row, (low, high) in enumerate(pairwise(joined.edges)):
-        distinct = joined.keys[low:high]
-        assert distinct.tolist() == sorted(set(keys[row, used[row]].tolist()))
-        expected = [mass[row, used[row] & (keys[row] == key)].sum() for key in distinct]
-        assert np.allclose(joined.mass[low:high], expected)
-        assert all(distinct[next(places)] == key for key in keys[row, used[row]])
-    assert next(places, None) is None
+    some = generator.integers(0, 30, generator.integers(0, 40))
+    columns, places = distinct(some)
+    assert columns.tolist() == sorted(set(some.tolist()))
+    assert columns[places].tolist() == some.tolist()
 
 
 @given(SEEDS)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stream_monitor.engine.compat.schedule import NewRequest, ScheduledRequest
-from stream_monitor.engine.requests import RequestTable
+from stream_monitor.engine.requests import MOST_WAITING, RequestTable
 from stream_monitor.engine.vocabulary import PromptRoles
 from stream_monitor.records import Phase, Role
 
@@ -94,6 +94,21 @@ def test_tokens_come_out_once_in_runs_of_positions():
     assert (run.request_id, run.first_position, run.flags) == ("a", 10, bytes([5, 6, 0]))
     assert np.frombuffer(run.token_ids, "<u4").tolist() == [5, 6, 250]
     assert requests.take_tokens() == []
+
+
+def test_tokens_wait_for_a_row_of_their_request_but_not_for_ever():
+    requests = table()
+    requests.start(new("a"))
+    requests.start(new("b"))
+    for position in range(10, 10 + MOST_WAITING - 1):
+        requests.add_tokens("a", position, [5])
+        requests.add_tokens("b", position, [5])
+    (run,) = requests.take_tokens({"b"})
+    assert (run.request_id, len(run.flags)) == ("b", MOST_WAITING - 1)
+    assert requests.take_tokens(()) == []
+    requests.add_tokens("a", 10 + MOST_WAITING - 1, [5])
+    (run,) = requests.take_tokens(())
+    assert (run.request_id, run.first_position, len(run.flags)) == ("a", 10, MOST_WAITING)
 
 
 def test_finishing_gives_the_last_tokens_and_the_length():

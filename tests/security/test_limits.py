@@ -52,7 +52,7 @@ def test_a_publisher_that_floods_is_refused_and_others_are_not(start: Callable[.
     assert monitor.metric("stream_monitor_messages_lost_total") == 0
     assert monitor.tell([Engine().summary()])[0].outcome == ingest_pb2.PUBLISH_OUTCOME_ACCEPTED
     # And again when it has calmed down.
-    monitor.server.ingest._rates_from -= 10
+    monitor.server.intake._rates_from -= 10
     wait_until(
         lambda: monitor.tell([flooding.summary()])[0].outcome == ingest_pb2.PUBLISH_OUTCOME_ACCEPTED,
         "the rate is counted anew",

@@ -59,6 +59,7 @@ def limited(refusals: Refusals, max_connections: int) -> Callable[..., asyncio.P
                 self._refuse(TOO_LARGE, 431, f"more than {MOST_HEADER_BYTES} bytes of headers")
             else:
                 super().send_400_response(msg)
+                self._abandon()
 
         def _too_late(self) -> None:
             if not self.transport.is_closing():
@@ -71,6 +72,13 @@ def limited(refusals: Refusals, max_connections: int) -> Callable[..., asyncio.P
             self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
             self._stop_waiting()
             self.transport.close()
+            self._abandon()
+
+        def _abandon(self) -> None:
+            """The connection was answered: what a request on it may still be answered goes nowhere, and is no error."""
+            if self.cycle is not None:
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
 
         def _stop_waiting(self) -> None:
             if self._late is not None:

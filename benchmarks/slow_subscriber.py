@@ -1,0 +1,202 @@
+"""Whether a subscriber that does not read harms those that do, and whether it is told what it lost.
+
+A real monitor serves 49 subscribers that read every event. In blocks that follow each other in turn there is besides:
+none; one that opens its stream and does not read; one whose connection lets a byte a second through. When its block is
+over it reads all, and must be told of as many events as the monitor counts as lost.
+"""
+
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import numpy as np
+import typer
+
+from benchmarks.ingest import Publisher
+from benchmarks.monitor_process import monitor
+from benchmarks.report import Report, bootstrap, run
+from benchmarks.subscribers import subscribers
+from benchmarks.traffic import Shape, Traffic
+from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
+
+READERS = 49
+ARMS = ("none", "stalled", "trickling")
+KINDS = [monitor_pb2.EVENT_KIND_ANCHOR_SHIFT, monitor_pb2.EVENT_KIND_SENTENCE_CLOSED]
+ROWS_PER_SECOND = 600.0
+SLOWER, GROWN_BYTES = 1.1, 16 << 20
+LOST = "stream_monitor_subscriber_events_lost_total"
+TRICKLE_SECONDS = 1.0
+"""Between two bytes."""
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Each has a block of every kind.")] = 5,
+    seconds: Annotated[float, typer.Option(min=8.0, help="Of a block: the slow one must lose in it.")] = 12.0,
+    queue: Annotated[int, typer.Option(min=1, help="The monitor's setting subscriber_queue.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the rows.")] = 0,
+    full: Annotated[bool, typer.Option("--full", help="Four times as many rounds.")] = False,
+) -> None:
+    """Delays of the others, and what the slow one is told."""
+    count = rounds * (4 if full else 1)
+    report = Report(
+        benchmark="slow_subscriber",
+        config={"readers": READERS, "rounds": count, "seconds": seconds, "queue": queue, "rows": ROWS_PER_SECOND},
+        seed=seed,
+        n=count,
+    )
+    cores = sorted(os.sched_getaffinity(0))
+    delays: dict[str, list[list[float]]] = {arm: [] for arm in ARMS}
+    lost, told = dict.fromkeys(ARMS, 0.0), dict.fromkeys(ARMS, 0.0)
+    grown = dict.fromkeys(ARMS, 0)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        monitor(Path(folder), cores[0], store="", subscriber_queue=queue) as running,
+        subscribers(running.grpc, READERS, cores[-1], KINDS) as reading,
+    ):
+        os.sched_setaffinity(0, {cores[-1]})
+        publisher = Publisher(running, Traffic(Shape(layers=1, heads=32, tokens=256), seed))
+        publisher.send(seconds, ROWS_PER_SECOND)
+        for number in range(count):
+            # In another order each time: what drifts falls on all alike.
+            for arm in np.roll(ARMS, number).tolist():
+                reading.heard()
+                before, lost_before = running.resident_bytes, running.metrics()[LOST]
+                with _slow(arm, running.grpc) as slow:
+                    publisher.send(seconds, ROWS_PER_SECOND)
+                    heard = reading.heard()
+                    grown[arm] = max(grown[arm], running.resident_bytes - before)
+                    if slow is not None:
+                        told[arm] += slow.catch_up(heard.events)
+                lost[arm] += running.metrics()[LOST] - lost_before
+                assert not heard.lost, "a subscriber that reads lost events"
+                delays[arm].append(heard.delays)
+    for arm, blocks in delays.items():
+        report.figures[f"p99_seconds/{arm}"] = _p99(blocks)
+        print(f"{arm}: others' p99 {1e3 * _p99(blocks):.1f} ms; lost {lost[arm]:.0f}, told {told[arm]:.0f}")
+    for arm in ARMS[1:]:
+        ratios = [_p99([slow]) / _p99([none]) for slow, none in zip(delays[arm], delays["none"], strict=True)]
+        report.figures[f"slower/{arm}"] = float(np.median(ratios))
+        report.ci[f"slower/{arm}"] = bootstrap(
+            {str(number): [ratio] for number, ratio in enumerate(ratios)}, seed, lambda drawn: float(np.median(drawn))
+        )
+        report.must[f"slower/{arm}"] = ("<=", SLOWER)
+        report.figures |= {f"lost/{arm}": lost[arm], f"told/{arm}": told[arm], f"grown_bytes/{arm}": grown[arm]}
+        report.must[f"lost/{arm}"] = (">=", 1)
+        report.figures[f"untold/{arm}"] = abs(lost[arm] - told[arm])
+        report.must[f"untold/{arm}"] = ("<=", 0)
+        report.must[f"grown_bytes/{arm}"] = ("<=", GROWN_BYTES)
+        print(
+            f"{arm}: others' p99 {report.figures[f'slower/{arm}']:.2f}x, median of {count} pairs; memory at most "
+            f"{grown[arm] / (1 << 20):+.1f} MiB"
+        )
+    report.finish()
+
+
+def _p99(blocks: list[list[float]]) -> float:
+    return float(np.quantile(np.concatenate(blocks), 0.99))
+
+
+class _Slow:
+    """A subscriber that reads its first response, which is there at once, and then nothing until it is told to."""
+
+    def __init__(self, address: str) -> None:
+        # What the transport takes in by itself, before anything is read, is as little as it can be.
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0)]
+        self._channel = grpc.insecure_channel(address, options)
+        stub = monitor_pb2_grpc.MonitorServiceStub(self._channel)
+        self._call = stub.Subscribe(monitor_pb2.SubscribeRequest(kinds=KINDS))
+        next(self._call)
+
+    def catch_up(self, published: int) -> int:
+        """Read until all events that were published came, or were told to be lost; how many were lost."""
+        overdue = threading.Timer(30.0, self._call.cancel)
+        overdue.start()
+        came = lost = 0
+        while came + lost < published:
+            response = next(self._call)
+            came, lost = came + 1, lost + response.lost
+        overdue.cancel()
+        assert came + lost == published, f"{came} came and {lost} were lost, of {published}"
+        return lost
+
+    def close(self) -> None:
+        """End the subscription."""
+        self._channel.close()
+
+
+class _Trickle:
+    """A connection through which what the monitor sends comes byte by byte, until `opened` is set."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._upstream = host, int(port)
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listening.getsockname()[1]}"
+        self.opened = threading.Event()
+        self.opened.set()
+        self._sockets = [self._listening]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """End both halves."""
+        self.opened.set()
+        for each in self._sockets:
+            with suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            client, _ = self._listening.accept()
+            monitor = socket.socket()
+            monitor.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            monitor.connect(self._upstream)
+            self._sockets += [client, monitor]
+            threading.Thread(target=self._pump, args=(client, monitor, False), daemon=True).start()
+            self._pump(monitor, client, True)
+
+    def _pump(self, source: socket.socket, sink: socket.socket, slowly: bool) -> None:
+        with suppress(OSError):
+            while some := source.recv(1 if slowly and not self.opened.is_set() else 1 << 16):
+                sink.sendall(some)
+                if slowly and not self.opened.is_set():
+                    self.opened.wait(TRICKLE_SECONDS)
+
+
+class _Trickling(_Slow):
+    """A subscriber that reads as fast as it can, over such a connection."""
+
+    def __init__(self, address: str) -> None:
+        self._trickle = _Trickle(address)
+        super().__init__(self._trickle.address)
+        self._trickle.opened.clear()
+
+    def catch_up(self, published: int) -> int:
+        """See `_Slow`; the connection is a fast one now."""
+        self._trickle.opened.set()
+        return super().catch_up(published)
+
+    def close(self) -> None:
+        """End the subscription."""
+        super().close()
+        self._trickle.close()
+
+
+@contextmanager
+def _slow(arm: str, address: str) -> Iterator[_Slow | None]:
+    slow = {"none": lambda _: None, "stalled": _Slow, "trickling": _Trickling}[arm](address)
+    try:
+        yield slow
+    finally:
+        if slow is not None:
+            slow.close()
+
+
+if __name__ == "__main__":
+    run(main)

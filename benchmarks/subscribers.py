@@ -1,0 +1,132 @@
+"""Subscribers in a process of their own: when each got what, and what it was told that it lost.
+
+`python -m benchmarks.subscribers ADDRESS COUNT KIND ...` subscribes to these kinds, findings if none, prints `ready`,
+and answers each line on standard input with a JSON line of what came since: of every event the seconds from the
+engine's step that closed its sentence.
+"""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import grpc
+
+from stream_monitor.v1alpha1 import monitor_pb2
+
+_SUBSCRIBE = "/stream_monitor.v1alpha1.MonitorService/Subscribe"
+
+
+QUIET_SECONDS, PATIENCE_SECONDS = 1.0, 60.0
+"""When nothing came for so long, nothing is on its way any more. It may take so long until all have all."""
+
+
+class Heard(NamedTuple):
+    """What came to all subscribers.
+
+    Attributes:
+        delays: seconds of every event at each of them.
+        events: that each of them got.
+        lost: of all of them, as the monitor told them.
+    """
+
+    delays: list[float]
+    events: int
+    lost: int
+
+
+class Subscribers:
+    """A running process of them."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process = process
+
+    def heard(self) -> Heard:
+        """What came since the last call, once all have all of it."""
+        delays, counts, lost = self._more()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        came = True
+        while came or len(set(counts)) > 1:
+            assert time.monotonic() < deadline, f"not all got the same: {sorted(counts)}"
+            time.sleep(QUIET_SECONDS)
+            more = self._more()
+            came = bool(more[0])
+            delays, lost = delays + more[0], lost + more[2]
+            counts = [before + now for before, now in zip(counts, more[1], strict=True)]
+        return Heard(delays, counts[0], lost)
+
+    def _more(self) -> tuple[list[float], list[int], int]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        delays, counts, lost = json.loads(self._process.stdout.readline())
+        return delays, counts, lost
+
+
+@contextmanager
+def subscribers(address: str, count: int, core: int | None = None, kinds: Sequence[int] = ()) -> Iterator[Subscribers]:
+    """Begins them, on one core if that is given, and ends them. They want findings, if no kinds are given."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.subscribers", address, *map(str, [count, *kinds])],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield Subscribers(process)
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+async def _subscribe(
+    address: str, kinds: Sequence[int], delays: list[float], counts: list[int], lost: list[int], ready: asyncio.Event
+) -> None:
+    """One subscriber, on a connection of its own, for ever."""
+    place = len(counts)
+    counts.append(0)
+    async with grpc.aio.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        call = channel.unary_stream(
+            _SUBSCRIBE,
+            request_serializer=monitor_pb2.SubscribeRequest.SerializeToString,
+            response_deserializer=monitor_pb2.SubscribeResponse.FromString,
+        )(monitor_pb2.SubscribeRequest(kinds=kinds))
+        async for response in call:
+            now = time.time_ns()
+            ready.set()
+            if response.HasField("event"):
+                counts[place] += 1
+                lost[0] += response.lost
+                if response.event.closed_time_ns:
+                    delays.append((now - response.event.closed_time_ns) / 1e9)
+
+
+async def _main(address: str, count: int, kinds: Sequence[int]) -> None:
+    delays: list[float] = []
+    counts: list[int] = []
+    lost = [0]
+    ready = [asyncio.Event() for _ in range(count)]
+    tasks = [asyncio.create_task(_subscribe(address, kinds, delays, counts, lost, each)) for each in ready]
+    await asyncio.gather(*(each.wait() for each in ready))
+    print("ready", flush=True)
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+    while await reader.readline():
+        print(json.dumps([delays, counts, lost[0]]), flush=True)
+        delays.clear()
+        counts[:] = [0] * count
+        lost[0] = 0
+    for task in tasks:
+        task.cancel()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(sys.argv[1], int(sys.argv[2]), list(map(int, sys.argv[3:]))))

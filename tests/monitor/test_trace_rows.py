@@ -1,0 +1,199 @@
+"""What a trace says of random rows is what plain loops over the contract's definitions say."""
+
+import uuid
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from stream_monitor.anchors.lock import MIN_LAG
+from stream_monitor.config import MonitorSettings
+from stream_monitor.monitor import views
+from stream_monitor.monitor.calibration import Calibration
+from stream_monitor.monitor.events import EventLog
+from stream_monitor.monitor.intake import Intake, Stream
+from stream_monitor.monitor.merge import Merger
+from stream_monitor.monitor.metrics import Metrics
+from stream_monitor.monitor.pipeline import Pipeline
+from stream_monitor.monitor.ranks import RankBook
+from stream_monitor.monitor.store import TraceStore
+from stream_monitor.monitor.text import Vocabularies
+from stream_monitor.monitor.trace import RequestTrace
+from stream_monitor.v1alpha1 import ingest_pb2, summary_pb2
+from tests.monitor import synthetic
+
+LAYERS, HEADS = (3, 5), (0, 2, 3)
+PROMPT, OUTPUT = 60, 96
+POSITIONS = range(PROMPT - 1, PROMPT + OUTPUT - 1, 2)
+SENTENCE = len(synthetic.SENTENCE)
+
+Entry = tuple[int, int, int, float]
+"""Position of the row, place of the head, key, mass."""
+
+
+def intake() -> Intake:
+    settings = MonitorSettings()
+    log = EventLog(settings.event_log, settings.subscriber_queue, settings.max_subscribers)
+    store = TraceStore(settings.max_traces, settings.max_trace_bytes, settings.max_sentences)
+    metrics = Metrics()
+    pipeline = Pipeline(store, log, metrics, Calibration(), Vocabularies({}))
+    return Intake(RankBook(8), Merger(5.0), pipeline, metrics, settings.max_message_bytes)
+
+
+def drawn_rows(
+    request_id: str, positions: list[int], info: summary_pb2.EngineInfo, draw: np.random.Generator
+) -> tuple[summary_pb2.Rows, list[Entry]]:
+    """Rows whose heads look at random keys, some of them the same ones, and what they say entry by entry."""
+    geometry = info.geometry
+    size, sink, recent = geometry.block_size, geometry.sink_blocks, geometry.recent_blocks
+    lead = (len(positions), len(info.layers), len(info.query_heads))
+    ids = np.full((*lead, geometry.top_k), 0xFFFFFFFF, "<u4")
+    forced_ids = np.full((len(positions), sink + recent), -1)
+    offsets = draw.integers(0, size, (*lead, geometry.top_k + sink + recent)).astype(np.uint8)
+    shares = draw.dirichlet(np.full(geometry.top_k + sink + recent + 1, 0.4), lead)
+    for row, position in enumerate(positions):
+        own = position // size
+        forced_ids[row, :sink] = np.arange(sink)
+        forced_ids[row, sink:] = np.arange(own + 1 - recent, own + 1)
+        for layer, head in np.ndindex(lead[1:]):
+            inner = draw.permutation(np.arange(sink, own + 1 - recent))[: geometry.top_k]
+            ids[row, layer, head, : len(inner)] = inner
+            shares[row, layer, head, len(inner) : geometry.top_k] = 0
+        offsets[row, ..., -1] = np.minimum(offsets[row, ..., -1], position % size)
+    shares /= shares.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        log = np.log(shares).astype("<f2")
+    rows = summary_pb2.Rows(
+        count=len(positions),
+        request_ids=[request_id] * len(positions),
+        positions=np.array(positions, "<u4").tobytes(),
+        attempts=np.zeros(len(positions), "<u4").tobytes(),
+        phases=bytes([summary_pb2.PHASE_DECODE] * len(positions)),
+        block_ids=ids.tobytes(),
+        block_log_share=log[..., : geometry.top_k].tobytes(),
+        block_strongest=offsets[..., : geometry.top_k].tobytes(),
+        forced_log_share=log[..., geometry.top_k : -1].tobytes(),
+        forced_strongest=offsets[..., geometry.top_k :].tobytes(),
+        unobserved_log_share=log[..., -1].tobytes(),
+        total_lse=np.zeros(lead, "<f4").tobytes(),
+        keys_read=np.zeros(lead[:2], "<f4").tobytes(),
+    )
+    blocks = np.concatenate(
+        [ids.astype(np.int64), np.broadcast_to(forced_ids[:, None, None], (*lead, sink + recent))], -1
+    )
+    entries = [
+        (positions[row], layer * lead[2] + head, int(blocks[row, layer, head, block]) * size + int(offset), float(mass))
+        for (row, layer, head, block), offset in np.ndenumerate(offsets)
+        if (mass := np.exp(np.float64(log[row, layer, head, block]))) > 0
+    ]
+    return rows, entries
+
+
+def conversation(seed: int) -> tuple[list[summary_pb2.StepSummary], list[Entry]]:
+    """A request whose steps carry a row and two tokens each."""
+    draw = np.random.default_rng(seed)
+    sender = synthetic.Engine(synthetic.engine(str(uuid.UUID(int=seed)), LAYERS, HEADS))
+    summaries = [sender.summary(started=[synthetic.started("r", PROMPT)])]
+    entries: list[Entry] = []
+    flags = synthetic.SENTENCE * (OUTPUT // SENTENCE)
+    for position in POSITIONS:
+        rows, more = drawn_rows("r", [position], sender.info, draw)
+        token = position + 1 - PROMPT
+        run = synthetic.tokens("r", position + 1, flags[token : token + 2])
+        summary = sender.summary(rows=rows, tokens=[run])
+        summary.step = sender.step = sender.step + 1
+        summaries.append(summary)
+        entries += more
+    return [*summaries, sender.summary(finished=[synthetic.finished("r", PROMPT + OUTPUT)])], entries
+
+
+def served(summaries: list[summary_pb2.StepSummary], together: int) -> RequestTrace:
+    """The trace, where so many messages are taken in at a time."""
+    taking, stream = intake(), Stream()
+    raw = [ingest_pb2.PublishRequest(summary=summary).SerializeToString() for summary in summaries]
+    for first in range(0, len(raw), together):
+        answers = taking.take(raw[first : first + together], stream)
+        assert stream.fault is None
+        assert all(answer.outcome == ingest_pb2.PUBLISH_OUTCOME_ACCEPTED for answer in answers)
+        taking.score()
+    trace = taking.pipeline.store.get(summaries[0].engine.instance, "r")
+    assert trace is not None
+    return trace
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_matrix_is_the_mean_over_heads_and_rows_of_each_sentence(seed: int) -> None:
+    summaries, entries = conversation(seed)
+    trace = served(summaries, together=5)
+    heads = len(LAYERS) * len(HEADS)
+    rows_of = defaultdict(set)
+    matrix: dict[tuple[int, int], float] = defaultdict(float)
+    by_head: dict[tuple[int, int, int], float] = defaultdict(float)
+    sink: dict[int, float] = defaultdict(float)
+    for position, head, key, mass in entries:
+        row = position // SENTENCE
+        rows_of[row].add(position)
+        matrix[row, key // SENTENCE] += mass
+        if key:
+            by_head[row, head, key // SENTENCE] += mass
+        else:
+            sink[row] += mass
+    # The row of the prompt's last token lies in its last sentence, which is not scored.
+    first = PROMPT // SENTENCE
+    for row, positions in rows_of.items():
+        found = trace.sentence_row(row)
+        assert found.rows == len(positions)
+        columns = {column: mass / heads / len(positions) for (at, column), mass in matrix.items() if at == row}
+        assert dict(zip(found.columns.tolist(), found.shares.tolist(), strict=True)) == pytest.approx(columns, rel=1e-5)
+        assert found.sink == pytest.approx(sink[row] / heads / len(positions), rel=1e-5)
+        shares = trace.heads.of(row)
+        told = zip(shares.heads.tolist(), shares.columns.tolist(), shares.shares.tolist(), strict=True)
+        expected = {
+            (head, column): mass / len(positions) for (at, head, column), mass in by_head.items() if at == row >= first
+        }
+        assert {(head, column): share for head, column, share in told} == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_lag_is_that_of_the_heaviest_far_key(seed: int) -> None:
+    summaries, entries = conversation(seed)
+    trace = served(summaries, together=3)
+    far: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    for position, _, key, mass in entries:
+        if 4 <= key <= position - MIN_LAG:
+            far[position][key] += mass
+    for sentence in range(PROMPT // SENTENCE, (PROMPT + OUTPUT) // SENTENCE):
+        row = trace.sentence_row(sentence)
+        positions = [position for position in POSITIONS if position // SENTENCE == sentence]
+        heaviest = [max(far[position], key=lambda key: far[position][key]) for position in positions]
+        assert row.lags.tolist() == [position - key for position, key in zip(positions, heaviest, strict=True)]
+        shares = [far[position][key] / 6 for position, key in zip(positions, heaviest, strict=True)]
+        assert row.lag_shares.tolist() == pytest.approx(shares, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_how_many_messages_are_taken_in_together_changes_nothing(seed: int) -> None:
+    summaries, _ = conversation(seed)
+    for summary in summaries:
+        summary.wall_time_ns = 1 << 60
+    alone = views.full(served(summaries, together=1), with_heads=True)
+    assert len(alone.matrix_share) > 0
+    assert len(alone.head_share) > 0
+    for together in (2, 7, len(summaries)):
+        assert views.full(served(summaries, together), with_heads=True) == alone
+
+
+def test_a_fault_ends_the_stream_where_it_is_and_what_came_before_counts() -> None:
+    summaries, _ = conversation(0)
+    summaries[4].rows.positions = b"\0"
+    taking, stream = intake(), Stream()
+    raw = [ingest_pb2.PublishRequest(summary=summary).SerializeToString() for summary in summaries]
+    answers = taking.take(raw, stream)
+    assert [answer.sequence for answer in answers] == [1, 2, 3, 4]
+    assert stream.fault is not None
+    assert str(stream.fault) == "rows.positions has 1 bytes; shape [1] of <u4 has 4"
+    (rank,) = taking.ranks.ranks.values()
+    assert rank.sequence == 4
+    trace = taking.pipeline.store.get(summaries[0].engine.instance, "r")
+    assert trace is not None
+    assert trace.token_rows == 3
