@@ -22,7 +22,7 @@ from stream_monitor.v1alpha1 import monitor_pb2
 _SUBSCRIBE = "/stream_monitor.v1alpha1.MonitorService/Subscribe"
 
 
-QUIET_SECONDS, PATIENCE_SECONDS = 1.0, 60.0
+QUIET_SECONDS, PATIENCE_SECONDS = 3.0, 60.0
 """When nothing came for so long, nothing is on its way any more. It may take so long until all have all."""
 
 
@@ -31,7 +31,7 @@ class Heard(NamedTuple):
 
     Attributes:
         delays: seconds of every event at each of them.
-        events: that each of them got.
+        events: that each of them got, or was told it lost.
         lost: of all of them, as the monitor told them.
     """
 
@@ -103,7 +103,7 @@ async def _subscribe(
             now = time.time_ns()
             ready.set()
             if response.HasField("event"):
-                counts[place] += 1
+                counts[place] += 1 + response.lost
                 lost[0] += response.lost
                 if response.event.closed_time_ns:
                     delays.append((now - response.event.closed_time_ns) / 1e9)
