@@ -1,14 +1,16 @@
 """Limits: what is too much is refused under a name and counted, and others are served meanwhile."""
 
 import contextlib
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import grpc
 import pytest
 
-from stream_monitor.monitor.access import http_protocol
+from stream_monitor.monitor.access import http_protocol, refusals
 from stream_monitor.v1alpha1 import ingest_pb2, ingest_pb2_grpc, monitor_pb2
 from tests.monitor.conftest import TIMEOUT
 from tests.monitor.synthetic import Engine
@@ -114,6 +116,26 @@ def test_headers_are_bounded(start: Callable[..., Guarded]) -> None:
         assert rest(connection).startswith(b"HTTP/1.1 431 ")
     assert monitor.refused("http", "too_large") == 1
     assert monitor.get("/api/requests").status_code == 200
+
+
+def test_what_is_no_request_is_counted_and_fills_no_log(
+    start: Callable[..., Guarded], caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor = start()
+    for _ in range(20):
+        with connected(monitor.server.http_address) as connection:
+            connection.sendall(b"\x16\x03\x01 no request\r\n\r\n")
+            assert rest(connection).startswith(b"HTTP/1.1 400 ")
+    assert monitor.refused("http", "not_http") == 20
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("refused over http: not_http (127.0.0.1:")
+    assert monitor.get("/api/requests").status_code == 200
+
+
+def test_the_page_of_security_has_every_reason() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| ([a-z, ]+) \| (.+) \|$", page, re.MULTILINE)
+    assert rows == [(reason, ", ".join(where), text) for reason, (where, text) in refusals.REASONS.items()]
 
 
 def test_a_slow_request_is_not_waited_for(start: Callable[..., Guarded], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from stream_monitor.monitor.access import certificates
 from stream_monitor.monitor.access.gate import CERTIFICATE
-from stream_monitor.monitor.access.refusals import HTTP, TOO_LARGE, TOO_MANY_CONNECTIONS, TOO_SLOW, Refusals
+from stream_monitor.monitor.access.refusals import HTTP, NOT_HTTP, TOO_LARGE, TOO_MANY_CONNECTIONS, TOO_SLOW, Refusals
 
 MOST_HEADER_BYTES = 16 << 10
 REQUEST_SECONDS = 10.0
@@ -58,6 +58,7 @@ def limited(refusals: Refusals, max_connections: int) -> Callable[..., asyncio.P
             if self.conn.their_state is h11.ERROR and self.conn.trailing_data[0][MOST_HEADER_BYTES:]:
                 self._refuse(TOO_LARGE, 431, f"more than {MOST_HEADER_BYTES} bytes of headers")
             else:
+                refusals(HTTP, NOT_HTTP, self._peer)
                 super().send_400_response(msg)
                 self._abandon()
 
@@ -66,7 +67,7 @@ def limited(refusals: Refusals, max_connections: int) -> Callable[..., asyncio.P
                 self._refuse(TOO_SLOW, 408, f"no whole request in {REQUEST_SECONDS:.0f} seconds")
 
         def _refuse(self, reason: str, status: int, message: str) -> None:
-            refusals(HTTP, reason, f"{self.client[0]}:{self.client[1]}" if self.client else "unknown")
+            refusals(HTTP, reason, self._peer)
             body = f"{message}\n".encode()
             head = f"HTTP/1.1 {status} Refused\r\ncontent-type: text/plain\r\ncontent-length: {len(body)}\r\n"
             self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
@@ -79,6 +80,10 @@ def limited(refusals: Refusals, max_connections: int) -> Callable[..., asyncio.P
             if self.cycle is not None:
                 self.cycle.disconnected = True
                 self.cycle.message_event.set()
+
+        @property
+        def _peer(self) -> str:
+            return f"{self.client[0]}:{self.client[1]}" if self.client else "unknown"
 
         def _stop_waiting(self) -> None:
             if self._late is not None:
@@ -94,7 +99,8 @@ def config(app: Any, refusals: Refusals, max_connections: int) -> Config:
         app,
         http=limited(refusals, max_connections),  # type: ignore[arg-type]  # a class, as uvicorn's own
         ws="none",
-        log_level="warning",
+        # At the level below, uvicorn says a line for each request that is none: whoever connects could fill the log.
+        log_level="error",
         access_log=False,
         lifespan="off",
         server_header=False,

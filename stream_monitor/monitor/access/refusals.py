@@ -9,8 +9,9 @@ from stream_monitor.monitor.access.rights import Right
 
 GRPC, HTTP = "grpc", "http"
 """Where somebody was turned away."""
-PEER, TOO_MANY_CALLS, TOO_MANY_CONNECTIONS, TOO_SLOW, TOO_LARGE = (
+PEER, NOT_HTTP, TOO_MANY_CALLS, TOO_MANY_CONNECTIONS, TOO_SLOW, TOO_LARGE = (
     "unix_peer",
+    "not_http",
     "too_many_calls",
     "too_many_connections",
     "too_slow",
@@ -41,6 +42,7 @@ REASONS: dict[str, tuple[tuple[str, ...], str]] = {
         )
     },
     PEER: ((GRPC,), "a connection to a Unix socket of a user who may not use it (`socket_uids`)"),
+    NOT_HTTP: ((HTTP,), "what came was no HTTP request"),
     TOO_MANY_CALLS: ((GRPC,), "`max_calls` calls of the method ran already"),
     TOO_MANY_CONNECTIONS: ((HTTP,), "`max_connections` were open already"),
     TOO_SLOW: ((HTTP,), "a request was not there in time"),
