@@ -1,6 +1,8 @@
 """Unix sockets: who is at the other end, by the kernel's word."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,7 @@ import pytest
 
 from stream_monitor.monitor.access.peers import Peers
 from stream_monitor.v1alpha1 import ingest_pb2
+from tests.monitor.conftest import TIMEOUT
 from tests.monitor.synthetic import Engine
 from tests.security.guarded import Guarded, code_of
 from tests.security.http2 import fire_and_forget, publishing
@@ -20,12 +23,17 @@ MESSAGES = "stream_monitor_messages_total"
 
 
 def attack(path: str, raw: bytes, times: int) -> None:
-    """Connections that are gone as soon as they have sent what they came for, or soon after."""
+    """Connections that are gone as soon as they have sent what they came for, or soon after; the last one stays until
+    it is shut down."""
     for number in range(times):
-        try:
+        with contextlib.suppress(OSError):  # Shut down while it sent.
             fire_and_forget(path, raw, wait=(number % 4) * 0.0005)
-        except OSError:
-            continue  # Shut down while it sent.
+    with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(ConnectionError):
+        connection.settimeout(TIMEOUT)
+        connection.connect(path)
+        connection.sendall(raw)
+        while connection.recv(4096):
+            continue
 
 
 def publish_request() -> bytes:
