@@ -1,10 +1,11 @@
 """Prints configuration.md from the settings model: `make docs` writes the file, a test compares the two."""
 
+import socket
 from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from stream_monitor.config import PREFIX, TABLES, default_store, default_target, listed
+from stream_monitor.config import PREFIX, TABLES, default_fleet_store, default_store, default_target, listed
 
 HEAD = f"""# Configuration
 
@@ -12,12 +13,12 @@ Written by `make docs` from `stream_monitor/config.py`; edit the settings there.
 
 A value comes, strongest first, from
 
-1. the command line of `stream-monitor serve` (monitor settings only): `--max-traces 500`;
+1. the command line of `stream-monitor serve` and `stream-monitor fleet` (not capture settings): `--max-traces 500`;
 2. an environment variable: `{PREFIX}MAX_TRACES=500`;
-3. the TOML file that `{PREFIX}CONFIG` names, in table `[capture]` or `[monitor]`: `max_traces = 500`.
+3. the TOML file that `{PREFIX}CONFIG` names, in table `[capture]`, `[monitor]` or `[fleet]`: `max_traces = 500`.
 
-Capture settings belong in the environment of vLLM, monitor settings in that of `stream-monitor serve`. Settings are
-read once, at start. A name that does not exist, or a value out of range, is refused with one line that says what
+Capture settings belong in the environment of vLLM, monitor settings in that of `stream-monitor serve`, fleet settings
+in that of `stream-monitor fleet`. Settings are read once, at start. A name that does not exist, or a value out of range, is refused with one line that says what
 would be valid: `stream-monitor serve` and `stream-monitor vllm` do not start then; vLLM's own server serves without
 capture and says so in its log.
 
@@ -38,6 +39,10 @@ SECTIONS = {
         "`insecure`. The folder of a Unix socket must belong to the monitor's user and be closed to others (0770 or "
         "stricter). [security.md](security.md) says how these settings work together.",
     ),
+    "fleet": (
+        "## Fleet: `stream-monitor fleet`",
+        "One of the interchangeable processes that answer for all monitors of a stream ([fleet.md](fleet.md)).",
+    ),
 }
 
 DEFAULT_SOCKET = (
@@ -46,6 +51,12 @@ DEFAULT_SOCKET = (
 )
 
 DEFAULT_STORE = "`$XDG_STATE_HOME/stream-monitor/monitor.db`; without that variable, in `~/.local/state`"
+DEFAULTS = {
+    default_target: DEFAULT_SOCKET,
+    default_store: DEFAULT_STORE,
+    default_fleet_store: DEFAULT_STORE.replace("monitor.db", "fleet.db"),
+    socket.gethostname: "the host's name",
+}
 
 
 def main() -> None:
@@ -61,10 +72,8 @@ def main() -> None:
 
 def default(key: str, field: FieldInfo) -> str:
     """The default as one would write it."""
-    if field.default_factory is default_target:
-        return DEFAULT_SOCKET
-    if field.default_factory is default_store:
-        return DEFAULT_STORE
+    if field.default_factory is not None:
+        return DEFAULTS[field.default_factory]  # type: ignore[index]
     value = field.default
     size = f" ({value >> 20} MiB)" if key.endswith("_bytes") else ""
     return f"`{str(value).lower() if isinstance(value, bool) else value}`{size}"

@@ -1,12 +1,14 @@
 """Prints metrics.md from the table of metrics: `make docs` writes the file, a test compares the two."""
 
 from stream_monitor.monitor import outcomes
+from stream_monitor.monitor.fleet.metric_table import FLEET_TABLE
 from stream_monitor.monitor.metric_table import TABLE, Definition
 
 HEAD = """# Metrics
 
-Written by `make docs` from `stream_monitor/monitor/metric_table.py` and `stream_monitor/monitor/outcomes.py`. A test
-compares this page with what a running monitor shows.
+Written by `make docs` from `stream_monitor/monitor/metric_table.py`, `stream_monitor/monitor/outcomes.py` and
+`stream_monitor/monitor/fleet/metric_table.py`. Tests compare this page with what a running monitor and a process of a
+fleet show.
 
 The monitor serves them at `/metrics` of its HTTP address, in the Prometheus text format or OpenMetrics, whichever is
 asked for. `model_name` and `engine` are the labels of vLLM's own metrics, so that the two can be joined. If more than
@@ -36,7 +38,13 @@ or deleted ({replaced})."""
 
 MESSAGES = "Outcomes of messages:"
 
-TAIL = """Beside these stand `process_*`, the usual figures of the monitor's process."""
+FLEET = """\
+## A process of the fleet
+
+What `stream-monitor fleet` shows ([fleet.md](fleet.md)), and nothing else: no metric of a monitor, so that sums over
+both count nothing twice."""
+
+TAIL = """Beside these stand `process_*`, the usual figures of the process."""
 
 
 def main() -> None:
@@ -55,6 +63,9 @@ def main() -> None:
             print(COVERAGE.format(replaced=", ".join(f"`{reason}`" for reason in outcomes.REPLACED)))
         if section == "Messages, queues and ranks":
             print(f"\n{MESSAGES}\n\n{outcome_table(outcomes.MESSAGES)}")
+    print(f"\n{FLEET}\n\n| metric | type | labels | meaning |\n| --- | --- | --- | --- |")
+    for definition in FLEET_TABLE:
+        print(line(definition))
     print(f"\n{TAIL}")
 
 

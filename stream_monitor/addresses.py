@@ -1,7 +1,8 @@
-"""Addresses as settings give them: `unix:/path` or `host:port`."""
+"""Addresses as settings give them: `unix:/path` or `host:port`, and those of brokers."""
 
 import ipaddress
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 
 def check_address(value: str) -> str:
@@ -22,3 +23,20 @@ def is_local(address: str) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
+
+
+def check_broker(value: str) -> str:
+    """Return `value` if it is nats://host:port or tls://host:port, else raise ValueError."""
+    url = urlsplit(value)
+    try:
+        sound = url.scheme in ("nats", "tls") and bool(url.hostname) and url.port is not None
+    except ValueError:
+        sound = False
+    if url.username or url.password:
+        # Not repeated: whatever stands there is a secret.
+        raise ValueError(
+            "credentials do not belong in an address, which others can read: name a file, nats_credentials"
+        )
+    if not sound or url.path.strip("/") or url.query or url.fragment:
+        raise ValueError("must be nats://host:port or tls://host:port")
+    return value

@@ -1,8 +1,9 @@
 """The command `stream-monitor`. Every command imports what it needs when it runs, so that `--help` is quick."""
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -10,7 +11,10 @@ from stream_monitor import cli_monitor
 from stream_monitor.cli_fail import fail as _fail
 
 if TYPE_CHECKING:
-    from stream_monitor.config import MonitorSettings
+    from stream_monitor.config import OnStream
+    from stream_monitor.monitor.run import Server
+
+S = TypeVar("S", bound="OnStream")
 
 DISTRIBUTION = "stream-monitor"
 
@@ -51,11 +55,11 @@ def _root(
     pass
 
 
-def _settings(arguments: list[str]) -> "MonitorSettings":
-    """MonitorSettings from `--some-key value`, `--some-key=value` and bare `--flag` arguments."""
-    from stream_monitor.config import MonitorSettings, SettingsError, load
+def _settings(table: "type[S]", arguments: list[str]) -> "S":
+    """Settings of one table from `--some-key value`, `--some-key=value` and bare `--flag` arguments."""
+    from stream_monitor.config import SettingsError, load
 
-    fields = MonitorSettings.model_fields
+    fields = table.model_fields
     values: dict[str, Any] = {}
     waiting = list(arguments)
     while waiting:
@@ -73,17 +77,17 @@ def _settings(arguments: list[str]) -> "MonitorSettings":
                 _fail(f"{flag}: needs a value; {fields[key].description}")
         values[key] = value
     try:
-        return load(MonitorSettings, **values)
+        return load(table, **values)
     except SettingsError as error:
         _fail(error)
 
 
-def _serve_help() -> str:
+def _settings_help(what: str, table: "type[S]") -> str:
     """The settings as options, straight from the settings model."""
-    from stream_monitor.config import MonitorSettings, listed
+    from stream_monitor.config import listed
 
-    lines = ["Run the monitor until SIGTERM or SIGINT. Options (also STREAM_MONITOR_* and a file):\n"]
-    for name, field in listed(MonitorSettings):
+    lines = [f"{what} Options (also STREAM_MONITOR_* and a file):\n"]
+    for name, field in listed(table):
         default = field.get_default(call_default_factory=True)
         lines.append(f"--{name.replace('_', '-')}  {field.description}  [default: {default}]\n")
     return "\n".join(lines)
@@ -98,11 +102,40 @@ _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 )
 def serve(context: typer.Context) -> None:
     """Run the monitor."""
+    from stream_monitor.config import MonitorSettings
+
     if "--help" in context.args:
-        typer.echo(_serve_help())
+        typer.echo(_settings_help("Run the monitor until SIGTERM or SIGINT.", MonitorSettings))
         return
-    settings = _settings(context.args)
+    settings = _settings(MonitorSettings, context.args)
+    from stream_monitor.monitor.server import MonitorServer
+
+    _run(lambda: MonitorServer(settings, _version()))
+
+
+@app.command(
+    context_settings=_PASS_THROUGH | {"help_option_names": []},
+    short_help="Run a process that answers for all monitors of a stream; `fleet --help` lists the settings.",
+)
+def fleet(context: typer.Context) -> None:
+    """Run one of the interchangeable processes of a fleet."""
+    from stream_monitor.config import FleetSettings, SettingsError
+
+    if "--help" in context.args:
+        typer.echo(_settings_help("Answer for all monitors of a stream until SIGTERM or SIGINT.", FleetSettings))
+        return
+    settings = _settings(FleetSettings, context.args)
+    try:
+        from stream_monitor.monitor.fleet.server import FleetServer
+    except SettingsError as error:
+        _fail(error)
+    _run(lambda: FleetServer(settings, _version()))
+
+
+def _run(make: "Callable[[], Server]") -> None:
+    """A server until a signal; what keeps it from serving as one line."""
     from stream_monitor.anchors.profile import ProfileError
+    from stream_monitor.config import SettingsError
     from stream_monitor.monitor.access.book import AccessError
     from stream_monitor.monitor.access.certificates import TlsError
     from stream_monitor.monitor.database_file import StoreRefused
@@ -111,8 +144,8 @@ def serve(context: typer.Context) -> None:
     from stream_monitor.monitor.text import TextError
 
     try:
-        asyncio.run(run(settings, _version()))
-    except (AccessError, ListenError, ProfileError, StoreRefused, TextError, TlsError) as error:
+        asyncio.run(run(make))
+    except (AccessError, ListenError, ProfileError, SettingsError, StoreRefused, TextError, TlsError) as error:
         _fail(error)
 
 

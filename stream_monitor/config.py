@@ -1,11 +1,12 @@
 """Every setting of the product, its default and its meaning, in one place.
 
 Values come, strongest first, from the command line, `STREAM_MONITOR_*` variables, and the TOML file that
-`STREAM_MONITOR_CONFIG` names (tables `[capture]` and `[monitor]`). They are parsed once, at the edge; inner code takes
-values, not settings objects.
+`STREAM_MONITOR_CONFIG` names (tables `[capture]`, `[monitor]` and `[fleet]`). They are parsed once, at the edge; inner
+code takes values, not settings objects.
 """
 
 import os
+import socket
 import tempfile
 import tomllib
 from pathlib import Path
@@ -15,7 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from stream_monitor.addresses import check_address
+from stream_monitor.addresses import check_address, check_broker
 from stream_monitor.target import Target, TargetError
 from stream_monitor.tenants import check_tenant
 
@@ -42,6 +43,11 @@ def default_store() -> str:
     base = os.environ.get("XDG_STATE_HOME")
     folder = Path(base) if base else Path(os.path.expanduser("~")) / ".local" / "state"
     return str(folder / "stream-monitor" / "monitor.db")
+
+
+def default_fleet_store() -> str:
+    """Where `stream-monitor fleet` keeps what it read of the stream."""
+    return str(Path(default_store()).with_name("fleet.db"))
 
 
 def _whole(value: object) -> object:
@@ -240,10 +246,9 @@ class AccessSettings(_Layered):
         return value
 
 
-class MonitorSettings(AccessSettings):
-    """How the sidecar listens, what it keeps and when it speaks up."""
+class Answering(AccessSettings):
+    """Where subscribers and browsers are answered: by a monitor, or by a process of a fleet."""
 
-    ingest: str = Field(default_factory=default_target, description="Address for publishers: unix:/path or host:port.")
     grpc: str = Field(
         "127.0.0.1:9750",
         description="Address for subscribers: host:port or unix:/path. It may be the same as ingest.",
@@ -255,6 +260,69 @@ class MonitorSettings(AccessSettings):
         "plain addresses: a name that is not known here could be another site's, pointed at this monitor.",
     )
     max_live_pages: int = Field(32, ge=1, description="Pages that are shown live at a time; each is a subscriber.")
+    max_subscribers: int = Field(256, ge=1, description="Subscribers at a time.")
+    max_principal_subscribers: int = Field(
+        64, ge=1, description="Subscribers at a time that show the same credential; where `access` is set."
+    )
+    subscriber_queue: int = Field(
+        1024, ge=1, description="Events that wait for a slow subscriber; then the oldest are lost, counted."
+    )
+    event_log: int = Field(
+        65_536, ge=1, description="Findings in memory for subscribers that resume; older ones are read from the store."
+    )
+    shutdown_grace_seconds: float = Field(
+        3.0, ge=0, description="Time calls get to end after NOT_SERVING was announced."
+    )
+
+    @field_validator("grpc", "http")
+    @classmethod
+    def _addresses(cls, value: str) -> str:
+        return check_address(value)
+
+
+class OnStream(_Layered):
+    """The stream on NATS JetStream over which monitors and a fleet share findings and traces."""
+
+    nats: str = Field(
+        "",
+        description="Brokers of the fleet's stream: nats://host:port or tls://host:port, several separated by commas. "
+        "Empty: none. It needs the extra `fleet`.",
+    )
+    nats_stream: str = Field(
+        "STREAM_MONITOR",
+        pattern="^[A-Za-z0-9_-]{1,64}$",
+        description="Name of the stream, with which its subjects begin; made if there is none.",
+    )
+    nats_credentials: str = Field(
+        "",
+        description="File with what the broker asks for: a `.creds` file, else one line `user:password` or a token.",
+    )
+    nats_ca: str = Field("", description="File with the certificates that the broker's is checked against.")
+    nats_certificate: str = Field("", description="File with our certificate for the broker, where it asks for one.")
+    nats_key: str = Field("", description="File with the certificate's key.")
+    nats_days: float = Field(
+        7.0,
+        gt=0,
+        description="Days that a stream made here keeps its messages; one that is there keeps its own limits.",
+    )
+    nats_bytes: int = Field(1 << 33, ge=1 << 20, description="The same of its size; beyond it the oldest messages go.")
+    nats_replicas: int = Field(1, ge=1, le=5, description="The same of its copies, on as many brokers of a cluster.")
+
+    @field_validator("nats")
+    @classmethod
+    def _brokers(cls, value: str) -> str:
+        return ",".join(check_broker(url.strip()) for url in value.split(",")) if value else value
+
+    @field_validator("nats_credentials", "nats_ca", "nats_certificate", "nats_key")
+    @classmethod
+    def _file(cls, value: str) -> str:
+        return os.path.expanduser(value)
+
+
+class MonitorSettings(OnStream, Answering):
+    """How the sidecar listens, what it keeps and when it speaks up."""
+
+    ingest: str = Field(default_factory=default_target, description="Address for publishers: unix:/path or host:port.")
     profiles: str = Field(
         "", description="Files of `stream-monitor calibrate`, separated by commas; one per model and capture."
     )
@@ -303,26 +371,13 @@ class MonitorSettings(AccessSettings):
     max_requests_per_engine: int = Field(
         4096, ge=1, description="Running requests of one engine that are followed at a time; others are refused."
     )
-    max_subscribers: int = Field(256, ge=1, description="Subscribers at a time.")
-    max_principal_subscribers: int = Field(
-        64, ge=1, description="Subscribers at a time that show the same credential; where `access` is set."
-    )
-    subscriber_queue: int = Field(
-        1024, ge=1, description="Events that wait for a slow subscriber; then the oldest are lost, counted."
-    )
-    event_log: int = Field(
-        65_536, ge=1, description="Findings in memory for subscribers that resume; older ones are read from the store."
-    )
     merge_deadline_seconds: float = Field(
         2.0, gt=0, description="A step whose ranks have not all arrived by then is partial."
     )
-    shutdown_grace_seconds: float = Field(
-        3.0, ge=0, description="Time calls get to end after NOT_SERVING was announced."
-    )
 
-    @field_validator("ingest", "grpc", "http")
+    @field_validator("ingest")
     @classmethod
-    def _addresses(cls, value: str) -> str:
+    def _ingest(cls, value: str) -> str:
         return check_address(value)
 
     @field_validator("store")
@@ -331,7 +386,45 @@ class MonitorSettings(AccessSettings):
         return os.path.expanduser(value)
 
 
-TABLES: dict[str, type[_Layered]] = {"capture": CaptureSettings, "monitor": MonitorSettings}
+class FleetSettings(OnStream, Answering):
+    """One of the interchangeable processes that answer for all monitors of a stream."""
+
+    nats: str = Field(
+        "",
+        validate_default=True,
+        description="Brokers of the fleet's stream: nats://host:port or tls://host:port, several separated by commas.",
+    )
+    fleet_name: str = Field(
+        default_factory=socket.gethostname,
+        pattern="^[A-Za-z0-9._-]{1,128}$",
+        description="Names this process and its durable consumer to the broker; no two of a fleet may share it.",
+    )
+    fleet_store: str = Field(
+        default_factory=default_fleet_store,
+        description="File in which this process keeps what it read of the stream (SQLite, 0600). It holds what the "
+        "stream holds, is read anew from there if it is lost, and no two processes may share it.",
+    )
+
+    @field_validator("nats")
+    @classmethod
+    def _needed(cls, value: str) -> str:
+        if not value:
+            raise ValueError("a fleet reads from a broker: nats://host:port or tls://host:port")
+        return value
+
+    @field_validator("fleet_store")
+    @classmethod
+    def _home(cls, value: str) -> str:
+        if not value:
+            raise ValueError("must be a file")
+        return os.path.expanduser(value)
+
+
+TABLES: dict[str, type[_Layered]] = {
+    "capture": CaptureSettings,
+    "monitor": MonitorSettings,
+    "fleet": FleetSettings,
+}
 
 
 def listed(table: type[_Layered]) -> list[tuple[str, FieldInfo]]:
@@ -371,4 +464,6 @@ def _one_line(table: type[_Layered], error: ValidationError) -> str:
     key = str(first["loc"][0]) if first["loc"] else "settings"
     if first["type"] == "extra_forbidden":
         return f"{key}: no such setting; valid: {', '.join(sorted(table.model_fields))}"
-    return f"{key}: {first['msg']} (got {first.get('input')!r}); {table.model_fields[key].description}"
+    # What was given for a broker may hold a secret.
+    given = "" if key == "nats" else f" (got {first.get('input')!r})"
+    return f"{key}: {first['msg']}{given}; {table.model_fields[key].description}"

@@ -22,6 +22,7 @@ from stream_monitor.monitor.database import Database, EventPage, Listed, StoredE
 from stream_monitor.monitor.erasure import ErasureUnfinished, erase
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.graveyard import Graveyard
+from stream_monitor.monitor.head_views import clear_heads
 from stream_monitor.monitor.identity import TraceKey
 from stream_monitor.monitor.recorder import Recorder
 from stream_monitor.monitor.retention import Clock, Removed, housekeep, let_go_some
@@ -52,6 +53,9 @@ class Archive:
         recorder: the thread that writes; None without a store.
         removed: rows that retention and deletions removed, by record and reason.
         bytes: in use in the file, as of the last look. max_bytes: how many may be.
+        prepare: makes the store ready for more than a monitor needs, on the recorder's thread, whenever it is opened.
+        stored: told that findings were committed.
+        unstored: takes closed traces where there is no store.
     """
 
     def __init__(self, events: EventLog, traces: TraceStore, graveyard: Graveyard) -> None:
@@ -59,6 +63,9 @@ class Archive:
         self.removed = Removed()
         self.bytes = self.max_bytes = 0
         self._clock = Clock()
+        self.prepare: Callable[[Database], None] = lambda _: None
+        self.stored: Callable[[], None] = lambda: None
+        self.unstored: Callable[[StoredTrace], None] | None = None
         self._events = events
         self._traces = traces
         self._graveyard = graveyard
@@ -85,8 +92,8 @@ class Archive:
         self.recorder.start()
         self._tasks = [asyncio.create_task(self._save()), asyncio.create_task(self._retain())]
 
-    async def close(self) -> None:
-        """Store what is known, the state of requests that still run included, and close."""
+    async def settle(self) -> None:
+        """Nothing more comes: store what is known, the state of requests that still run included."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -94,6 +101,12 @@ class Archive:
             for trace in self._traces.newest_first():
                 if not trace.finished or (trace.instance, trace.request_id) in self._changed:
                     self.recorder.put_trace(_stored(trace, going=True))
+            if not self.recorder.trouble:
+                await asyncio.wait({asyncio.ensure_future(self.write(lambda _: None))}, timeout=ERASE_SECONDS)
+
+    async def close(self) -> None:
+        """Close the store, after `settle`."""
+        if self.recorder is not None:
             await asyncio.to_thread(self.recorder.stop)
             await asyncio.sleep(0)  # What it told last has been heard.
         if self._reader is not None:
@@ -105,6 +118,7 @@ class Archive:
 
     def opened(self, database: Database) -> None:
         """The store is open; see `Outcomes`."""
+        self.prepare(database)
         reader = Database(database.path)
         numbers = (database.meta("newest"), database.meta("forgotten"), database.newest_serial())
         self._recent = database.newest_events(PAGE)
@@ -113,6 +127,7 @@ class Archive:
     def committed(self, sequence: int) -> None:
         """Findings are in the store; see `Outcomes`."""
         self._post(self._events.committed, sequence)
+        self._post(self.stored)
 
     def troubled(self) -> None:
         """The store cannot be written; see `Outcomes`."""
@@ -132,6 +147,8 @@ class Archive:
         """Store a trace, within `SAVE_SECONDS`: it began, has a new finding, or ended."""
         if self.recorder is not None:
             self._changed[trace.instance, trace.request_id] = trace
+        elif self.unstored is not None and trace.finished:
+            self.unstored(_stored(trace, going=False))
 
     async def erase(self, keys: list[TraceKey], until_ns: int) -> None:
         """Remove requests from the store for good. Raises StoreUnavailable."""
@@ -139,7 +156,7 @@ class Archive:
             self._changed.pop(key, None)
         if self.recorder is None:
             return
-        erasing = asyncio.ensure_future(self._write(lambda database: erase(database, keys, until_ns)))
+        erasing = asyncio.ensure_future(self.write(lambda database: erase(database, keys, until_ns)))
         seconds = 0.0 if self.recorder.trouble else ERASE_SECONDS
         done, _ = await asyncio.wait({erasing}, timeout=seconds)
         if not done:
@@ -154,7 +171,7 @@ class Archive:
     async def events_after(self, sequence: int) -> EventPage:
         """The next findings; see `Shelf`. Raises StoreUnavailable."""
         nothing = EventPage([], sequence)
-        page = await self._read(lambda database: database.events_after(sequence, PAGE), nothing)
+        page = await self.read(lambda database: database.events_after(sequence, PAGE), nothing)
         held = [entry for entry in page.events if not self.is_buried(entry[1].key)]
         return EventPage(held, page.last, page.lost)
 
@@ -165,14 +182,14 @@ class Archive:
         `buried` asks for those too that were deleted while the store could not be written, and are still in it.
         """
         nothing: list[tuple[TraceKey, int, str]] = []
-        found = await self._read(lambda database: database.find(request_id), nothing)
+        found = await self.read(lambda database: database.find(request_id), nothing)
         return [(key, fit) for key, fit, tenant in found if visible(tenant) and (buried or key not in self._graveyard)]
 
     async def infos(
         self, before: int, limit: int, model_name: str, engine: str, request_id: str, fit: int
     ) -> list[Listed]:
         """Requests below a serial, newest first. Raises StoreUnavailable."""
-        return await self._read(lambda database: database.infos(before, limit, model_name, engine, request_id, fit), [])
+        return await self.read(lambda database: database.infos(before, limit, model_name, engine, request_id, fit), [])
 
     def is_buried(self, key: monitor_pb2.TraceKey) -> bool:
         """Whether a request was deleted; the store may not know it yet."""
@@ -180,13 +197,13 @@ class Archive:
 
     async def trace(self, key: TraceKey, with_heads: bool) -> monitor_pb2.GetTraceResponse | None:
         """A whole trace. Raises StoreUnavailable."""
-        trace = await self._read(lambda database: database.trace(key), None)
+        trace = await self.read(lambda database: database.trace(key), None)
         if trace is not None and not with_heads:
-            for field in ("head_row", "head_column", "head_index", "head_share"):
-                trace.ClearField(field)
+            clear_heads(trace)
         return trace
 
-    async def _read(self, work: Callable[[Database], T], nothing: T) -> T:
+    async def read(self, work: Callable[[Database], T], nothing: T) -> T:
+        """Have something read; `nothing` where there is no store. Raises StoreUnavailable."""
         reader = self._reader
         if reader is None:
             return nothing
@@ -253,7 +270,7 @@ class Archive:
     async def _let_go(self, now: int) -> None:
         before = now - self._max_age_ns
         while True:
-            removed, forgotten, self.bytes = await self._write(
+            removed, forgotten, self.bytes = await self.write(
                 lambda database: (
                     let_go_some(database, before, self.max_bytes),
                     database.meta("forgotten"),
@@ -264,10 +281,11 @@ class Archive:
             self._events.let_go(forgotten)
             if not removed:
                 break
-        await self._write(lambda database: housekeep(database, before, now))
+        await self.write(lambda database: housekeep(database, before, now))
         self._graveyard.expire(now)
 
-    async def _write(self, work: Callable[[Database], T]) -> T:
+    async def write(self, work: Callable[[Database], T]) -> T:
+        """Have something written, after all that was handed over before; waits until the store can be written."""
         assert self.recorder is not None
         return await asyncio.shield(asyncio.wrap_future(self.recorder.call(work)))
 

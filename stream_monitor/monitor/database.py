@@ -8,8 +8,8 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stream_monitor.monitor.database_file import DatabaseFile
-from stream_monitor.monitor.identity import TraceKey, names
+from stream_monitor.monitor.database_file import PUBLIC, DatabaseFile
+from stream_monitor.monitor.identity import EXACT, TraceKey, names
 from stream_monitor.v1alpha1 import monitor_pb2
 
 ZLIB_LEVEL = 1
@@ -36,6 +36,12 @@ class StoredTrace:
     def size(self) -> int:
         """Bytes, about."""
         return len(self.info) + len(self.trace) + 512
+
+    def whole(self) -> monitor_pb2.GetTraceResponse:
+        """As one message."""
+        found = monitor_pb2.GetTraceResponse.FromString(self.trace)
+        found.info.CopyFrom(_info(self.info, self.state))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,9 @@ class Database(DatabaseFile):
     def _named(self, instance: str, request_id: str) -> bytes:
         """The key of a request, which is found by all its ids from now on."""
         key = self.keys.trace(instance, request_id)
-        found = ((self.keys.name(name), key, fit) for name, fit in names(request_id).items())
+        # By the name that a fleet's stream has for it too.
+        known = names(request_id) | {PUBLIC.trace(instance, request_id).hex(): EXACT}
+        found = ((self.keys.name(name), key, fit) for name, fit in known.items())
         self._connection.executemany("INSERT OR IGNORE INTO names VALUES (?, ?, ?)", found)
         return key
 
@@ -131,6 +139,11 @@ class Database(DatabaseFile):
                 lost += losses.pop(0)[1]
             found.append((number, monitor_pb2.Event.FromString(raw), lost))
         return EventPage(found, last)
+
+    def event(self, sequence: int) -> monitor_pb2.Event | None:
+        """One finding."""
+        row = self.run("SELECT event FROM events WHERE sequence = ?", (sequence,)).fetchone()
+        return None if row is None else monitor_pb2.Event.FromString(row[0])
 
     def newest_events(self, limit: int) -> list[tuple[int, monitor_pb2.Event]]:
         """The newest findings, oldest first, none of them lost in between."""
@@ -175,7 +188,11 @@ class Database(DatabaseFile):
 
     def trace(self, key: TraceKey) -> monitor_pb2.GetTraceResponse | None:
         """A whole trace."""
-        row = self.run("SELECT state, info, trace FROM requests WHERE key = ?", (self.keys.trace(*key),)).fetchone()
+        return self.trace_of(self.keys.trace(*key))
+
+    def trace_of(self, hashed: bytes) -> monitor_pb2.GetTraceResponse | None:
+        """A whole trace, by the hash of its key."""
+        row = self.run("SELECT state, info, trace FROM requests WHERE key = ?", (hashed,)).fetchone()
         if row is None:
             return None
         trace = monitor_pb2.GetTraceResponse.FromString(zlib.decompress(row[2]))

@@ -55,6 +55,10 @@ class Keys:
         return hashlib.blake2b(name.encode(), key=self.salt, digest_size=16).digest()
 
 
+PUBLIC = Keys(b"")
+"""Hashes by which all who read a fleet's stream know a request. Unsalted: the engine instance in them is random."""
+
+
 class DatabaseFile:
     """One connection. Several may be open: one writes, others read.
 
@@ -151,6 +155,15 @@ class DatabaseFile:
     def run(self, statement: str, values: Sequence[object] = ()) -> sqlite3.Cursor:
         """One statement."""
         return self._connection.execute(statement, values)
+
+    def run_many(self, statement: str, values: Sequence[Sequence[object]]) -> None:
+        """One statement for each row of values, all or none."""
+        with self.transaction():
+            self._connection.executemany(statement, values)
+
+    def script(self, statements: str) -> None:
+        """Several statements, all or none. Outside of a transaction."""
+        self._connection.executescript(f"BEGIN IMMEDIATE; {statements} COMMIT;")
 
     def meta(self, name: str) -> int:
         """`newest`: sequence of the newest finding ever stored. `forgotten`: up to which they were let go."""

@@ -88,6 +88,8 @@ class Subscriber:
         """Queue an event; False if that lost the oldest one waiting."""
         if not self._live:
             return True  # It will find it in the log.
+        if self._log.shared and sequence <= self._after:
+            return True  # It has it from another process, which was ahead of this one.
         kept = len(self._queue) < self._limit
         if not kept:
             self._queue.popleft()
@@ -150,16 +152,22 @@ class EventLog:
 
     Attributes:
         forgotten: sequence up to which findings are not in memory (any more).
+        shared: sequences are those of a stream that others read too, perhaps further than we have. Cursors of theirs
+            hold here.
         lost: events lost to subscribers that read too slowly.
-        sent: called with each event as it is handed to subscribers.
+        sent, also_sent: called with each event as it is handed to subscribers.
     """
 
-    def __init__(self, size: int, queue: int, max_subscribers: int, max_of_owner: int = 64) -> None:
+    def __init__(
+        self, size: int, queue: int, max_subscribers: int, max_of_owner: int = 64, shared: bool = False
+    ) -> None:
+        self.shared = shared
         self.queue = queue
         self.max_subscribers = max_subscribers
         self.max_of_owner = max_of_owner
         self.lost = 0
         self.sent: Callable[[monitor_pb2.Event], None] = lambda event: None
+        self.also_sent: Callable[[monitor_pb2.Event], None] = lambda event: None
         self.subscribers: set[Subscriber] = set()
         self.forgotten = 0
         self._run = uuid.uuid4().hex
@@ -188,6 +196,14 @@ class EventLog:
         self._issued = self._sent = first
         self.forgotten = self._held[0][0] - 1 if self._held else first
 
+    def restart(self) -> None:
+        """The stream that gives out the sequences was replaced by another: what was held and handed out is of the old
+        one, and those who are subscribed have to begin anew."""
+        for subscriber in list(self.subscribers):
+            subscriber.close()
+        self._held.clear()
+        self._issued = self._sent = self._stored = self._let_go = self.forgotten = 0
+
     def opened(self, epoch: str, newest: int, let_go: int) -> None:
         """The store is open: the name of its cursors, its newest sequence, and up to which it has let findings go."""
         self._epoch, self._stored, self._let_go = epoch, newest, let_go
@@ -215,6 +231,15 @@ class EventLog:
         self._pending.append((self._issued, event, quietly))
         if not self._patient:
             self._send_pending(self._issued)
+
+    def append(self, sequence: int, event: monitor_pb2.Event) -> None:
+        """Log a finding that the store has already, under a number that was given out elsewhere, and hand it out.
+
+        One that was handed out before is not handed out again.
+        """
+        if sequence > self._sent:
+            self._issued = self._stored = sequence
+            self._send(sequence, event, quietly=False)
 
     def committed(self, sequence: int) -> None:
         """The store has the findings up to this one."""
@@ -265,7 +290,7 @@ class EventLog:
 
     def cursor(self, sequence: int) -> str:
         """The opaque form of a position in the log: one of the store's where the store has come as far."""
-        epoch = self._epoch if sequence <= self._stored else self._run
+        epoch = self._epoch if self.shared or sequence <= self._stored else self._run
         return base64.urlsafe_b64encode(f"{epoch}:{sequence}".encode()).decode()
 
     def held_after(self, sequence: int) -> list[tuple[int, monitor_pb2.Event]]:
@@ -289,6 +314,7 @@ class EventLog:
     def _send(self, sequence: int, event: monitor_pb2.Event, quietly: bool) -> None:
         self._sent = sequence
         self.sent(event)
+        self.also_sent(event)
         if quietly:
             return
         if event.kind in FINDINGS:
@@ -317,7 +343,7 @@ class EventLog:
             raise CursorMalformed("cursor is not one that this service gave out") from None
         if epoch not in (self._epoch, self._run):
             raise self._gone("of another monitor start or store")
-        if not self.oldest <= after <= self._sent:
+        if after < self.oldest or (after > self._sent and not self.shared):
             raise self._gone("older than the oldest event held")
         return after
 

@@ -5,7 +5,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -36,7 +36,15 @@ class Front:
         ready: what /readyz says.
     """
 
-    def __init__(self, services: Iterable[str], access: Access, largest_message: int = 0) -> None:
+    def __init__(
+        self,
+        services: Iterable[str],
+        access: Access,
+        largest_message: int = 0,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
+        """`interceptors` stand behind the one that asks who calls."""
+        self._interceptors = interceptors
         self.services = tuple(services)
         self.ready = False
         self.health = health.aio.HealthServicer()
@@ -68,7 +76,7 @@ class Front:
         """
         guard = self.access.interceptor()
         server = grpc.aio.server(
-            interceptors=[guard],
+            interceptors=[guard, *self._interceptors],
             options=[
                 # Two monitors on one port would each get half of the connections.
                 ("grpc.so_reuseport", 0),
@@ -139,10 +147,12 @@ class Front:
                 await asyncio.sleep(0.005)
         self._refreshing = asyncio.create_task(self._refresh())
 
-    async def set_ready(self) -> None:
-        """Say on all ways that requests are taken."""
-        await self._tell(health_pb2.HealthCheckResponse.SERVING)
-        self.ready = True
+    async def set_ready(self, ready: bool = True) -> None:
+        """Say on all ways whether requests are taken."""
+        if ready != self.ready:
+            serving = health_pb2.HealthCheckResponse
+            await self._tell(serving.SERVING if ready else serving.NOT_SERVING)
+            self.ready = ready
 
     async def announce_end(self) -> None:
         """NOT_SERVING, before anything ends."""

@@ -2,7 +2,7 @@
 
 import secrets
 
-from stream_monitor.monitor.database_file import Keys
+from stream_monitor.monitor.database_file import PUBLIC, Keys
 from stream_monitor.monitor.identity import TraceKey
 from stream_monitor.monitor.merge import MergedStep
 
@@ -11,8 +11,8 @@ class Graveyard:
     """Deleted requests, known by salted hashes of their ids until a time. It is small: requests are deleted by hand."""
 
     def __init__(self) -> None:
-        # One layer a salt; the newest takes what is buried from now on.
-        self._layers: list[tuple[Keys, dict[bytes, int]]] = [(Keys(secrets.token_bytes(16)), {})]
+        # One layer a salt; the newest takes what is buried from now on, the first what others of a fleet buried.
+        self._layers: list[tuple[Keys, dict[bytes, int]]] = [(PUBLIC, {}), (Keys(secrets.token_bytes(16)), {})]
 
     def __contains__(self, key: object) -> bool:
         return any(keys.trace(*key) in dead for keys, dead in self._layers if dead)  # type: ignore[misc]
@@ -24,6 +24,13 @@ class Graveyard:
         """Throw away what comes of a request until a time."""
         keys, dead = self._layers[-1]
         dead[keys.trace(*key)] = until_ns
+
+    def bury_hashed(self, hashed: bytes, until_ns: int) -> bool:
+        """The same of a request that others deleted, of which they told the hash under PUBLIC; whether it is news."""
+        _, dead = self._layers[0]
+        news = hashed not in dead
+        dead[hashed] = until_ns
+        return news
 
     def load(self, keys: Keys, dead: dict[bytes, int]) -> dict[bytes, int]:
         """Take in what a store knows, and use its salt from now on; all that is known under that salt."""

@@ -57,6 +57,12 @@ def _receiver_matrix(trace: RequestTrace) -> tuple[Numbers, Numbers, Mass, NDArr
     )
 
 
+def clear_heads(response: monitor_pb2.GetTraceResponse) -> None:
+    """Take the matrices of single heads out, by far the largest part of a trace that has them."""
+    for field in ("head_row", "head_column", "head_index", "head_share"):
+        response.ClearField(field)
+
+
 def carriers(trace: RequestTrace, alarm: Alarm, anchors: Positions, shares: HeadShares) -> list[monitor_pb2.HeadShare]:
     """The heads that carry a finding; see `Event.heads`.
 

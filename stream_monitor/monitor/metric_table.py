@@ -405,3 +405,44 @@ STORE_COMMITS = _define(
     "Its commits, each of what arrived in 50 ms; a finding is sent to subscribers after its commit.",
     (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0),
 )
+
+_S = "The fleet's stream"
+NATS_UP = _define(
+    _S,
+    "gauge",
+    "nats_up",
+    (),
+    "1 while the monitor is connected to the broker and its messages are taken. While not, they wait in the outbox.",
+)
+NATS_FAILURES = _define(
+    _S,
+    "counter",
+    "nats_failures_total",
+    ("reason",),
+    "What went wrong with the broker; reasons as of `stream_monitor_fleet_failures_total`.",
+)
+NATS_SENT = _define(
+    _S,
+    "counter",
+    "nats_sent_total",
+    ("record",),
+    "Messages that the broker acknowledged: `finding`, `trace` (again when something was added), `deleted`.",
+)
+NATS_SHORTENED = _define(
+    _S,
+    "counter",
+    "nats_shortened_total",
+    (),
+    "Traces published without the matrices of single heads, as they were too large for the broker with them.",
+)
+NATS_OUTBOX = _define(
+    _S, "gauge", "nats_outbox_records", ("record",), "What waits for the broker, counted every five seconds."
+)
+NATS_LOST = _define(
+    _S,
+    "counter",
+    "nats_lost_total",
+    ("record", "reason"),
+    "What was not published: `too_large` for the broker; `expired`, the store let it go before the broker took it; "
+    "`queue_full`, without a store; `deleted`, as it should be.",
+)

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterable
 
 from stream_monitor.monitor import recovery
 from stream_monitor.monitor.database import Database
@@ -90,10 +91,15 @@ def _let_go(database: Database, before_ns: int, reason: str) -> Removed:
         database.run("DELETE FROM events WHERE sequence <= ?", (last,))
         database.run("DELETE FROM losses WHERE sequence <= ?", (last,))
         database.set_meta("forgotten", last)
+    forget_names(database, keys)
+    return removed
+
+
+def forget_names(database: Database, keys: Iterable[bytes]) -> None:
+    """Forget by what ids these requests are found, where nothing of them is held any more."""
     for key in keys:
         database.run(
             "DELETE FROM names WHERE key = ?1 AND NOT EXISTS (SELECT 1 FROM requests WHERE key = ?1) "
             "AND NOT EXISTS (SELECT 1 FROM events WHERE key = ?1)",
             (key,),
         )
-    return removed

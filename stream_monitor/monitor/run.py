@@ -1,11 +1,10 @@
-"""`stream-monitor serve`: a monitor until SIGTERM or SIGINT."""
+"""`stream-monitor serve` and `stream-monitor fleet`: a server until SIGTERM or SIGINT."""
 
 import asyncio
 import logging
 import signal
-
-from stream_monitor.config import MonitorSettings
-from stream_monitor.monitor.server import MonitorServer
+from collections.abc import Callable
+from typing import Protocol
 
 GRPC_LOG = "grpc._cython.cygrpc"
 """Where grpc.aio logs."""
@@ -19,22 +18,39 @@ class GoneWhileWrittenTo(logging.Filter):
         return not record.getMessage().startswith("ExecuteBatchError raised in core")
 
 
-async def serve(settings: MonitorSettings, version: str) -> None:
-    """Serve, say where on standard output, and stop in order on a signal. Raises ListenError, TlsError, AccessError or
-    StoreRefused."""
+class Server(Protocol):
+    """A monitor, or a process of a fleet. `says` is told once it has started."""
+
+    @property
+    def says(self) -> str: ...
+
+    @property
+    def ends(self) -> "asyncio.Task[None] | None":
+        """What ends early only if the server fails, with the reason; None if nothing does."""
+
+    async def start(self) -> None:
+        """Returns when it listens."""
+
+    async def stop(self) -> None:
+        """In order."""
+
+
+async def serve(make: Callable[[], Server]) -> None:
+    """Serve, say where on standard output, and stop in order on a signal. Raises what `make` and `start` do."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger(GRPC_LOG).addFilter(GoneWhileWrittenTo())
-    monitor = MonitorServer(settings, version)
+    server = make()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stopping.set)
-    await monitor.start()
-    metrics = f", metrics {monitor.metrics_address}" if settings.metrics else ""
-    print(
-        f"ready: ingest {monitor.ingest_address}, grpc {monitor.grpc_address}, http {monitor.http_address}{metrics}",
-        flush=True,
-    )
+    await server.start()
+    print(server.says, flush=True)
+    if server.ends is not None:
+        server.ends.add_done_callback(lambda _: stopping.set())
     await stopping.wait()
+    failed = server.ends is not None and server.ends.done()
     print("stopping", flush=True)
-    await monitor.stop()
+    await server.stop()
+    if failed and server.ends is not None:
+        await server.ends

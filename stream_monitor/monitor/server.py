@@ -2,6 +2,7 @@
 
 import asyncio
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import grpc
 
@@ -15,6 +16,8 @@ from stream_monitor.monitor.calls import monitor_handler
 from stream_monitor.monitor.database_file import StoreRefused
 from stream_monitor.monitor.deletion import Deletion
 from stream_monitor.monitor.events import EventLog
+from stream_monitor.monitor.fleet import outbox
+from stream_monitor.monitor.fleet.link_metrics import LinkCollector
 from stream_monitor.monitor.front import Front
 from stream_monitor.monitor.graveyard import Graveyard
 from stream_monitor.monitor.http import application, metrics_application
@@ -35,6 +38,9 @@ from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.store_metrics import StoreCollector
 from stream_monitor.monitor.text import Vocabularies
 
+if TYPE_CHECKING:
+    from stream_monitor.monitor.fleet.link import Link
+
 DAY_SECONDS = 86_400
 SERVICES = (ingest.SERVICE, service.SERVICE)
 
@@ -43,6 +49,7 @@ class MonitorServer:
     """One monitor. `start` returns when it serves; `stop` announces NOT_SERVING, then ends calls, then closes.
 
     Attributes:
+        ends: nothing that may fail runs beside it.
         grpc_address, ingest_address, http_address, metrics_address: where it listens, with the real port where 0 was
             asked for.
     """
@@ -65,7 +72,7 @@ class MonitorServer:
         self.archive = Archive(self.log, self.store, graveyard)
         self.metrics = Metrics()
         self.deletion = Deletion(
-            self.store, self.log, self.metrics, self.archive, graveyard, settings.store_days * DAY_SECONDS
+            self.store, self.log, self.metrics.forget, self.archive, graveyard, settings.store_days * DAY_SECONDS
         )
         calibration = Calibration.read(settings.profiles, settings.false_alarm_rate)
         merger = Merger(settings.merge_deadline_seconds)
@@ -95,8 +102,18 @@ class MonitorServer:
             refused,
             access,
         )
+        self.archive.prepare = outbox.end
+        self.link = self._join_fleet(graveyard) if settings.nats else None
+        self.metrics.registry.register(LinkCollector(self.link))
         self.front = Front(SERVICES, access, settings.max_message_bytes)
+        self.ends: asyncio.Task[None] | None = None
         self._flushing: asyncio.Task[None] | None = None
+
+    @property
+    def says(self) -> str:
+        """What a person should know of it once it has started."""
+        metrics = f", metrics {self.metrics_address}" if self.settings.metrics else ""
+        return f"ready: ingest {self.ingest_address}, grpc {self.grpc_address}, http {self.http_address}{metrics}"
 
     async def start(self) -> None:
         """Listen on all addresses and open the store. Raises ListenError or StoreRefused, one line."""
@@ -119,6 +136,8 @@ class MonitorServer:
         except (ListenError, StoreRefused):
             await front.give_up()
             raise
+        if self.link is not None:
+            self.link.start()
         registry, access = self.metrics.registry, front.access
         await front.serve(
             http=application(registry, lambda: front.ready, access, self.page),
@@ -132,6 +151,9 @@ class MonitorServer:
         await self.front.announce_end()
         self.ingest.stop()
         # Commits the last findings, so that subscribers get them.
+        await self.archive.settle()
+        if self.link is not None:
+            await self.link.stop(self.settings.shutdown_grace_seconds)
         await self.archive.close()
         for subscriber in list(self.log.subscribers):
             subscriber.close()
@@ -144,6 +166,12 @@ class MonitorServer:
 
     def _add_monitor(self, server: grpc.aio.Server) -> None:
         server.add_generic_rpc_handlers((monitor_handler(self.service),))
+
+    def _join_fleet(self, graveyard: Graveyard) -> "Link":
+        # Imported here: most monitors have no fleet, and the broker's library is an extra.
+        from stream_monitor.monitor.fleet.link import Link
+
+        return Link(self.settings, self.archive, self.log, self.store, graveyard, self.deletion)
 
     def _page_refused(self, reason: str) -> None:
         self.metrics.page_refused.labels(reason).inc()

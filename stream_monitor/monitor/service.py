@@ -9,7 +9,7 @@ from stream_monitor.monitor import views
 from stream_monitor.monitor.access import redaction, rights
 from stream_monitor.monitor.access.rights import Right, Visible
 from stream_monitor.monitor.archive import StoreUnavailable
-from stream_monitor.monitor.deletion import Deletion
+from stream_monitor.monitor.deletion import Deletes, DeletionUnfinished
 from stream_monitor.monitor.events import (
     FINDINGS,
     CursorGone,
@@ -37,7 +37,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
     """Answers from memory and the store."""
 
-    def __init__(self, lookup: Lookup, log: EventLog, deletion: Deletion) -> None:
+    def __init__(self, lookup: Lookup, log: EventLog, deletion: Deletes) -> None:
         self.lookup = lookup
         self.log = log
         self.deletion = deletion
@@ -120,11 +120,8 @@ class MonitorService(monitor_pb2_grpc.MonitorServiceServicer):
         try:
             keys = await self._narrowed(request, context, Right.DELETE)
             await self.deletion.delete(keys, f"{rights.current().name} at {context.peer()}")
-        except StoreUnavailable as error:
-            await context.abort(
-                grpc.StatusCode.UNAVAILABLE,
-                f"{error}; gone from memory, the request leaves the store as soon as that is possible: ask again",
-            )
+        except (DeletionUnfinished, StoreUnavailable) as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         return monitor_pb2.DeleteRequestResponse(keys=[_trace_key(key) for key in keys])
 
     async def _narrowed(

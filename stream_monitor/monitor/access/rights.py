@@ -21,6 +21,11 @@ class Right(enum.Enum):
     """`/metrics`, which covers all tenants."""
 
 
+def everyones(_: str) -> bool:
+    """Visible: all of it exists, for what is not asked on behalf of anybody."""
+    return True
+
+
 EVERY_TENANT = "*"
 NO_TEXT_RIGHT = "not_permitted"
 """`no_text_reason` of what is answered to a principal without the right to read its text."""

@@ -59,7 +59,8 @@ class Call:
 class Api:
     """The calls that answer once."""
 
-    def __init__(self, service: MonitorService, ranks: RankBook, version: str, text: bool) -> None:
+    def __init__(self, service: MonitorService, ranks: RankBook | None, version: str, text: bool) -> None:
+        """`ranks` is None where engines are not connected themselves, but the monitors of a fleet."""
         self._service = service
         self._ranks = ranks
         self._version = version
@@ -82,7 +83,7 @@ class Api:
         """What is connected, and what became of its rows; engines of other tenants do not exist."""
         engines: dict[tuple[str, str], dict[str, Any]] = {}
         principal = rights.current()
-        for rank in self._ranks.ranks.values():
+        for rank in self._ranks.ranks.values() if self._ranks is not None else ():
             # What an engine of all tenants does tells of other tenants' requests.
             if not principal.may(Right.SUBSCRIBE, rank.tenant_of("")):
                 continue
@@ -103,7 +104,8 @@ class Api:
                     engine["rows"][outcome] += count
         listed = [engines[labels] for labels in sorted(engines)]
         who = "" if principal is rights.ANYBODY else principal.name
-        return JSONResponse({"version": self._version, "text": self._text, "engines": listed, "principal": who})
+        answer = {"version": self._version, "text": self._text, "engines": listed, "principal": who}
+        return JSONResponse(answer | {"fleet": self._ranks is None})
 
     async def _answer(self, asked: Message, request: Request, call: Any, others: set[str] | None = None) -> Response:
         try:

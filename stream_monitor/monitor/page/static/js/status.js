@@ -6,7 +6,7 @@ const EVERY_MILLISECONDS = 5000;
 const line = document.getElementById("engines");
 const signOutButton = document.getElementById("signout");
 const listeners = new Set();
-export const status = { known: false, text: false, engines: [] };
+export const status = { known: false, text: false, fleet: false, engines: [] };
 
 /** Calls `listener` after each look at the monitor; returns how to stop that. */
 export function onStatus(listener) {
@@ -23,7 +23,7 @@ export async function watchStatus() {
     signOutButton.hidden = !status.principal;
     signOutButton.textContent = `Sign ${status.principal} out`;
     const up = status.engines.filter(isUp);
-    line.replaceChildren(...(up.length ? up.map(chip) : [h("span", { class: "chip warn" }, "⚠ no engine connected")]));
+    line.replaceChildren(...(status.fleet ? [fleetChip()] : up.length ? up.map(chip) : [h("span", { class: "chip warn" }, "⚠ no engine connected")]));
     for (const listener of listeners) listener();
   } catch {
     // The live connection says so.
@@ -49,13 +49,17 @@ function chip(engine) {
     `${engine.modelName} · engine ${engine.engine}${share}`, trouble && h("b", {}, ` ⚠ ${trouble}`));
 }
 
+function fleetChip() {
+  return h("span", { class: "chip", title: "What the monitors of a fleet published: findings, and requests that ended." }, "fleet");
+}
+
 function sameStart(engine, rank) {
   return engine.ranks.some((other) => other.connected && other.engineInstance === rank.engineInstance);
 }
 
 /** What a newcomer should do next; null where an engine is connected. */
 export function howToBegin() {
-  if (!status.known || status.engines.some(isUp)) return null;
+  if (!status.known || status.fleet || status.engines.some(isUp)) return null;
   const gone = status.engines.length > 0;
   return notice("info", gone ? "No engine is connected now" : "No engine is connected yet",
     h("p", {}, "Start one beside this monitor:"),
