@@ -18,9 +18,9 @@ A value comes, strongest first, from
 3. the TOML file that `{PREFIX}CONFIG` names, in table `[capture]`, `[monitor]` or `[fleet]`: `max_traces = 500`.
 
 Capture settings belong in the environment of vLLM, monitor settings in that of `stream-monitor serve`, fleet settings
-in that of `stream-monitor fleet`. Settings are read once, at start. A name that does not exist, or a value out of range, is refused with one line that says what
-would be valid: `stream-monitor serve` and `stream-monitor vllm` do not start then; vLLM's own server serves without
-capture and says so in its log.
+in that of `stream-monitor fleet`. Settings are read once, at start. A name that does not exist, or a value out of
+range, is refused with one line that says what would be valid: `stream-monitor serve` and `stream-monitor vllm` do not
+start then; vLLM's own server serves without capture and says so in its log.
 
 If the variable `VLLM_PLUGINS` is set, it must contain `stream_monitor`: vLLM loads no other plug-ins than it lists.
 """

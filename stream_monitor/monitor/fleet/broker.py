@@ -160,12 +160,19 @@ class Session:
             yield
         except asyncio.CancelledError:
             # The library cancels what waits for a connection that it closes.
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
+            _go_if_cancelled()
             raise BrokerTrouble("unreachable", "the connection was lost") from None
-        except (TimeoutError, nats.errors.Error, OSError) as error:
+        except (nats.errors.Error, OSError, TimeoutError) as error:
+            # It also takes our own cancelling for its errors.
+            _go_if_cancelled()
             raise trouble(error) from None
+
+
+def _go_if_cancelled() -> None:
+    """Raises CancelledError if this task is to end."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 class Consumer:
@@ -300,6 +307,7 @@ class Broker:
         except (TimeoutError, nats.errors.Error, OSError, ValueError) as error:
             with contextlib.suppress(Exception):
                 await asyncio.wait_for(client.close(), ANSWER_SECONDS)
+            _go_if_cancelled()
             raise trouble(heard[0] if heard else error) from None
         except BrokerTrouble:
             with contextlib.suppress(Exception):

@@ -119,12 +119,10 @@ class Reader:
 
     async def _follow(self, session: Session) -> None:
         self.position = await self._archive.write(lambda database: database.meta("position"))
+        first, newest = await self._look(session)
+        looked = time.monotonic()
         consumer = await session.consume(self._durable, self.position)
-        looked = -STATE_SECONDS
         while not session.closed.is_set():
-            if time.monotonic() - looked > STATE_SECONDS:
-                looked = time.monotonic()
-                await self._let_go(session)
             fetched = await consumer.next(BATCH, WAIT_SECONDS)
             self.lag = consumer.pending
             if fetched:
@@ -133,6 +131,11 @@ class Reader:
             if not self.lag and not session.closed.is_set():
                 self._broker.worked()
                 await self._tell_ready(True)
+            if time.monotonic() - looked > STATE_SECONDS and (self.position >= newest or not self.lag):
+                # What was deleted is also gone from the stream. It was said there before, so that has been read.
+                await self._let_go(first)
+                first, newest = await self._look(session)
+                looked = time.monotonic()
 
     async def _take(self, session: Session, found: list[Read]) -> None:
         entries: list[shelf.Entry] = []
@@ -180,12 +183,21 @@ class Reader:
         self.position = sequence
         self.read[names.DELETED, shelf.READ] += 1
 
-    async def _let_go(self, session: Session) -> None:
-        first = (await session.state()).first_seq
-        self.expired += max(0, first - 1 - self.position) if self.position else 0
+    async def _look(self, session: Session) -> tuple[int, int]:
+        """The first and the newest sequence of the stream."""
+        state = await session.state()
+        first = state.first_seq
+        if first - 1 > self.position:
+            self.expired += first - 1 - self.position if self.position else 0
+            await self._archive.write(lambda database: shelf.miss(database, first))
+            self._events.let_go(first - 1)
+        return first, state.last_seq
+
+    async def _let_go(self, first: int) -> None:
+        """What the stream has let go is let go here."""
         while await self._archive.write(lambda database: shelf.let_go(database, first)):
             pass
-        self._events.let_go(first - 1)
+        self._events.let_go(await self._archive.write(lambda database: database.meta("forgotten")))
         self.held = await self._archive.read(shelf.counts, self.held)
 
     @staticmethod

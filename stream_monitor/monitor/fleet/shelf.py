@@ -127,15 +127,25 @@ def let_go(database: Database, first: int) -> Removed:
         removed = Removed({("trace", "age"): len(keys)} if keys else {})
         gone = database.run(
             "DELETE FROM events WHERE sequence IN (SELECT sequence FROM events WHERE sequence < ?1 LIMIT ?2) "
-            "RETURNING key",
+            "RETURNING sequence, key",
             (first, REQUESTS),
         ).fetchall()
         if gone:
             removed["event", "age"] += len(gone)
-        forget_names(database, {key for (key,) in [*keys, *gone]})
-        if first - 1 > database.meta("forgotten"):
-            database.set_meta("forgotten", first - 1)
+            _forget(database, max(sequence for sequence, _ in gone))
+        forget_names(database, {key for (key,) in keys} | {key for _, key in gone})
     return removed
+
+
+def miss(database: Database, first: int) -> None:
+    """The stream let messages before its first go before they were read here: cursors into them do not hold."""
+    with database.transaction():
+        _forget(database, first - 1)
+
+
+def _forget(database: Database, sequence: int) -> None:
+    if sequence > database.meta("forgotten"):
+        database.set_meta("forgotten", sequence)
 
 
 def counts(database: Database) -> Counter[str]:

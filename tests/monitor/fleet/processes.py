@@ -17,6 +17,8 @@ from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
 from tests.monitor.process import LOCAL, free_port
 
 SECONDS = 30.0
+SHIFTING = [4] * 14 + [30] * 8
+"""Anchors of a request with one finding: they move."""
 
 
 def until(condition: Callable[[], bool], what: Callable[[], object] = lambda: "") -> None:
@@ -98,3 +100,15 @@ class FleetProcess:
     def ids(self) -> list[str]:
         """External ids of all requests it lists, newest first."""
         return [each.external_id for each in self.api.ListRequests(monitor_pb2.ListRequestsRequest()).requests]
+
+    def read(self, cursor: str, count: int) -> tuple[list[str], str]:
+        """External ids of the next findings, none of them lost, and the cursor after the last."""
+        stream = self.follow(cursor)
+        next(stream)
+        found = []
+        for _ in range(count):
+            response = next(stream)
+            assert response.lost == 0
+            found.append(response.event.external_id)
+            cursor = response.cursor
+        return found, cursor

@@ -7,25 +7,9 @@ import pytest
 
 from stream_monitor.v1alpha1 import monitor_pb2
 from tests.monitor.fleet.broker import NatsServer
-from tests.monitor.fleet.processes import FleetProcess, metric, until
+from tests.monitor.fleet.processes import SHIFTING, FleetProcess, metric, until
 from tests.monitor.process import MonitorProcess
 from tests.monitor.synthetic import Engine
-
-SHIFTING = [4] * 14 + [30] * 8
-"""One finding: the anchors move."""
-
-
-def ids_of(fleet: FleetProcess, cursor: str, count: int) -> tuple[list[str], str]:
-    """External ids of the next findings, and the cursor after the last."""
-    stream = fleet.follow(cursor)
-    next(stream)
-    found = []
-    for _ in range(count):
-        response = next(stream)
-        assert response.lost == 0
-        found.append(response.event.external_id)
-        cursor = response.cursor
-    return found, cursor
 
 
 def test_a_fleet_answers_for_all_monitors(
@@ -37,12 +21,12 @@ def test_a_fleet_answers_for_all_monitors(
     for number, monitor in enumerate(monitors):
         monitor.publish(Engine().request(f"chatcmpl-r{number}-0a1b2c3d", SHIFTING))
     until(lambda: sorted(one.ids()) == ["chatcmpl-r0", "chatcmpl-r1", "chatcmpl-r2"], one.log.read_text)
-    found, after = ids_of(one, cursor, 3)
+    found, after = one.read(cursor, 3)
     assert sorted(found) == ["chatcmpl-r0", "chatcmpl-r1", "chatcmpl-r2"]
     # A process that begins later knows the same, under the same cursors.
     two = fleet("two")
     assert two.ids() == one.ids()
-    assert ids_of(two, cursor, 3) == (found, after)
+    assert two.read(cursor, 3) == (found, after)
     asked = monitor_pb2.GetTraceRequest(request_id="r1", with_heads=True)
     traces = [process.api.GetTrace(asked) for process in (one, two, monitors[1])]
     assert traces[0] == traces[1] == traces[2]
