@@ -18,7 +18,6 @@ from tests.monitor.fleet.processes import SHIFTING, FleetProcess, until
 from tests.monitor.synthetic import Engine
 
 
-
 @pytest.fixture
 def monitor(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     yield from starter(tmp_path)
