@@ -167,6 +167,7 @@ class Ledger(msgspec.Struct):
     queues: list[QueueState] = []
     hook_seconds: float = 0.0
     stride: int = 0
+    device_waits: int = 0
 
 
 class Audit(msgspec.Struct):

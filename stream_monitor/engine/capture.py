@@ -313,6 +313,7 @@ class Capture:
 
     def _job(self, step: int, wall_time_ns: int, slot: StepSlot | None, rows: set[str] | None) -> Job:
         self._ledger.hook_seconds = self.governor.hook_seconds
+        self._ledger.device_waits = self._device.waits
         self._ledger.stride = 0 if self.paused or self._ledger.fault else self._table.stride
         self._ledger.queues = [QueueState("estimator", self._slots - len(self._free), self._slots)]
         job = Job(

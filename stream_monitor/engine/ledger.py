@@ -35,6 +35,7 @@ def merged(runner: Ledger, estimator: Ledger) -> Ledger:
         queues=runner.queues,
         hook_seconds=runner.hook_seconds,
         stride=runner.stride,
+        device_waits=runner.device_waits,
     )
 
 

@@ -197,6 +197,14 @@ HOOK_SECONDS = _define(
     ENGINE,
     "Time that capture took on the thread that runs the engine's steps, over all ranks: what a user can feel of it.",
 )
+DEVICE_WAITS = _define(
+    _S,
+    "counter",
+    "device_waits_total",
+    ENGINE,
+    "Engine steps that a GPU held back until a search had read a KV block that they were to rewrite. 0 on CPUs, where "
+    "such a row is raced instead.",
+)
 STRIDE = _define(
     _S,
     "gauge",

@@ -28,6 +28,7 @@ class Totals:
     estimates: int = 0
     estimate_seconds: float = 0.0
     hook_seconds: float = 0.0
+    device_waits: int = 0
     key_bytes: int = 0
     record_bytes: int = 0
     sent: int = 0
@@ -40,6 +41,7 @@ class Totals:
         self.estimates += newest.estimates
         self.estimate_seconds += newest.estimate_seconds
         self.hook_seconds += newest.hook_seconds
+        self.device_waits += newest.device_waits
         self.key_bytes += newest.key_bytes
         self.record_bytes += newest.record_bytes
         self.sent += newest.sent

@@ -90,6 +90,7 @@ class StateCollector:
         yield table.ESTIMATES, [(pair, each.estimates) for pair, each in totals.items()]
         yield table.ESTIMATE_SECONDS, [(pair, each.estimate_seconds) for pair, each in totals.items()]
         yield table.HOOK_SECONDS, [(pair, each.hook_seconds) for pair, each in totals.items()]
+        yield table.DEVICE_WAITS, [(pair, each.device_waits) for pair, each in totals.items()]
         yield table.KEY_BYTES, [(pair, each.key_bytes) for pair, each in totals.items()]
         yield table.RECORD_BYTES, [(pair, each.record_bytes) for pair, each in totals.items()]
         yield table.SENT, [(pair, each.sent) for pair, each in totals.items()]

@@ -131,6 +131,7 @@ def _ledger(ledger: Ledger) -> pb.Ledger:
         refused_arguments=ledger.refused_arguments,
         hook_seconds=ledger.hook_seconds,
         stride=ledger.stride,
+        device_waits=ledger.device_waits,
         key_bytes=ledger.key_bytes,
         record_bytes=ledger.record_bytes,
         sent=ledger.sent,

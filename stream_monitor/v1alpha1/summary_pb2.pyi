@@ -527,6 +527,7 @@ class Ledger(_message.Message):
     QUEUES_FIELD_NUMBER: _builtins.int
     HOOK_SECONDS_FIELD_NUMBER: _builtins.int
     STRIDE_FIELD_NUMBER: _builtins.int
+    DEVICE_WAITS_FIELD_NUMBER: _builtins.int
     estimates: _builtins.int
     """Estimator calls, and their summed run time."""
     estimate_seconds: _builtins.float
@@ -546,6 +547,8 @@ class Ledger(_message.Message):
     """One row in every so many positions is searched now: the setting, or more where the governor raised it. 0 while
     nothing is captured.
     """
+    device_waits: _builtins.int
+    """Steps that a GPU held back until a search had read a block that they were to rewrite."""
     @_builtins.property
     def token_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowCount]:
         """Rows from which a token was sampled: phases PREFILL_END and DECODE."""
@@ -577,10 +580,11 @@ class Ledger(_message.Message):
         queues: _abc.Iterable[Global___QueueState] | None = ...,
         hook_seconds: _builtins.float = ...,
         stride: _builtins.int = ...,
+        device_waits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_rows", b"chunk_rows", "estimate_seconds", b"estimate_seconds", "estimates", b"estimates", "fault", b"fault", "hook_seconds", b"hook_seconds", "key_bytes", b"key_bytes", "queues", b"queues", "record_bytes", b"record_bytes", "refused_arguments", b"refused_arguments", "sent", b"sent", "stride", b"stride", "token_rows", b"token_rows"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk_rows", b"chunk_rows", "device_waits", b"device_waits", "estimate_seconds", b"estimate_seconds", "estimates", b"estimates", "fault", b"fault", "hook_seconds", b"hook_seconds", "key_bytes", b"key_bytes", "queues", b"queues", "record_bytes", b"record_bytes", "refused_arguments", b"refused_arguments", "sent", b"sent", "stride", b"stride", "token_rows", b"token_rows"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -191,10 +191,13 @@ def test_queues_are_those_of_the_fullest_rank(monitor: Running) -> None:
 def test_counts_of_a_retired_rank_stay(run: Callable[..., Running]) -> None:
     monitor = run(max_engines=1)
     for _ in range(3):
-        monitor.publish([Engine(step=4).summary(ledger=summary_pb2.Ledger(estimates=4, sent=5, key_bytes=6))])
+        monitor.publish(
+            [Engine(step=4).summary(ledger=summary_pb2.Ledger(estimates=4, sent=5, key_bytes=6, device_waits=2))]
+        )
     assert monitor.metric("stream_monitor_estimates_total") == 12
     assert monitor.metric("stream_monitor_messages_sent_total") == 15
     assert monitor.metric("stream_monitor_estimate_read_bytes_total") == 18
+    assert monitor.metric("stream_monitor_device_waits_total") == 6
 
 
 def test_active_requests_are_those_of_connected_engines(monitor: Running) -> None:
