@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 
+import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.metrics_core import Metric
 
@@ -21,6 +22,9 @@ from stream_monitor.monitor.metric_table import Definition
 from stream_monitor.monitor.page import guard
 from stream_monitor.monitor.scrape import Family, family
 from stream_monitor.v1alpha1 import monitor_pb2
+
+# As in a monitor's: `_created` series tell nothing that Prometheus uses.
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
 
 READ_CELLS = [
     *((record, outcome) for record in (names.FINDING, names.TRACE) for outcome in (shelf.READ, shelf.LATE)),

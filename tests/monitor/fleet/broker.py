@@ -1,7 +1,6 @@
 """A real nats-server with JetStream, which a test may kill and start again on the same folder."""
 
 import asyncio
-import os
 import signal
 import subprocess
 import sys
@@ -69,8 +68,3 @@ class NatsServer:
                 await client.close()
 
         return asyncio.run(asyncio.wait_for(run(), 20))
-
-
-def available() -> bool:
-    """Whether the program is installed."""
-    return os.access(PROGRAM, os.X_OK)

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.monitor.fleet.broker import NatsServer, available
+from tests.monitor.fleet.broker import NatsServer
 from tests.monitor.fleet.processes import FleetProcess
 from tests.monitor.process import MonitorProcess
-
-pytestmark = pytest.mark.skipif(not available(), reason="nats-server is not installed")
 
 
 @pytest.fixture

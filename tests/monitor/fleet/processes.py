@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
 from tests.monitor.process import LOCAL, free_port
 
-SECONDS = 30.0
+SECONDS = 60.0
 SHIFTING = [4] * 14 + [30] * 8
 """Anchors of a request with one finding: they move."""
 

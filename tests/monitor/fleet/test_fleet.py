@@ -11,6 +11,8 @@ from tests.monitor.fleet.processes import SHIFTING, FleetProcess, metric, until
 from tests.monitor.process import MonitorProcess
 from tests.monitor.synthetic import Engine
 
+pytestmark = pytest.mark.timeout(240)
+
 
 def test_a_fleet_answers_for_all_monitors(
     sidecar: Callable[..., MonitorProcess], fleet: Callable[..., FleetProcess], broker: NatsServer

@@ -12,6 +12,8 @@ from tests.monitor.fleet.processes import SHIFTING, FleetProcess, metric, until
 from tests.monitor.process import MonitorProcess
 from tests.monitor.synthetic import Engine, Look, finished
 
+pytestmark = pytest.mark.timeout(240)
+
 GONE, KEPT = "chatcmpl-gone-0a1b2c3d", "chatcmpl-kept-4e5f6a7b"
 
 
@@ -19,7 +21,6 @@ def store_holds(process: FleetProcess | MonitorProcess, words: bytes) -> bool:
     return any(words in path.read_bytes() for path in process.store.parent.iterdir() if path.is_file())
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize("where", ["on a monitor", "on a process of the fleet"])
 def test_nothing_of_it_is_left_anywhere(
     where: str, sidecar: Callable[..., MonitorProcess], fleet: Callable[..., FleetProcess], broker: NatsServer

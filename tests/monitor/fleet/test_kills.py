@@ -9,6 +9,8 @@ from tests.monitor.fleet.processes import SHIFTING, FleetProcess, metric, until
 from tests.monitor.process import MonitorProcess
 from tests.monitor.synthetic import Engine
 
+pytestmark = pytest.mark.timeout(240)
+
 
 class Traffic:
     """Requests with one finding each, told to several monitors in turn."""
@@ -32,7 +34,6 @@ def stored(monitor: MonitorProcess) -> float:
     return metric(monitor.http, "stream_monitor_store_written_total", record="event")
 
 
-@pytest.mark.timeout(240)
 def test_a_subscriber_that_goes_from_process_to_process_has_each_finding_once(
     sidecar: Callable[..., MonitorProcess], fleet: Callable[..., FleetProcess], broker: NatsServer
 ) -> None:

@@ -17,6 +17,8 @@ from tests.monitor.fleet.broker import STREAM, NatsServer
 from tests.monitor.fleet.processes import SHIFTING, FleetProcess, until
 from tests.monitor.synthetic import Engine
 
+pytestmark = pytest.mark.timeout(240)
+
 
 @pytest.fixture
 def monitor(tmp_path: Path) -> Iterator[Callable[..., Running]]:
