@@ -14,7 +14,7 @@ COPY stream_monitor stream_monitor
 # Bytecode is compiled here, since nothing can be written where it runs. pip stays outside of what is copied on.
 RUN python -m venv --without-pip /opt/stream-monitor \
     && pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
-    && pip --python /opt/stream-monitor/bin/python install --no-cache-dir --compile "$(echo /wheels/*.whl)[page,text]" \
+    && pip --python /opt/stream-monitor/bin/python install --no-cache-dir --compile "$(echo /wheels/*.whl)[fleet,page,text]" \
     # Of plotly the page uses one file.
     && find /opt/stream-monitor -path '*/plotly/*' -type f ! -path '*/plotly/__init__.py' \
        ! -path '*/package_data/plotly.min.js' -delete
