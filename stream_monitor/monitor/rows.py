@@ -22,6 +22,8 @@ _SINK_TOKENS = 4
 ROUNDING = 0.05
 """How far kept + forced + unobserved + learned sink may be from 1: float16 logarithms are off by up to 0.4% each."""
 _NO_LAG = (0, 0.0)
+_MOST_POSITIONS = 12
+"""Positions of a context for each entry of a row up to which a table of them is faster than sorting."""
 
 
 @dataclass(slots=True)
@@ -200,11 +202,35 @@ def _landmarks(
         return [_NO_LAG] * count
     last = np.maximum(positions - MIN_LAG, 0).astype(np.uint32)
     far = (keys >= _SINK_TOKENS) & (keys <= last[:, None])
+    dense = int(positions.max(initial=0)) < _MOST_POSITIONS * width
+    found = _heaviest_in_table(keys, mass * far) if dense else _heaviest_sorted(keys * far, mass * far)
+    return [
+        (position - at, share) if share else _NO_LAG
+        for position, at, share in zip(positions.tolist(), *(each.tolist() for each in found), strict=True)
+    ]
+
+
+_Heaviest = tuple[NDArray[np.integer], NDArray[np.floating]]
+"""Of each row the key with most mass, the first of several, and that mass."""
+
+
+def _heaviest_in_table(keys: NDArray[np.uint32], mass: NDArray[np.float32]) -> _Heaviest:
+    """By a table of all positions: for contexts that are not much longer than the rows have entries."""
+    count = len(keys)
+    span = int(keys.max(initial=0)) + 1
+    places = keys + span * np.arange(count)[:, None]
+    sums = np.bincount(places.ravel(), mass.ravel(), count * span).reshape(count, span)
+    heaviest = sums.argmax(axis=1)
+    return heaviest, sums[np.arange(count), heaviest].astype(np.float32)
+
+
+def _heaviest_sorted(keys: NDArray[np.uint32], mass: NDArray[np.float32]) -> _Heaviest:
+    """By order, in time that does not grow with the context."""
+    count, width = keys.shape
     # Each key above the bits of its mass, which is not negative: sorted together, they need not be looked up after.
-    packed = np.zeros((count, width), np.uint64)
+    packed = np.empty((count, width), np.uint64)
     halves = packed.view(np.uint32).reshape(count, width, 2)
-    np.multiply(keys, far, out=halves[..., 1])
-    np.multiply(mass, far, out=halves[..., 0].view(np.float32))
+    halves[..., 1], halves[..., 0] = keys, mass.view(np.uint32)
     packed.sort(axis=1)
     ordered, weight = halves[..., 1], halves[..., 0].view(np.float32)
     first = np.ones((count, width), bool)
@@ -214,11 +240,7 @@ def _landmarks(
     begins = np.searchsorted(firsts, np.arange(count) * width)
     heaviest = np.maximum.reduceat(sums, begins)
     found = np.flatnonzero(sums == np.repeat(heaviest, np.diff(begins, append=len(firsts))))
-    key = ordered.ravel()[firsts[found[np.searchsorted(found, begins)]]]
-    return [
-        (position - at, share) if at else _NO_LAG
-        for position, at, share in zip(positions.tolist(), key.tolist(), heaviest.tolist(), strict=True)
-    ]
+    return ordered.ravel()[firsts[found[np.searchsorted(found, begins)]]], heaviest
 
 
 def discard(row: Row, reason: str) -> None:

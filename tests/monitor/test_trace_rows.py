@@ -155,7 +155,11 @@ def test_the_matrix_is_the_mean_over_heads_and_rows_of_each_sentence(seed: int) 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_lag_is_that_of_the_heaviest_far_key(seed: int) -> None:
+@pytest.mark.parametrize("most_positions", [0, 1000], ids=["sorted", "in a table"])
+def test_the_lag_is_that_of_the_heaviest_far_key(
+    seed: int, most_positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stream_monitor.monitor.rows._MOST_POSITIONS", most_positions)
     summaries, entries = conversation(seed)
     trace = served(summaries, together=3)
     far: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
