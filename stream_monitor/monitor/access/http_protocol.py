@@ -57,10 +57,14 @@ def limited(refusals: Refusals, max_connections: int) -> Callable[..., asyncio.P
         def send_400_response(self, msg: str) -> None:
             if self.conn.their_state is h11.ERROR and self.conn.trailing_data[0][MOST_HEADER_BYTES:]:
                 self._refuse(TOO_LARGE, 431, f"more than {MOST_HEADER_BYTES} bytes of headers")
-            else:
-                refusals(HTTP, NOT_HTTP, self._peer)
+                return
+            refusals(HTTP, NOT_HTTP, self._peer)
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 super().send_400_response(msg)
-                self._abandon()
+            else:
+                # An answer has begun: another one cannot follow it.
+                self.transport.close()
+            self._abandon()
 
         def _too_late(self) -> None:
             if not self.transport.is_closing():
