@@ -74,10 +74,11 @@ def test_calls_of_a_method_are_limited(start: Callable[..., Guarded]) -> None:
     monitor = start(max_calls=2)
     streams = [monitor.monitor().Subscribe(monitor_pb2.SubscribeRequest()) for _ in range(3)]
     ended = [code_of(lambda stream=stream: next(stream)) for stream in streams]  # type: ignore[misc]
-    assert ended == [grpc.StatusCode.OK] * 2 + [EXHAUSTED]
+    # Which of three that come at a time is the third, is the network's to say.
+    assert sorted(ended, key=lambda code: code.name) == [grpc.StatusCode.OK] * 2 + [EXHAUSTED]
     assert monitor.refused("grpc", "too_many_calls") == 1
     assert listed(monitor) is grpc.StatusCode.OK
-    streams[0].cancel()
+    streams[ended.index(grpc.StatusCode.OK)].cancel()
     again = monitor.monitor()
     wait_until(lambda: code_of(lambda: next(again.Subscribe(monitor_pb2.SubscribeRequest()))) is grpc.StatusCode.OK)
 
