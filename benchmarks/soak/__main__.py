@@ -139,7 +139,7 @@ def main(
     traces: Annotated[Path | None, typer.Option(help="JSON lines of recorded reasoning, one prompt more.")] = None,
     rounds: Annotated[int, typer.Option(help="0: one for each fault.")] = 0,
     full: Annotated[bool, typer.Option(help="Half an hour, a fault a minute.")] = False,
-    dtype: str = "auto",
+    dtype: Annotated[str, typer.Option(help="In float32 a prompt gives the same tokens in any company.")] = "float32",
     seed: int = 0,
 ) -> None:
     """Soak."""

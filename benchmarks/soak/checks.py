@@ -11,6 +11,8 @@ from stream_monitor.v1alpha1 import monitor_pb2
 WRONG = 0.25
 """Total variation between two sentences' attention above which they are not the same. Rows of two prompts are 0.6 and
 more apart; those of one prompt in two batches differ by rounding alone."""
+LEAST = 0.05
+"""Share of a sentence's attention, the sink's left out, below which differences are not taken for more than they are."""
 UNKNOWN = "\ufffd"
 
 
@@ -61,9 +63,14 @@ class Comparison:
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(tokens, own.tokens, strict=False)))
         end = own.trace.info.prompt_tokens + same
         mine, reference, foreign = (_rows(each) for each in (trace, own.trace, other.trace))
-        for place, row in mine.items():
-            if place[1] <= end and place in reference and row.count == reference[place].count:
-                self.distances.append(_variation(row.shares, reference[place].shares))
+        # Where the monitor did not see the request begin, its sentences are other ones, up to the last known.
+        alike = takewhile(
+            lambda pair: _span(pair[0]) == _span(pair[1]), zip(trace.sentences, own.trace.sentences, strict=False)
+        )
+        for sentence, _ in alike:
+            row, wanted = mine.get(sentence.index), reference.get(sentence.index)
+            if row and wanted and sentence.end_token <= end and row.count == wanted.count:
+                self.distances.append(_variation(row.shares, wanted.shares))
                 for each in list(foreign.values())[:1]:
                     self.others.append(_variation(row.shares, each.shares))
         whole = not trace.info.joined_late and trace.info.output_tokens == len(tokens)
@@ -80,8 +87,12 @@ class _Row:
     count: int
 
 
-def _rows(trace: monitor_pb2.GetTraceResponse) -> dict[tuple[int, int], _Row]:
-    """Rows of the sentence matrix by the sentence's first and end token; sentences of the output alone."""
+def _span(sentence: monitor_pb2.Sentence) -> tuple[int, int]:
+    return sentence.first_token, sentence.end_token
+
+
+def _rows(trace: monitor_pb2.GetTraceResponse) -> dict[int, _Row]:
+    """Rows of the sentence matrix by the sentence's number; sentences of the output alone."""
     size = len(trace.sentences)
     rows, columns = (np.frombuffer(raw, "<u4") for raw in (trace.matrix_row, trace.matrix_column))
     shares = np.frombuffer(trace.matrix_share, "<f4")
@@ -92,7 +103,7 @@ def _rows(trace: monitor_pb2.GetTraceResponse) -> dict[tuple[int, int], _Row]:
             continue
         dense = np.zeros(size)
         dense[columns[rows == index]] = shares[rows == index]
-        found[sentence.first_token, sentence.end_token] = _Row(dense, int(counts[index]))
+        found[index] = _Row(dense, int(counts[index]))
     return found
 
 
@@ -100,5 +111,4 @@ def _variation(one: NDArray[np.float64], two: NDArray[np.float64]) -> float:
     """Half the sum of the differences, the first sentence left out: most of it is the attention sink of any prompt."""
     size = max(len(one), len(two))
     padded = [np.pad(each, (0, size - len(each)))[1:] for each in (one, two)]
-    total = max(padded[0].sum(), padded[1].sum())
-    return float(0.5 * np.abs(padded[0] - padded[1]).sum() / total) if total else 0.0
+    return float(0.5 * np.abs(padded[0] - padded[1]).sum() / max(padded[0].sum(), padded[1].sum(), LEAST))

@@ -76,7 +76,7 @@ def engine_arguments(model: Path, dtype: str, seed: int) -> dict[str, Any]:
         "max_num_seqs": REQUESTS,
         "max_num_batched_tokens": 256,
         "block_size": page,
-        "num_gpu_blocks_override": -(-longest // page) + 12,
+        "num_gpu_blocks_override": -(-longest // page) + 8,
         "distributed_executor_backend": "mp",
     }
 

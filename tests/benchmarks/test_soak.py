@@ -55,6 +55,13 @@ def test_sentences_are_compared_as_far_as_the_tokens_agree_and_no_row_is_missing
     assert held(trace([1, 2, 3], ["a", "b", "c"], counts=1)).distances == []
 
 
+def test_a_request_whose_beginning_was_not_seen_has_other_sentences_and_is_not_compared() -> None:
+    late = trace([1, 2, 3], ["a", "b", "c"])
+    late.sentences[1].first_token = 0
+    del late.sentences[0]
+    assert held(late).distances == []
+
+
 def test_a_share_that_is_no_number_is_wrong() -> None:
     broken = trace([1, 2, 3], ["a", "b", "c"])
     broken.matrix_share = np.array([np.nan, 0.6, 0.6], "<f4").tobytes()
