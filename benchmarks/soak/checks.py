@@ -12,7 +12,7 @@ WRONG = 0.25
 """Total variation between two sentences' attention above which they are not the same. Rows of two prompts are 0.6 and
 more apart; those of one prompt in two batches differ by rounding alone."""
 LEAST = 0.05
-"""Share of a sentence's attention, the sink's left out, below which differences are not taken for more than they are."""
+"""Share of a sentence's attention, the sink's left out, below which a difference is not taken for more than it is."""
 UNKNOWN = "\ufffd"
 
 
