@@ -148,7 +148,7 @@ def code_of(call: Callable[[], object]) -> grpc.StatusCode:
     return grpc.StatusCode.OK
 
 
-def wait_until(condition: Callable[[], object], what: str = "", seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], what: str = "", seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what or "it did not come true"

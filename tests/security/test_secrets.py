@@ -59,7 +59,7 @@ def test_a_token_shows_nowhere(
     publisher = PublisherProcess(worker.ring.fd, INFO, Target(monitor.ingest, token_file=str(tmp_path / "token")))
     publisher.start()
     worker.step()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while "UNAUTHENTICATED" not in "".join(seen):
         seen.append(capfd.readouterr().err)
         assert time.monotonic() < deadline, seen

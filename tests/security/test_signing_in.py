@@ -70,6 +70,7 @@ def test_what_does_not_sign_in(start: Callable[..., Guarded], tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=60_000)
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield opened
@@ -110,6 +111,6 @@ def test_a_real_browser_signs_in_and_out_over_tls(
     page.get_by_role("button", name="Sign in").click()
     expect(page.get_by_text("chatcmpl-secret").first).to_be_visible()
     (tmp_path / "access.toml").write_text(SCRAPER)
-    expect(page.get_by_role("heading", name="Sign in")).to_be_visible(timeout=20_000)
+    expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
     assert not [address for address in addresses if "token-0123456789" in address]
     context.close()
