@@ -1,6 +1,7 @@
 """The command `stream-monitor`. Every command imports what it needs when it runs, so that `--help` is quick."""
 
 import asyncio
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -108,6 +109,7 @@ def serve(context: typer.Context) -> None:
         typer.echo(_settings_help("Run the monitor until SIGTERM or SIGINT.", MonitorSettings))
         return
     settings = _settings(MonitorSettings, context.args)
+    _quiet_grpc()
     from stream_monitor.monitor.server import MonitorServer
 
     _run(lambda: MonitorServer(settings, _version()))
@@ -125,11 +127,17 @@ def fleet(context: typer.Context) -> None:
         typer.echo(_settings_help("Answer for all monitors of a stream until SIGTERM or SIGINT.", FleetSettings))
         return
     settings = _settings(FleetSettings, context.args)
+    _quiet_grpc()
     try:
         from stream_monitor.monitor.fleet.server import FleetServer
     except SettingsError as error:
         _fail(error)
     _run(lambda: FleetServer(settings, _version()))
+
+
+def _quiet_grpc() -> None:
+    """Before it is loaded: gRPC says a line for each handshake that fails, so that whoever connects could fill the log."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def _run(make: "Callable[[], Server]") -> None:

@@ -13,7 +13,8 @@ from grpc_reflection.v1alpha import reflection
 from starlette.applications import Starlette
 
 from stream_monitor.monitor.access.access import Access
-from stream_monitor.monitor.http import HANDSHAKE_SECONDS, HttpServer
+from stream_monitor.monitor.access.http_tls import HANDSHAKE_SECONDS
+from stream_monitor.monitor.http import HttpServer
 from stream_monitor.monitor.listen import SOCKET_UMASK, ListenError, bind_tcp, prepare_unix
 
 TRANSPORT_BYTES = 64 << 20

@@ -18,10 +18,8 @@ from starlette.types import ASGIApp
 
 from stream_monitor.monitor.access.access import Access
 from stream_monitor.monitor.access.http_protocol import config
+from stream_monitor.monitor.access.http_tls import Handshake
 from stream_monitor.monitor.access.rights import Right
-
-HANDSHAKE_SECONDS = 10.0
-"""For a connection to become one of TLS; it is closed then."""
 
 
 def application(registry: CollectorRegistry, ready: Callable[[], bool], access: Access, page: ASGIApp) -> Starlette:
@@ -65,6 +63,8 @@ class HttpServer(uvicorn.Server):
         super().__init__(config(app, access.refusals, access.max_connections))
         self._bound = bound
         self._context = context
+        self._refusals = access.refusals
+        self._handshakes: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's own, but for TLS: its files are not uvicorn's business, and a handshake has a deadline."""
@@ -75,13 +75,9 @@ class HttpServer(uvicorn.Server):
             protocol: asyncio.Protocol = made(self.config, self.server_state, self.lifespan.state)
             return protocol
 
-        server = await asyncio.get_running_loop().create_server(
-            connection,
-            sock=self._bound,
-            ssl=self._context,
-            ssl_handshake_timeout=None if self._context is None else HANDSHAKE_SECONDS,
-        )
-        self.servers = [server]
+        context, refusals = self._context, self._refusals
+        factory = connection if context is None else lambda: Handshake(context, connection, refusals, self._handshakes)
+        self.servers = [await asyncio.get_running_loop().create_server(factory, sock=self._bound)]
         self.started = True
 
     @contextlib.contextmanager

@@ -68,6 +68,7 @@ def test_plaintext_to_a_tls_port_gets_nothing_and_others_are_served(
         assert refused is grpc.StatusCode.UNAVAILABLE
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"http://{monitor.server.http_address}/api/requests", trust_env=False, timeout=TIMEOUT)
+    wait_until(lambda: monitor.refused("http", "handshake") == 1)
     monitor.tell(Engine().request("a", SHIFTING))
     assert next(events).event.key.request_id == "a"
     assert monitor.get("/api/requests").json()["requests"]
@@ -110,7 +111,11 @@ def test_http_takes_a_certificate_in_the_place_of_a_token(
     start: Callable[..., Guarded], files: Written, ca: trustme.CA, other_ca: trustme.CA, tmp_path: Path
 ) -> None:
     monitor = start(files=files, mutual=True)
-    for name, leaf in (("good", ca.issue_cert("me@example.org")), ("bad", other_ca.issue_cert("me@example.org"))):
+    for name, leaf in (
+        ("good", ca.issue_cert("me@example.org")),
+        ("bad", other_ca.issue_cert("me@example.org")),
+        ("old", expired(ca, "me@example.org")),
+    ):
         Written(tmp_path / name).put(leaf)
     # Those who restart it show nothing, and are told no more than that it lives.
     assert monitor.get("/healthz").status_code == 200
@@ -118,8 +123,11 @@ def test_http_takes_a_certificate_in_the_place_of_a_token(
     assert monitor.get("/metrics").status_code == 401
     assert monitor.refused("http", "no_credential") == 2
     assert monitor.get("/api/requests", client=tmp_path / "good").status_code == 200
-    with pytest.raises(httpx.HTTPError):
-        monitor.get("/api/requests", client=tmp_path / "bad")
+    for number, name in enumerate(("bad", "old"), 1):
+        with pytest.raises(httpx.HTTPError):
+            monitor.get("/api/requests", client=tmp_path / name)
+        wait_until(lambda number=number: monitor.refused("http", "handshake") == number)  # type: ignore[misc]
+    assert monitor.get("/api/requests", client=tmp_path / "good").status_code == 200
 
 
 def test_a_certificate_has_the_rights_of_its_principal(

@@ -9,8 +9,9 @@ from stream_monitor.monitor.access.rights import Right
 
 GRPC, HTTP = "grpc", "http"
 """Where somebody was turned away."""
-PEER, NOT_HTTP, TOO_MANY_CALLS, TOO_MANY_CONNECTIONS, TOO_SLOW, TOO_LARGE = (
+PEER, HANDSHAKE, NOT_HTTP, TOO_MANY_CALLS, TOO_MANY_CONNECTIONS, TOO_SLOW, TOO_LARGE = (
     "unix_peer",
+    "handshake",
     "not_http",
     "too_many_calls",
     "too_many_connections",
@@ -42,6 +43,7 @@ REASONS: dict[str, tuple[tuple[str, ...], str]] = {
         )
     },
     PEER: ((GRPC,), "a connection to a Unix socket of a user who may not use it (`socket_uids`)"),
+    HANDSHAKE: ((HTTP,), "no TLS, or a client certificate that is not to be trusted; gRPC does not tell of its own"),
     NOT_HTTP: ((HTTP,), "what came was no HTTP request"),
     TOO_MANY_CALLS: ((GRPC,), "`max_calls` calls of the method ran already"),
     TOO_MANY_CONNECTIONS: ((HTTP,), "`max_connections` were open already"),
