@@ -136,7 +136,7 @@ def fleet(context: typer.Context) -> None:
 
 
 def _quiet_grpc() -> None:
-    """Before it is loaded: gRPC says a line for each handshake that fails, so that whoever connects could fill the log."""
+    """Before gRPC is loaded: it says a line for each handshake that fails, with which anybody could fill the log."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
