@@ -1,6 +1,8 @@
 """A monitor in a process of its own, which a test may kill and start again on the same store."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,9 +19,12 @@ LOCAL = [("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the kernel gives to connections, one of which could take it before it is used."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class MonitorProcess:
