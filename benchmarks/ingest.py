@@ -179,7 +179,8 @@ def _measure(name: str, report: Report, seconds: float, paced_seconds: float, co
             report.figures[f"{name}/mib_per_minute"] = paced.mib_per_minute
             report.must[f"{name}/mib_per_minute"] = ("<=", MIB_PER_MINUTE)
             print(f"  memory: {paced.resident[-1][1] / (1 << 20):.0f} MiB, {paced.mib_per_minute:+.2f} MiB a minute")
-        _check(running, SHAPES[name])
+        report.figures[f"{name}/checked_requests"] = _checked(running, SHAPES[name])
+        report.must[f"{name}/checked_requests"] = (">=", 1)
 
 
 def _tell(name: str, how: str, sent: Sent, heard: Heard, report: Report) -> None:
@@ -206,16 +207,16 @@ def _tell(name: str, how: str, sent: Sent, heard: Heard, report: Report) -> None
         print("  the publisher is at its limit: the monitor may take more")
 
 
-def _check(running: Monitor, shape: Shape) -> None:
-    """Requests that ended have all of their rows."""
+def _checked(running: Monitor, shape: Shape) -> int:
+    """How many requests began and ended; each of them must have all of its rows, and a finding."""
     with grpc.insecure_channel(running.grpc) as channel:
         api = monitor_pb2_grpc.MonitorServiceStub(channel)
         held = api.ListRequests(monitor_pb2.ListRequestsRequest(page_size=200), timeout=60).requests
     ended = [info for info in held if info.state == monitor_pb2.REQUEST_STATE_FINISHED and not info.joined_late]
-    assert ended
     for info in ended:
         assert info.rows_kept == shape.rows, info
         assert info.events, info
+    return len(ended)
 
 
 if __name__ == "__main__":
