@@ -103,6 +103,7 @@ class _Nothing:
 torch.cuda.graph_pool_handle = lambda *a: None
 torch.cuda.get_device_properties = lambda *a: _Properties
 torch.cuda.current_device = lambda: 0
+torch.cuda.mem_get_info = lambda *a: (_Memory.free, _Memory.total)
 torch.cuda.synchronize = lambda *a: None
 torch.cuda.stream = _Nothing
 torch.accelerator.current_device_index = lambda: 0
