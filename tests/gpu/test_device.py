@@ -21,8 +21,9 @@ from stream_monitor.engine.compat.layers import PagedLayerCache
 from stream_monitor.engine.compat.runner import BatchRows, DeviceInputs
 from stream_monitor.engine.compat.schedule import ScheduledRequest, ScheduledStep
 from stream_monitor.engine.gpu.device import GpuDevice
-from stream_monitor.engine.paged_keys import LayoutError, device_keys
+from stream_monitor.engine.paged_keys import device_keys
 from stream_monitor.engine.requests import RowLabel
+from stream_monitor.engine.self_check import LayoutError
 from stream_monitor.records import Phase
 from tests.gpu.test_rows import DEVICE
 
