@@ -7,7 +7,7 @@ as an engine does; tests/e2e and `benchmarks.soak` do the same with a real one.
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -129,6 +129,13 @@ class World:
             for sample in family.samples
             if sample.name == name and labels.items() <= sample.labels.items()
         )
+
+    def answers(self) -> bool:
+        """Whether the monitor passes a liveness probe: three of them may fail."""
+        for _ in range(3):
+            with suppress(httpx.HTTPError), httpx.Client(trust_env=False, timeout=5) as http:
+                return http.get(f"http://{self.monitor.http}/healthz").status_code == httpx.codes.OK
+        return False
 
     def account_is_whole(self) -> bool:
         """Whether the monitor is there, and its rows are all that the ranks expected, each with an outcome."""

@@ -143,7 +143,7 @@ def test_a_bad_question_is_one_named_line(monitor: Running, path: str, status: i
 
 
 def test_status_tells_which_engines_are_there(monitor: Running) -> None:
-    nothing = {"version": "test", "text": False, "engines": [], "principal": ""}
+    nothing = {"version": "test", "text": False, "engines": [], "principal": "", "fleet": False}
     assert get(monitor, "/api/status").json() == nothing
     monitor.publish(Engine().request("r", [4] * 4))
     (engine,) = get(monitor, "/api/status").json()["engines"]
