@@ -423,6 +423,7 @@ class EngineHistory(RuleBasedStateMachine):
             finished_req_ids=set(self.ended),
             new_block_ids_to_zero=self.to_zero,
             kv_cache_block_copies=[SimpleNamespace(src_block_id=a, dst_block_id=b) for a, b in self.copies],
+            scheduled_spec_decode_tokens={},
         )
         self.worker.execute(output, ids, accepted, loads)
         self.touched_at[list(self.touched)] = self.worker.generations.now

@@ -190,7 +190,7 @@ class Worker:
         """Summaries compared so far, by level."""
 
     # What the capture sees of the device and of the estimator thread.
-    backlog, shares_cpus, seconds = 0, False, 0.0
+    backlog, shares_cpus, seconds, waits = 0, False, 0.0, 0
 
     def follow(self, step: ScheduledStep) -> None:
         """Generations say all."""

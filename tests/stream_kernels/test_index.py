@@ -90,6 +90,7 @@ def step_of(new: dict[str, tuple[list[int], int, int]], finished: frozenset[str]
         finished_req_ids=finished,
         new_block_ids_to_zero=None,
         kv_cache_block_copies=None,
+        scheduled_spec_decode_tokens={},
     )
 
 

@@ -190,6 +190,7 @@ class Consumer:
             try:
                 fetched = await self._subscription.fetch(count, timeout=seconds)
             except TimeoutError:
+                _go_if_cancelled()
                 fetched = []
         if not fetched:
             self.pending = 0

@@ -15,6 +15,7 @@ from stream_monitor.monitor.archive import StoreUnavailable
 from stream_monitor.monitor.deletion import DeletionUnfinished
 from stream_monitor.monitor.fleet import messages, names
 from stream_monitor.monitor.fleet.broker import Broker, BrokerTrouble, Session
+from stream_monitor.monitor.fleet.ending import end
 from stream_monitor.monitor.fleet.outbox import TOO_LARGE, Outbox, Waiting
 
 IDLE_SECONDS = 0.5
@@ -58,9 +59,7 @@ class Sender:
         if self._tasks and self.broker.current is not None:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._emptied.wait(), seconds)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
         await self.broker.close()
 
     async def delete(self, hashes: Iterable[str]) -> None:
@@ -173,8 +172,7 @@ class Tombstones:
     async def stop(self) -> None:
         """End."""
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await end(self._task)
 
     async def _listen(self) -> None:
         """All that are there, whenever there is a new connection, then each that comes."""

@@ -15,6 +15,7 @@ from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.deletion import Deletion
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.fleet.broker import Broker
+from stream_monitor.monitor.fleet.ending import end
 from stream_monitor.monitor.fleet.metrics import FleetMetrics
 from stream_monitor.monitor.fleet.reader import FleetDeletion, Reader
 from stream_monitor.monitor.front import Front
@@ -118,8 +119,7 @@ class FleetServer:
         """As a monitor stops: NOT_SERVING first, HTTP last."""
         await self.front.announce_end()
         if self.ends is not None:
-            self.ends.cancel()
-            await asyncio.gather(self.ends, return_exceptions=True)
+            await end(self.ends)
         await self.broker.close()
         for subscriber in list(self.log.subscribers):
             subscriber.close()
