@@ -87,9 +87,10 @@ class World:
             while words not in seen:
                 assert time.monotonic() < deadline, f"no {words!r} in: {seen}"
                 if select.select([process.stdout], [], [], 1.0)[0]:
-                    line = process.stdout.readline()
-                    assert line, f"ended without {words!r}: {seen}"
-                    seen += line
+                    # Not `readline`: lines that it had read ahead would be hidden from `select`.
+                    read = os.read(process.stdout.fileno(), 65536)
+                    assert read, f"ended without {words!r}: {seen}"
+                    seen += read.decode(errors="replace")
                 elif self.monitored:
                     self.publish(f"chatcmpl-live-{self.requests}")
         finally:
