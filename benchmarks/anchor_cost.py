@@ -25,6 +25,7 @@ from stream_monitor.monitor.pipeline import Pipeline
 from stream_monitor.monitor.ranks import RankBook
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import Vocabularies
+from stream_monitor.publisher.convert import SCHEMA_VERSION
 from stream_monitor.v1alpha1 import ingest_pb2, summary_pb2
 
 CAPTURE = CaptureSettings()
@@ -111,7 +112,7 @@ class DrawnEngine:
     def message(self, positions: dict[str, int], **more: object) -> bytes:
         """A step with one row for each request that has a position."""
         self.sequence += 1
-        fields: dict[str, object] = {"schema_version": 1, "engine": self.info, "sequence": self.sequence}
+        fields: dict[str, object] = {"schema_version": SCHEMA_VERSION, "engine": self.info, "sequence": self.sequence}
         if positions:
             self.step += 1
             fields |= {"step": self.step, "rows": self._rows(positions)}
@@ -135,7 +136,7 @@ class DrawnEngine:
             positions=at.astype("<u4").tobytes(),
             attempts=np.zeros(count, "<u4").tobytes(),
             phases=np.full(count, summary_pb2.PHASE_DECODE, "u1").tobytes(),
-            block_ids=(CAPTURE.sink_blocks + ranks).astype("<u4").tobytes(),
+            narrow_block_ids=(CAPTURE.sink_blocks + ranks).astype("<u2").tobytes(),
             block_log_share=log[..., : CAPTURE.top_k].tobytes(),
             block_strongest=self.draw.integers(0, CAPTURE.block_size, ranks.shape, np.uint8).tobytes(),
             forced_log_share=log[..., CAPTURE.top_k : -1].tobytes(),

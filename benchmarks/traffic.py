@@ -12,6 +12,7 @@ import numpy as np
 
 from stream_monitor.anchors.matrix import NO_BLOCK
 from stream_monitor.config import CaptureSettings
+from stream_monitor.publisher.convert import SCHEMA_VERSION
 from stream_monitor.v1alpha1 import summary_pb2
 
 REQUESTS = 64
@@ -147,7 +148,7 @@ class Traffic:
                 # Tokens wait for the row of their request (`RequestTable.take_tokens`).
                 runs.append(_run(name, max(0, token + 1 - CAPTURE.stride), token + 1))
         summary = summary_pb2.StepSummary(
-            schema_version=1,
+            schema_version=SCHEMA_VERSION,
             engine=self._engine,
             started=started,
             tokens=runs,
@@ -189,7 +190,7 @@ class Traffic:
             "positions": positions.astype("<u4"),
             "attempts": np.zeros(rows, "<u4"),
             "phases": phases.astype("u1"),
-            "block_ids": blocks.astype("<u4"),
+            "narrow_block_ids": blocks.astype("<u2"),
             "block_log_share": log[..., : CAPTURE.top_k],
             "block_strongest": strongest[..., : CAPTURE.top_k],
             "forced_log_share": log[..., CAPTURE.top_k : -1],

@@ -60,7 +60,8 @@ reads too slowly loses the oldest waiting events, and the next response says how
   one that you do not know as its `_UNSPECIFIED`.
 * `StepSummary.schema_version` changes when a reader that ignores the new fields would misread the old ones. A monitor
   takes in version N and N - 1, and ends the stream with `FAILED_PRECONDITION` for others, so upgrade the monitor first
-  ([upgrade.md](upgrade.md)). The version now is 1; there is no version 0.
+  ([upgrade.md](upgrade.md)). The version now is 2, from which on
+  `Rows.narrow_block_ids` may take the place of `Rows.block_ids`.
 * An array whose length contradicts the shapes stated below, an unknown outcome, a name that is too long: each ends its
   own stream with a status that names the fault, is counted in `stream_monitor_messages_total`, and harms no other.
 """

@@ -95,6 +95,7 @@ class Rows(msgspec.Struct):
     total_lse: bytes
     keys_read: bytes
     learned_sink_log_share: bytes = b""
+    narrow_block_ids: bytes = b""
 
 
 class RequestStarted(msgspec.Struct):

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.lock import MIN_LAG
-from stream_monitor.anchors.matrix import forced_block_ids
+from stream_monitor.anchors.matrix import NO_BLOCK, forced_block_ids
 from stream_monitor.monitor.faults import Fault, invalid
 from stream_monitor.monitor.ledger import CHUNK, TOKEN
 from stream_monitor.monitor.validate import MAX_ID, MAX_POSITION
@@ -22,6 +22,7 @@ _SINK_TOKENS = 4
 ROUNDING = 0.05
 """How far kept + forced + unobserved + learned sink may be from 1: float16 logarithms are off by up to 0.4% each."""
 _NO_LAG = (0, 0.0)
+_NO_NARROW_BLOCK = 0xFFFF
 _MOST_POSITIONS = 12
 """Positions of a context for each entry of a row up to which a table of them is faster than sorting."""
 
@@ -91,6 +92,8 @@ def decode(
     messages: Sequence[summary_pb2.Rows], engine: summary_pb2.EngineInfo, sources: tuple[tuple[Any, int], ...]
 ) -> list[list[Row]]:
     """Check the arrays of one rank's messages against their stated shapes and turn blocks into keys. Raises Fault."""
+    if not messages:
+        return []
     counts = [rows.count for rows in messages]
     for rows in messages:
         if rows.count > MAX_ROWS:
@@ -108,7 +111,7 @@ def decode(
     positions = _array(messages, "positions", "<u4", ()).astype(np.int64)
     attempts = _array(messages, "attempts", "<u4", ())
     phases = _array(messages, "phases", "u1", ())
-    ids = _array(messages, "block_ids", "<u4", (*pairs, top_k))
+    ids = _block_ids(messages, (*pairs, top_k))
     log_share = _array(messages, "block_log_share", "<f2", (*pairs, top_k))
     strongest = _array(messages, "block_strongest", "u1", (*pairs, top_k))
     forced_log_share = _array(messages, "forced_log_share", "<f2", (*pairs, forced_blocks))
@@ -271,6 +274,23 @@ def _array(
             raise invalid("shape", f"rows.{name} has {len(raw)} bytes; {wanted}")
         parts.append(raw)
     return np.frombuffer(b"".join(parts), kind).reshape(sum(rows.count for rows in messages), *shape)
+
+
+def _block_ids(messages: Sequence[summary_pb2.Rows], shape: tuple[int, ...]) -> NDArray[np.uint32]:
+    """Kept blocks of the rows of all messages, in whichever width they came; `NO_BLOCK` where there is none."""
+    parts: list[NDArray[np.uint32]] = []
+    for narrow, together in groupby(messages, lambda rows: bool(rows.narrow_block_ids)):
+        alike = list(together)
+        if not narrow:
+            parts.append(_array(alike, "block_ids", "<u4", shape))
+            continue
+        if any(rows.block_ids for rows in alike):
+            raise invalid("shape", "rows.block_ids and rows.narrow_block_ids are both there; send one of them")
+        ids = _array(alike, "narrow_block_ids", "<u2", shape)
+        wide = ids.astype(np.uint32)
+        wide[ids == _NO_NARROW_BLOCK] = NO_BLOCK
+        parts.append(wide)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _share(log_share: NDArray[np.float16]) -> NDArray[np.float32]:

@@ -12,8 +12,8 @@ from stream_monitor.monitor.faults import Fault, invalid
 from stream_monitor.tenants import check_tenant
 from stream_monitor.v1alpha1 import ingest_pb2, summary_pb2
 
-SCHEMA_VERSIONS = (1,)
-"""N and N - 1; there is no version 0."""
+SCHEMA_VERSIONS = (1, 2)
+"""N - 1 and N."""
 MAX_NAME = 256
 MAX_ID = 1024
 MAX_RANKS = 4096

@@ -15,7 +15,7 @@ from stream_monitor.records import (
 )
 from stream_monitor.v1alpha1 import summary_pb2 as pb
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def engine_message(info: EngineInfo) -> pb.EngineInfo:
@@ -82,6 +82,7 @@ def _rows(rows: Rows) -> pb.Rows:
         total_lse=rows.total_lse,
         keys_read=rows.keys_read,
         learned_sink_log_share=rows.learned_sink_log_share,
+        narrow_block_ids=rows.narrow_block_ids,
     )
 
 

@@ -228,6 +228,7 @@ class Rows(_message.Message):
     TOTAL_LSE_FIELD_NUMBER: _builtins.int
     KEYS_READ_FIELD_NUMBER: _builtins.int
     LEARNED_SINK_LOG_SHARE_FIELD_NUMBER: _builtins.int
+    NARROW_BLOCK_IDS_FIELD_NUMBER: _builtins.int
     count: _builtins.int
     """R. At most 4,096."""
     positions: _builtins.bytes
@@ -239,7 +240,9 @@ class Rows(_message.Message):
     phases: _builtins.bytes
     """uint8[R]: a Phase each."""
     block_ids: _builtins.bytes
-    """uint32[R, L, H, K]: kept blocks, heaviest first; 0xFFFFFFFF where fewer than K blocks exist."""
+    """uint32[R, L, H, K]: kept blocks, heaviest first; 0xFFFFFFFF where fewer than K blocks exist. Empty where
+    narrow_block_ids has them.
+    """
     block_log_share: _builtins.bytes
     """float16[R, L, H, K]: natural log of the block's share of the row's attention mass; -inf where padded."""
     block_strongest: _builtins.bytes
@@ -264,6 +267,10 @@ class Rows(_message.Message):
     """float16[R, L, H]: log share of the head's learned sink, a logit that takes attention without any token (gpt-oss);
     -inf in layers without. Empty if no watched layer has sinks. A receiver MUST NOT spread this share over tokens.
     """
+    narrow_block_ids: _builtins.bytes
+    """uint16[R, L, H, K]: in place of block_ids where every id is below 65,535; 0xFFFF where fewer than K blocks exist.
+    A sender MUST fill one of the two alone. From schema version 2.
+    """
     @_builtins.property
     def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """vLLM's internal request id of each row, length R."""
@@ -285,10 +292,11 @@ class Rows(_message.Message):
         total_lse: _builtins.bytes = ...,
         keys_read: _builtins.bytes = ...,
         learned_sink_log_share: _builtins.bytes = ...,
+        narrow_block_ids: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "block_ids", b"block_ids", "block_log_share", b"block_log_share", "block_strongest", b"block_strongest", "count", b"count", "forced_log_share", b"forced_log_share", "forced_strongest", b"forced_strongest", "keys_read", b"keys_read", "learned_sink_log_share", b"learned_sink_log_share", "phases", b"phases", "positions", b"positions", "request_ids", b"request_ids", "total_lse", b"total_lse", "unobserved_log_share", b"unobserved_log_share"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "block_ids", b"block_ids", "block_log_share", b"block_log_share", "block_strongest", b"block_strongest", "count", b"count", "forced_log_share", b"forced_log_share", "forced_strongest", b"forced_strongest", "keys_read", b"keys_read", "learned_sink_log_share", b"learned_sink_log_share", "narrow_block_ids", b"narrow_block_ids", "phases", b"phases", "positions", b"positions", "request_ids", b"request_ids", "total_lse", b"total_lse", "unobserved_log_share", b"unobserved_log_share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -644,7 +652,7 @@ class StepSummary(_message.Message):
     LEDGER_FIELD_NUMBER: _builtins.int
     AUDITS_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
-    """Version of this schema: 1. Receivers accept N and N - 1 and refuse others."""
+    """Version of this schema: 2. Receivers accept N and N - 1 and refuse others. Version 1 had no Rows.narrow_block_ids."""
     sequence: _builtins.int
     """From 1, ascending for this rank. A number that never comes is a record whose rows were lost; they are in the ledger
     of this message or of a later one.

@@ -97,12 +97,15 @@ def _unpack(summary: summary_pb2.StepSummary) -> list[CapturedRow]:
         sinks = np.zeros(lead)
         if rows.learned_sink_log_share:
             sinks = np.exp(array(rows.learned_sink_log_share, "<f2", *lead).astype(np.float64))
+    ids = array(rows.narrow_block_ids or rows.block_ids, "<u2" if rows.narrow_block_ids else "<u4", *lead, kept)
+    none = np.iinfo(ids.dtype).max
+    ids = np.where(ids == none, 0xFFFFFFFF, ids.astype(np.int64))
     columns = zip(
         rows.request_ids,
         array(rows.positions, "<u4", rows.count),
         array(rows.attempts, "<u4", rows.count),
         rows.phases,
-        array(rows.block_ids, "<u4", *lead, kept).astype(np.int64),
+        ids,
         share,
         array(rows.block_strongest, "u1", *lead, kept),
         forced_share,

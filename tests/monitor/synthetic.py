@@ -93,7 +93,7 @@ def rows(looks: Sequence[Look], info: summary_pb2.EngineInfo) -> summary_pb2.Row
             positions=positions.astype("<u4").tobytes(),
             attempts=np.array([look.attempt for look in looks], "<u4").tobytes(),
             phases=np.array([look.phase for look in looks], "u1").tobytes(),
-            block_ids=ids.tobytes(),
+            narrow_block_ids=ids.astype("<u2").tobytes(),
             block_log_share=np.log(kept).astype("<f2").tobytes(),
             block_strongest=strongest.tobytes(),
             forced_log_share=np.log(forced).astype("<f2").tobytes(),
@@ -160,7 +160,7 @@ class Engine:
         if looks:
             self.step += 1
         fields: dict[str, object] = {
-            "schema_version": 1,
+            "schema_version": 2,
             "engine": self.info,
             "sequence": self.sequence,
             "step": self.step if looks else 0,

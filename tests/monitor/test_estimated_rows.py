@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stream_kernels import reference
-from stream_kernels.search import SearchConfig
+from stream_kernels.search import BlockSummary, SearchConfig
 from stream_monitor.engine.packing import pack_rows
 from stream_monitor.engine.requests import RowLabel
 from stream_monitor.monitor.rows import decode
@@ -15,6 +15,18 @@ from tests.monitor.synthetic import engine
 from tests.stream_kernels.cases import Case, draw
 
 CONTEXTS = (1, 31, 32, 33, 70, 97, 500, 2300)
+
+
+@pytest.mark.parametrize(("highest", "width"), [(0xFFFE, 2), (0xFFFF, 4)])
+def test_block_ids_take_16_bits_where_all_that_are_sent_fit(highest: int, width: int) -> None:
+    summary = BlockSummary.allocate(1, 2, 1, SearchConfig(top_k=4))
+    summary.block_ids[0, 0, 0, 0], summary.block_ids[0, 1, 0, 0] = highest, 1 << 30
+    summary.forced_lse[...] = 0.0
+    label = RowLabel("r", highest * 32, 0, Phase.DECODE, "", True)
+    packed = pack_rows(summary, [label, label], [0])
+    ids = np.frombuffer(packed.narrow_block_ids or packed.block_ids, f"<u{width}")
+    assert ids.tolist() == [highest, *[(1 << 8 * width) - 1] * 3]
+    assert not (packed.narrow_block_ids and packed.block_ids)
 
 
 @pytest.mark.parametrize("sinks", [False, True])

@@ -77,7 +77,7 @@ Status = grpc.StatusCode
 BAD = {
     "no_summary": (lambda: None, Status.INVALID_ARGUMENT, "malformed"),
     "version_0": (changed(schema_version=0), Status.FAILED_PRECONDITION, "schema_version"),
-    "version_2": (changed(schema_version=2), Status.FAILED_PRECONDITION, "schema_version"),
+    "version_3": (changed(schema_version=3), Status.FAILED_PRECONDITION, "schema_version"),
     "no_sequence": (changed(sequence=0), Status.INVALID_ARGUMENT, "value"),
     "no_step": (changed(step=0), Status.INVALID_ARGUMENT, "value"),
     "no_instance": (changed(engine__instance=""), Status.INVALID_ARGUMENT, "engine"),
@@ -96,6 +96,8 @@ BAD = {
         for name in summary_pb2.Rows.DESCRIPTOR.fields_by_name
         if name not in ("count", "request_ids")
     },
+    "block_ids_missing": (changed(rows__narrow_block_ids=b""), Status.INVALID_ARGUMENT, "shape"),
+    "block_ids_twice": (changed(rows__block_ids=bytes(4 * 4 * ROW_HEADS)), Status.INVALID_ARGUMENT, "shape"),
     "phase_unknown": (changed(rows__phases=b"\x03\x07"), Status.INVALID_ARGUMENT, "value"),
     "position_huge": (changed(rows__positions=b"\xff" * 8), Status.INVALID_ARGUMENT, "limit"),
     "nan": (changed(rows__unobserved_log_share=NAN * ROW_HEADS), Status.INVALID_ARGUMENT, "value"),

@@ -11,11 +11,13 @@ from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor import views
 from stream_monitor.monitor.calibration import Calibration
 from stream_monitor.monitor.events import EventLog
+from stream_monitor.monitor.faults import Fault
 from stream_monitor.monitor.intake import Intake, Stream
 from stream_monitor.monitor.merge import Merger
 from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.pipeline import Pipeline
 from stream_monitor.monitor.ranks import RankBook
+from stream_monitor.monitor.rows import decode
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import Vocabularies
 from stream_monitor.monitor.trace import RequestTrace
@@ -185,6 +187,40 @@ def test_how_many_messages_are_taken_in_together_changes_nothing(seed: int) -> N
     assert len(alone.head_share) > 0
     for together in (2, 7, len(summaries)):
         assert views.full(served(summaries, together), with_heads=True) == alone
+
+
+def narrowed(rows: summary_pb2.Rows) -> None:
+    """Its block ids in 16 bits."""
+    rows.narrow_block_ids = np.frombuffer(rows.block_ids, "<u4").astype("<u2").tobytes()
+    rows.ClearField("block_ids")
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_width_of_block_ids_changes_nothing(every: int) -> None:
+    summaries, _ = conversation(0)
+    for summary in summaries:
+        summary.wall_time_ns = 1 << 60
+    wide = views.full(served(summaries, together=7), with_heads=True)
+    for summary in summaries[::every]:
+        if summary.HasField("rows"):
+            narrowed(summary.rows)
+    assert views.full(served(summaries, together=7), with_heads=True) == wide
+
+
+def test_no_block_is_none_where_a_context_is_long_enough_to_have_it() -> None:
+    sender = synthetic.Engine(synthetic.engine(layers=LAYERS, heads=HEADS))
+    own = 0xFFFF + 100
+    rows, _ = drawn_rows("r", [(own + 1) * synthetic.BLOCK - 1], sender.info, np.random.default_rng(0))
+    ids = np.frombuffer(rows.block_ids, "<u4").copy()
+    ids[0] = 0xFFFF
+    rows.block_ids = ids.tobytes()
+    ((row,),) = decode([rows], sender.info, ())
+    assert row.keys[0] // synthetic.BLOCK == 0xFFFF
+    ids[:] = np.minimum(ids, 0xFFFF)
+    rows.block_ids = ids.tobytes()
+    narrowed(rows)
+    with pytest.raises(Fault, match="a block with mass, or its strongest key, lies outside"):
+        decode([rows], sender.info, ())
 
 
 def test_a_fault_ends_the_stream_where_it_is_and_what_came_before_counts() -> None:

@@ -61,8 +61,12 @@ def test_everything_arrives_in_order_and_the_ledger_counts_it(
     publisher.stop(15)
     assert sorted(monitor.accepted) == list(range(1, 302))
     first = monitor.accepted[1]
-    assert (first.schema_version, first.engine.instance, first.step) == (1, INFO.instance, 1)
-    assert (first.rows.count, first.started[0].prompt_tokens, len(first.rows.block_ids)) == (4, 10, 4 * HEADS * 2 * 4)
+    assert (first.schema_version, first.engine.instance, first.step) == (2, INFO.instance, 1)
+    assert (first.rows.count, first.started[0].prompt_tokens, len(first.rows.narrow_block_ids)) == (
+        4,
+        10,
+        4 * HEADS * 2 * 2,
+    )
     assert monitor.accepted[301].finished[0].total_tokens == 910
     assert monitor.accepted[301].step == 0
     assert not monitor.accepted[301].HasField("rows")
