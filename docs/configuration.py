@@ -5,11 +5,12 @@ from typing import Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from stream_monitor.config import PREFIX, TABLES, default_fleet_store, default_store, default_target, listed
+from stream_monitor.config import PREFIX, TABLES, listed
+from stream_monitor.config.places import default_fleet_store, default_store, default_target
 
 HEAD = f"""# Configuration
 
-Written by `make docs` from `stream_monitor/config.py`; edit the settings there.
+Written by `make docs` from `stream_monitor/config`; edit the settings there.
 
 A value comes, strongest first, from
 
