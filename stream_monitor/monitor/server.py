@@ -165,7 +165,7 @@ class MonitorServer:
         server.add_generic_rpc_handlers((self.ingest.handler(),))
 
     def _add_monitor(self, server: grpc.aio.Server) -> None:
-        server.add_generic_rpc_handlers((monitor_handler(self.service),))
+        server.add_generic_rpc_handlers((monitor_handler(self.service, self.front.access.refusals),))
 
     def _join_fleet(self, graveyard: Graveyard) -> "Link":
         # Imported here: most monitors have no fleet, and the broker's library is an extra.

@@ -85,6 +85,19 @@ def test_calls_of_a_method_are_limited(start: Callable[..., Guarded]) -> None:
     wait_until(lambda: code_of(lambda: next(again.Subscribe(monitor_pb2.SubscribeRequest()))) is grpc.StatusCode.OK)
 
 
+def test_calls_that_cannot_be_read_are_named_and_counted(start: Callable[..., Guarded]) -> None:
+    monitor = start()
+    method = f"/{monitor_pb2.DESCRIPTOR.services_by_name['MonitorService'].full_name}/"
+    with monitor.open() as channel:
+        once = channel.unary_unary(method + "GetTrace")
+        stream = channel.unary_stream(method + "Subscribe")
+        invalid = grpc.StatusCode.INVALID_ARGUMENT
+        assert code_of(lambda: once(b"\xff\xff", timeout=TIMEOUT)) is invalid
+        assert code_of(lambda: next(stream(b"\xff\xff", timeout=TIMEOUT))) is invalid
+    assert monitor.refused("grpc", "unreadable") == 2
+    assert listed(monitor) is grpc.StatusCode.OK
+
+
 def test_one_principal_does_not_take_all_subscriptions(start: Callable[..., Guarded]) -> None:
     monitor = start(
         SCRAPER + principal("greedy", subscribe="one") + principal("other", subscribe="two"),

@@ -9,10 +9,11 @@ from stream_monitor.monitor.access.rights import Right
 
 GRPC, HTTP = "grpc", "http"
 """Where somebody was turned away."""
-PEER, HANDSHAKE, NOT_HTTP, TOO_MANY_CALLS, TOO_MANY_CONNECTIONS, TOO_SLOW, TOO_LARGE = (
+PEER, HANDSHAKE, NOT_HTTP, UNREADABLE, TOO_MANY_CALLS, TOO_MANY_CONNECTIONS, TOO_SLOW, TOO_LARGE = (
     "unix_peer",
     "handshake",
     "not_http",
+    "unreadable",
     "too_many_calls",
     "too_many_connections",
     "too_slow",
@@ -45,6 +46,7 @@ REASONS: dict[str, tuple[tuple[str, ...], str]] = {
     PEER: ((GRPC,), "a connection to a Unix socket of a user who may not use it (`socket_uids`)"),
     HANDSHAKE: ((HTTP,), "no TLS, or a client certificate that is not to be trusted; gRPC does not tell of its own"),
     NOT_HTTP: ((HTTP,), "what came was no HTTP request"),
+    UNREADABLE: ((GRPC,), "what came was no message of the kind that the method takes"),
     TOO_MANY_CALLS: ((GRPC,), "`max_calls` calls of the method ran already"),
     TOO_MANY_CONNECTIONS: ((HTTP,), "`max_connections` were open already"),
     TOO_SLOW: ((HTTP,), "a request was not there in time"),

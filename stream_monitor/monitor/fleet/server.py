@@ -12,6 +12,7 @@ from stream_monitor.config import FleetSettings
 from stream_monitor.monitor import service
 from stream_monitor.monitor.access.access import Access
 from stream_monitor.monitor.archive import Archive
+from stream_monitor.monitor.calls import monitor_handler
 from stream_monitor.monitor.deletion import Deletion
 from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.fleet.broker import Broker
@@ -28,7 +29,6 @@ from stream_monitor.monitor.page.live import Live
 from stream_monitor.monitor.page.routes import page
 from stream_monitor.monitor.service import MonitorService
 from stream_monitor.monitor.store import TraceStore
-from stream_monitor.v1alpha1 import monitor_pb2_grpc
 
 NOT_YET = "this process has not read the whole stream yet; ask another one, or again"
 SERVICE_PREFIX = f"/{service.SERVICE}/"
@@ -128,7 +128,7 @@ class FleetServer:
         await self.front.close(self.settings.shutdown_grace_seconds)
 
     def _add_service(self, server: grpc.aio.Server) -> None:
-        monitor_pb2_grpc.add_MonitorServiceServicer_to_server(self.service, server)
+        server.add_generic_rpc_handlers((monitor_handler(self.service, self.front.access.refusals),))
 
 
 class _Gate(grpc.aio.ServerInterceptor):
