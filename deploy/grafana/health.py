@@ -310,5 +310,14 @@ def cost() -> list[timeseries.Panel | table.Panel]:
             ),
             most=1,
         ),
+        number(
+            "Certificate, time left",
+            "s",
+            "Until the certificate that the monitor shows, or the last CA by which it knows clients, expires.",
+            Query(f"min(stream_monitor_tls_expiry_timestamp_seconds{{{MONITOR}}}) - time()", "left"),
+            steps=((None, "red"), (7 * 86400.0, "green")),
+            alert="StreamMonitorCertificateExpiring",
+            empty="No TLS",
+        ),
         versions,
     ]

@@ -1,6 +1,7 @@
 """A monitor process and the publishers that feed it over real gRPC: calm traffic, and everything that can go wrong."""
 
 import contextlib
+import datetime
 import queue
 import signal
 import sqlite3
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+import trustme
 
 from stream_monitor.anchors.detachment import PromptDetachment
 from stream_monitor.anchors.lock import AnchorLock
@@ -25,11 +27,14 @@ from stream_monitor.monitor.calibration import capture_id
 from stream_monitor.v1alpha1 import ingest_pb2, ingest_pb2_grpc, monitor_pb2, monitor_pb2_grpc, summary_pb2
 from tests.monitor.synthetic import Engine, Look, engine, finished, started, tokens
 from tests.monitor.test_findings import UNTRUSTED, request
+from tests.security.guarded import Files
 
 MAX_ENGINES, MAX_RANKS, MAX_REQUESTS, MAX_SENTENCES = 5, 2, 45, 64
 _PUBLISH = "/stream_monitor.v1alpha1.IngestService/Publish"
 OLD_PROFILE, NEW_PROFILE = 40 * 86400, 0
 """Ages in seconds."""
+ENDING_CERTIFICATE, FRESH_CERTIFICATE = 3, 90
+"""Days left."""
 
 
 def write_profile(path: Path, info: summary_pb2.EngineInfo, age: int) -> None:
@@ -101,11 +106,12 @@ class Publisher:
 class Fleet:
     """The monitor, its publishers and a subscriber that does not read."""
 
-    def __init__(self, folder: Path, http_port: int, grpc_port: int) -> None:
+    def __init__(self, folder: Path, metrics_port: int, grpc_port: int) -> None:
         self.folder = folder
         self.ingest = f"unix:{folder / 'ingest.sock'}"
         self.store = folder / "store" / "monitor.db"
-        self.http, self.grpc = f"127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}"
+        self.metrics, self.grpc = f"127.0.0.1:{metrics_port}", f"localhost:{grpc_port}"
+        self._authority, self._files = trustme.CA(), Files(folder / "tls")
         self.main = Rank(engine(summary_bytes=1 << 20, kv_tokens_lost=512))
         instance = engine().instance
         self.wide = [
@@ -124,13 +130,17 @@ class Fleet:
         self._subscriber: grpc.Channel | None = None
         self._serial = 0
 
-    def start_monitor(self, profile_age: int) -> None:
+    def start_monitor(self, profile_age: int, certificate_days: int) -> None:
         profile = self.folder / "profile.json"
         write_profile(profile, self.main.info, profile_age)
+        ends = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=certificate_days)
+        self._files.put(self._authority.issue_cert("localhost", not_after=ends))
         self._monitor = subprocess.Popen(
             [
                 *(sys.executable, "-m", "stream_monitor", "serve", "--ingest", self.ingest),
-                *("--http", self.http, "--grpc", self.grpc, "--profiles", str(profile)),
+                *("--http", "127.0.0.1:0", "--metrics", self.metrics, "--metrics-insecure", "--grpc", self.grpc),
+                *("--tls-certificate", str(self._files.certificate), "--tls-key", str(self._files.key)),
+                *("--profiles", str(profile)),
                 *("--max-engines", str(MAX_ENGINES), "--max-sentences", str(MAX_SENTENCES)),
                 *("--max-ranks-per-engine", str(MAX_RANKS), "--max-requests-per-engine", str(MAX_REQUESTS)),
                 *("--max-traces", "40", "--subscriber-queue", "16", "--store", str(self.store)),
@@ -166,9 +176,13 @@ class Fleet:
             stream.close()
         self.streams.clear()
 
+    def _open(self, options: Sequence[tuple[str, int]] = ()) -> grpc.Channel:
+        credentials = grpc.ssl_channel_credentials(self._authority.cert_pem.bytes())
+        return grpc.secure_channel(self.grpc, credentials, options)
+
     def subscribe_without_reading(self) -> None:
         """Ask for everything and take nothing."""
-        self._subscriber = grpc.insecure_channel(self.grpc, [("grpc.http2.bdp_probe", 0)])
+        self._subscriber = self._open([("grpc.http2.bdp_probe", 0)])
         wanted = monitor_pb2.SubscribeRequest(kinds=monitor_pb2.EventKind.values()[1:])
         self._unread = monitor_pb2_grpc.MonitorServiceStub(self._subscriber).Subscribe(wanted)
 
@@ -244,7 +258,7 @@ class Fleet:
         name = self.name()
         self.send(self.main, [self.main.summary([Look(name, 48, 4), Look(name, 50, 4)], started=[started(name)])])
         time.sleep(0.5)  # until it is in the store
-        with grpc.insecure_channel(self.grpc) as channel:
+        with self._open() as channel:
             monitor_pb2_grpc.MonitorServiceStub(channel).DeleteRequest(
                 monitor_pb2.DeleteRequestRequest(request_id=name), timeout=20
             )

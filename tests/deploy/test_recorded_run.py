@@ -18,7 +18,7 @@ import pytest
 
 from stream_monitor.anchors.panel import Kind
 from stream_monitor.monitor import outcomes
-from tests.deploy.fleet import NEW_PROFILE, OLD_PROFILE, Fleet, every
+from tests.deploy.fleet import ENDING_CERTIFICATE, FRESH_CERTIFICATE, NEW_PROFILE, OLD_PROFILE, Fleet, every
 from tests.deploy.promql import ROOT, rules
 from tests.deploy.real_prometheus import Prometheus, scaled_expression
 from tests.deploy.vllm_exposition import VllmExposition
@@ -83,8 +83,8 @@ class Run:
 def run(tmp_path: Path) -> Iterator[Run]:
     fleet = Fleet(tmp_path, free_port(), free_port())
     vllm = VllmExposition()
-    fleet.start_monitor(OLD_PROFILE)
-    targets = {"vllm": vllm.address, "stream-monitor": fleet.http}
+    fleet.start_monitor(OLD_PROFILE, ENDING_CERTIFICATE)
+    targets = {"vllm": vllm.address, "stream-monitor": fleet.metrics}
     try:
         with Prometheus(tmp_path, free_port(), targets, SCALE) as prometheus:
             yield Run(prometheus, fleet, vllm)
@@ -173,7 +173,7 @@ def test_every_alert_fires_and_resolves_and_every_query_has_data(run: Run) -> No
     run.quiet(14)
     fleet.stop_monitor()
     run.quiet(10)
-    fleet.start_monitor(NEW_PROFILE)
+    fleet.start_monitor(NEW_PROFILE, FRESH_CERTIFICATE)
     run.calm(70)
 
     ups = [value for _, values in prometheus.over_the_run("up") for _, value in values]
@@ -184,8 +184,9 @@ def test_every_alert_fires_and_resolves_and_every_query_has_data(run: Run) -> No
     silent = silent_queries(prometheus)
     print(f"queries without data: {silent}")
     wanted = {(rule["alert"], rule["labels"]["severity"]) for rule in rules("alert")}
-    # The old profile was there from the start.
-    assert set(quiet_so_far) <= {("StreamMonitorProfileStale", "warning")}
+    # The old profile and the old certificate were there from the start.
+    old = {("StreamMonitorProfileStale", "warning"), ("StreamMonitorCertificateExpiring", "warning")}
+    assert set(quiet_so_far) <= old
     assert set(fired) == wanted
     now = time.time()
     assert {alert: now - max(times) for alert, times in fired.items() if now - max(times) < 2} == {}
