@@ -134,6 +134,7 @@ class Capture:
         self._govern()
         step = read_schedule(scheduler_output, self._block_tokens, self._connector)
         self._steps += 1
+        self._table.step = self._steps
         self._mark_rewritten(step)
         self._device.follow(step)
         self._take_arrived()

@@ -51,9 +51,16 @@ class RowLabel:
 
 @dataclass(slots=True)
 class _Tracked:
+    """What is known of a request.
+
+    Attributes:
+        ahead: places from the last prompt token, less engine steps, when its prompt had been read last.
+    """
+
     prompt_tokens: int
     refused_reason: str
     attempt: int = 0
+    ahead: int = 0
     total_tokens: int = 0
     stops: frozenset[int] = frozenset()
     stopped: bool = False
@@ -67,7 +74,7 @@ class RequestTable:
     """Requests between their first scheduling and their end. Used by the runner thread alone.
 
     Args:
-        stride: one row in every `stride` positions is sampled, counted from the last prompt token.
+        stride: one row in every `stride` positions is sampled.
         max_requests: captured at a time; later ones are refused until others finish.
         client_may_disable: whether a request may switch its own monitoring off.
         token_flags: uint8 [vocabulary], `TokenFlag`s of every token id; None if this rank does not send tokens.
@@ -91,6 +98,8 @@ class RequestTable:
         self._stride = stride
         self.factor = 1
         """By which the governor multiplies the stride."""
+        self.step = 0
+        """Number of the engine step whose rows are labelled; the same on all ranks of an engine."""
         self._max_requests = max_requests
         self._client_may_disable = client_may_disable
         self._flags = token_flags
@@ -180,10 +189,15 @@ class RequestTable:
             phase = Phase.DECODE
         else:
             phase = Phase.PREFILL_END
-        # Chunk ends are few and show how the prompt was read, so all are taken.
-        place, chunk = end - tracked.prompt_tokens, phase is Phase.PREFILL_CHUNK
-        sampled = chunk or place % (self._stride * self.factor) == 0
-        governed = not sampled and place % self._stride == 0
+        place = end - tracked.prompt_tokens
+        if phase is Phase.PREFILL_END:
+            tracked.ahead = place - self.step
+        # Requests are sampled in the same steps, as long as they advance by one position a step: most of what a
+        # captured step costs does not depend on how many rows it has. Ends of chunks are few and show how the prompt
+        # was read, so all are taken.
+        beat = place - tracked.ahead
+        sampled = phase is not Phase.DECODE or beat % (self._stride * self.factor) == 0
+        governed = not sampled and beat % self._stride == 0
         return RowLabel(
             request.request_id, end - 1, tracked.attempt, phase, tracked.refused_reason, sampled, governed, after
         )

@@ -73,16 +73,49 @@ def test_a_prompt_wholly_in_the_prefix_cache_still_ends_a_prefill():
     assert requests.label(scheduled(9, 1, 0)).phase is Phase.PREFILL_END
 
 
-def test_the_stride_counts_from_the_last_prompt_token():
+def test_one_row_in_a_stride_is_sampled_and_every_end_of_a_chunk_or_prompt():
     requests = table(stride=4)
     requests.start(new())
-    sampled = [
-        requests.label(scheduled(9 + n, 1, n)).position
-        for n in range(9)
-        if requests.label(scheduled(9 + n, 1, n)).sampled
-    ]
-    assert sampled == [9, 13, 17]
+    sampled = []
+    for n in range(12):
+        requests.step = 3 + n
+        if requests.label(scheduled(9 + n, 1, n)).sampled:
+            sampled.append(9 + n)
+    assert sampled == [9, 10, 14, 18]
     assert requests.label(scheduled(0, 5, 0)).sampled, "the ends of prompt chunks are all taken"
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_requests_are_sampled_in_the_same_steps_whenever_they_came(factor):
+    requests = table(stride=4)
+    requests.factor = factor
+    sampled = {"a": [], "b": []}
+    for step in range(1, 26):
+        requests.step = step
+        for request_id, first in (("a", 1), ("b", 7)):
+            if step == first:
+                requests.start(new(request_id))
+            n = step - first
+            if n > 0 and requests.label(scheduled(9 + n, 1, n, request_id)).sampled:
+                sampled[request_id].append(step)
+            elif n == 0:
+                assert requests.label(scheduled(9, 1, 0, request_id)).sampled
+    assert sampled["a"] == list(range(4 * factor, 26, 4 * factor))
+    assert sampled["b"] == [step for step in sampled["a"] if step > 7]
+
+
+def test_a_request_that_was_preempted_joins_the_others_again():
+    requests = table(stride=4)
+    requests.start(new())
+    requests.step = 1
+    requests.label(scheduled(9, 1, 0))
+    requests.step = 6
+    requests.resume("a")
+    assert requests.label(scheduled(0, 12, 2)).sampled, "its prompt and output are read again"
+    requests.step = 7
+    assert not requests.label(scheduled(12, 1, 3)).sampled
+    requests.step = 8
+    assert requests.label(scheduled(13, 1, 4)).sampled
 
 
 def test_tokens_come_out_once_in_runs_of_positions():
