@@ -21,6 +21,7 @@ import typer
 from benchmarks.replay import Replay
 from benchmarks.report import Report, bootstrap, run
 from benchmarks.texts import token_ids
+from stream_monitor.anchors.auroc import auroc
 from stream_monitor.anchors.panel import Kind
 from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.model import TracedModel, load
@@ -166,12 +167,6 @@ def ngram_repeats(output: Sequence[int]) -> int | None:
                 return end
         last[gram] = end
     return None
-
-
-def auroc(positive: Sequence[float], negative: Sequence[float]) -> float:
-    """Probability that a positive's score is the higher one, ties half."""
-    difference = np.array(positive)[:, None] - np.array(negative)
-    return float((difference > 0).mean() + 0.5 * (difference == 0).mean())
 
 
 def _interval(looping: Sequence[Scored], others: Sequence[Scored], seed: int) -> tuple[float, float]:

@@ -20,7 +20,8 @@ from benchmarks.replay import Replay, show
 from benchmarks.report import Report, bootstrap, run
 from benchmarks.spliced_texts import CUT, SENTENCES, Family, Stretch, families
 from stream_monitor.anchors.calibration import calibrated
-from stream_monitor.anchors.panel import Kind
+from stream_monitor.anchors.matrix import ANCHOR_GAP
+from stream_monitor.anchors.panel import Kind, Panel
 from stream_monitor.anchors.profile import Profile, ProfileError
 from stream_monitor.config import CaptureSettings
 from stream_monitor.monitor import views
@@ -36,6 +37,8 @@ RATE = 0.1
 """Requests without cause in which any finding may be raised; so few requests cannot tell of less."""
 WITHIN = 3
 """Sentences behind the joint's first one in which an alarm counts as finding it."""
+LOOKED_BEFORE = 8
+"""Sentences before the joint that those behind it are held against."""
 MUST_RECALL, MUST_FALSE = 0.9, 1.5
 
 
@@ -123,6 +126,9 @@ def main(
         print(f"{name:<28}{counts.mean():>7.1%} of {counts.count()}")
     report.figures["false_alarms_per_1000_requests"] = 1000 * calm.mean()
     report.figures["false_alarms_over_nominal"] = calm.mean() / rate
+    for name, (before, behind) in _around([one for _, _, one in seen]).items():
+        report.figures[f"{name}/before"], report.figures[f"{name}/behind"] = before, behind
+        print(f"{name:<28}{before:>7.3f} in the sentences before the joint, {behind:.3f} behind it")
     if delays:
         report.figures["sentences_until_found"] = float(np.median(delays))
     report.figures["uncalibrated/shift_in_calm"] = _raised(uncalibrated)
@@ -180,6 +186,25 @@ def _delays(seen: Seen, trace: RequestTrace) -> list[int]:
 def _joint(seen: Seen, trace: RequestTrace) -> int:
     assert seen.stretch.at is not None
     return next(index for index, span in enumerate(trace.spans) if span.end > seen.stretch.at)
+
+
+def _around(joined: Sequence[Seen]) -> dict[str, tuple[float, float]]:
+    """What ANCHOR_SHIFT is shown, all heads alike, on average over `LOOKED_BEFORE` sentences before the joint and over
+    those in which it should be found: the divergence in bits, and the share of attention on what may be an anchor."""
+    divergence: dict[bool, list[float]] = {False: [], True: []}
+    mass: dict[bool, list[float]] = {False: [], True: []}
+    for one in joined:
+        trace, panel = one.show(), Panel()
+        at = _joint(one, trace)
+        for seen in served(views.full(trace, with_heads=True)).observations(()):
+            panel.update(seen)
+            if at - LOOKED_BEFORE <= seen.index <= at + WITHIN and Kind.ANCHOR_SHIFT in panel.values:
+                divergence[seen.index >= at].append(panel.values[Kind.ANCHOR_SHIFT][1])
+                mass[seen.index >= at].append(seen.mass.before(seen.index - ANCHOR_GAP + 1).total)
+    return {
+        name: (float(np.mean(found[False])), float(np.mean(found[True])))
+        for name, found in (("divergence", divergence), ("anchor_mass", mass))
+    }
 
 
 def _raised(traces: Sequence[RequestTrace]) -> float:

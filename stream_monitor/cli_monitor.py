@@ -71,12 +71,24 @@ def calibrate(
     trim: Annotated[
         float, typer.Option(help="Share of the requests whose highest scores are left out: 0 for traffic known clean.")
     ] = 0.01,
+    injections: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON lines with request, group (followed, or what else it is) and wording: UNTRUSTED_ANCHOR is "
+            "scored by the head that tells these best."
+        ),
+    ] = None,
+    heads_of: Annotated[
+        Path | None, typer.Option(help="Profile whose heads for UNTRUSTED_ANCHOR are kept, instead of --injections.")
+    ] = None,
 ) -> None:
     from stream_monitor.anchors.profile import ProfileError
     from stream_monitor.monitor.calibrate import calibrate as run
 
+    if injections is not None and heads_of is not None:
+        fail("give either --injections or --heads-of")
     try:
-        typer.echo(run(monitor_at, out, model_name, trim))
+        typer.echo(run(monitor_at, out, model_name, trim, injections, heads_of))
     except ProfileError as error:
         fail(error)
 

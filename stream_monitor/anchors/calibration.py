@@ -6,7 +6,7 @@ usual; then against that, for the highest scores.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from stream_monitor.anchors.heads import (
     excess_kurtosis,
     vertical_scores_by_head,
     weights,
+    weights_of,
 )
 from stream_monitor.anchors.matrix import Mass
 from stream_monitor.anchors.panel import Kind, Observation, Panel
@@ -49,9 +50,11 @@ class Served:
     shares: Sequence[tuple[int, HeadShares]]
     lock: float | None
 
-    def observations(self, receivers: Sequence[Head]) -> Iterator[Observation]:
-        """What the detectors were shown, by these heads, or by all alike where none of them is there."""
+    def observations(self, receivers: Sequence[Head], untrusted_heads: Sequence[Head] = ()) -> Iterator[Observation]:
+        """What the detectors were shown, by these heads, or by all alike where none of them is there; and what
+        UNTRUSTED_ANCHOR was, if it has heads of its own."""
         chosen = weights(self.heads, receivers)
+        untrusted = weights_of(self.heads, untrusted_heads) if untrusted_heads else None
         for index, found in self.shares:
             yield Observation(
                 index=index,
@@ -61,6 +64,7 @@ class Served:
                 rows=int(self.rows[index]),
                 lags=_NO_LAGS,
                 lag_shares=np.zeros(0),
+                untrusted=None if untrusted is None else found.mean_over(untrusted),
             )
 
     def kurtosis(self) -> Mass:
@@ -88,19 +92,26 @@ def receivers_of(requests: Sequence[Served]) -> Receivers:
     return choose_receivers(heads, kurtosis)
 
 
-def calibrated(model_name: str, capture: str, made_unix: int, requests: Sequence[Served], trim: float = 0.0) -> Profile:
-    """The profile of these requests. Raises ProfileError, see `make_profile`."""
+def calibrated(
+    model_name: str,
+    capture: str,
+    made_unix: int,
+    requests: Sequence[Served],
+    trim: float = 0.0,
+    untrusted_heads: tuple[Head, ...] = (),
+) -> Profile:
+    """The profile of these requests, UNTRUSTED_ANCHOR by heads that were chosen before. Raises ProfileError, see
+    `make_profile`."""
     receivers = receivers_of(requests)
     usual = make_profile(model_name, capture, made_unix, {}, max(1, len(requests)), receivers=receivers)
     references = _references(requests, usual)
-    draft = make_profile(
-        model_name, capture, made_unix, {}, max(1, len(requests)), receivers=receivers, references=references
-    )
+    draft = replace(usual, references=references, untrusted_heads=untrusted_heads)
     highest: dict[str, list[float]] = {kind.value: [] for kind in Kind}
     for request in requests:
         for kind, score in _highest(request, draft).items():
             highest[kind.value].append(score)
-    return make_profile(model_name, capture, made_unix, highest, len(requests), trim, receivers, references)
+    made = make_profile(model_name, capture, made_unix, highest, len(requests), trim, receivers, references)
+    return replace(made, untrusted_heads=untrusted_heads)
 
 
 def _references(requests: Sequence[Served], profile: Profile) -> dict[str, dict[str, Moments]]:
@@ -116,7 +127,7 @@ def _references(requests: Sequence[Served], profile: Profile) -> dict[str, dict[
 
 def _highest(request: Served, profile: Profile) -> dict[Kind, float]:
     panel = Panel(profile)
-    for seen in request.observations(profile.receivers):
+    for seen in request.observations(profile.receivers, profile.untrusted_heads):
         panel.update(seen)
     found = {kind: highest.score for kind, highest in panel.highest.items() if highest.sentence >= 0}
     if request.lock is not None:

@@ -16,7 +16,7 @@ from stream_monitor.anchors.matrix import ANCHOR_GAP, SparseMass
 from stream_monitor.anchors.profile import Profile
 from stream_monitor.anchors.reference import Stratum
 from stream_monitor.anchors.shift import AnchorShift
-from stream_monitor.anchors.untrusted import UntrustedAnchor
+from stream_monitor.anchors.untrusted import Rivals, UntrustedAnchor, candidates
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.records import Role
 
@@ -50,6 +50,7 @@ class Observation:
         rows: captured rows it has.
         lags: int64 [rows], tokens from each row back to the far key it reads most, 0 if none.
         lag_shares: float64 [rows], attention on that key.
+        untrusted: as `mass`, by the heads that a profile names for UNTRUSTED_ANCHOR; None where it names none.
     """
 
     index: int
@@ -59,6 +60,7 @@ class Observation:
     rows: int
     lags: NDArray[np.int64]
     lag_shares: NDArray[np.float64]
+    untrusted: SparseMass | None = None
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,11 @@ class Panel:
         """Heads whose attention counts; all alike if empty."""
         return self.profile.receivers if self.profile else ()
 
+    @property
+    def untrusted_heads(self) -> tuple[Head, ...]:
+        """Heads by which UNTRUSTED_ANCHOR is scored; by `receivers` if empty."""
+        return self.profile.untrusted_heads if self.profile else ()
+
     def fresh(self) -> "Panel":
         """The same, of a request that begins anew."""
         return Panel(self.profile, self.rate)
@@ -179,9 +186,11 @@ class Panel:
         tokens = min(1.0, prompt.user_tokens / max(1, int(seen.starts[limit])))
         role = int(seen.roles[seen.index])
         told = (user, far.total, tokens, seen.rows, limit, role)
-        near = _candidates(seen, limit) if prompt.untrusted else _NOTHING
+        near = _NOTHING
+        if prompt.untrusted:
+            near = candidates(seen.mass if seen.untrusted is None else seen.untrusted, seen.roles, limit)
         self.verdicts = {
-            Kind.UNTRUSTED_ANCHOR: self.untrusted.update(*_heaviest(near, seen), seen.rows),
+            Kind.UNTRUSTED_ANCHOR: self.untrusted.update(*Rivals.of(near, seen.roles), seen.rows),
             Kind.ANCHOR_SHIFT: self.shift.update(far, limit, seen.rows, role),
             Kind.PROMPT_DETACHMENT: self.detachment.update(*told),
             Kind.ANCHOR_LOCK: self.lock.update(seen.lags, seen.lag_shares),
@@ -270,21 +279,3 @@ class Panel:
         left = max(1, len(possible - self._raised))
         for kind in Kind:
             self._detectors[kind].threshold = self.profile.threshold(kind, self.rate / left)
-
-
-def _heaviest(near: SparseMass, seen: Observation) -> tuple[float, float, float]:
-    """The heaviest untrusted candidate, the heaviest other one, and all of them."""
-    if not len(near.columns):
-        return 0.0, 0.0, 0.0
-    untrusted = seen.roles[near.columns] == Role.UNTRUSTED
-    return near.shares[untrusted].max(initial=0.0), near.shares[~untrusted].max(initial=0.0), near.total
-
-
-def _candidates(seen: Observation, limit: int) -> SparseMass:
-    """What may be an anchor beside a document: all of the prompt, and output at least `ANCHOR_GAP` sentences earlier.
-
-    A document's last sentences stand close before the first of an answer.
-    """
-    roles = seen.roles[seen.mass.columns]
-    output = (roles == Role.REASONING) | (roles == Role.ANSWER)
-    return seen.mass.where(~output | (seen.mass.columns < limit))

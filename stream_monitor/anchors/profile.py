@@ -8,14 +8,16 @@ highest score of a request is what counts, so the rate is one per request and no
 import json
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from stream_monitor.anchors.heads import NO_RECEIVERS, Head, Receivers
 from stream_monitor.anchors.reference import Moments, Reference
 
-VERSION = 2
+VERSION = 3
+READABLE = (2, 3)
+"""Versions that this program reads; those before 3 name no heads for UNTRUSTED_ANCHOR."""
 
 
 class ProfileError(ValueError):
@@ -37,6 +39,8 @@ class Profile:
             Empty: of all heads alike.
         reliability: of the heads' kurtosis between two halves of the requests, see `heads.Receivers`; None if unknown.
         references: detector to stratum to (number, mean, standard deviation) of its statistic, see `reference.py`.
+        untrusted_heads: (layer, query head) of the heads that UNTRUSTED_ANCHOR is scored by, see
+            `untrusted_heads.py`. Empty: of those that the other scores are of.
     """
 
     model_name: str
@@ -48,6 +52,7 @@ class Profile:
     receivers: tuple[Head, ...] = ()
     reliability: float | None = None
     references: Mapping[str, Mapping[str, Moments]] = field(default_factory=dict)
+    untrusted_heads: tuple[Head, ...] = ()
 
     def reference(self, kind: str) -> Reference | None:
         """What this detector's statistic is compared with; None where it is taken as it is."""
@@ -94,10 +99,12 @@ class Profile:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content.pop("version")
-            if version != VERSION:
-                raise ProfileError(f"{path} is a profile of version {version}; this program reads {VERSION}")
+            if version not in READABLE:
+                readable = " and ".join(map(str, READABLE))
+                raise ProfileError(f"{path} is a profile of version {version}; this program reads {readable}")
             highest = {kind: tuple(map(float, scores)) for kind, scores in content.pop("highest").items()}
-            receivers = tuple((int(layer), int(head)) for layer, head in content.pop("receivers"))
+            receivers = _heads(content.pop("receivers"))
+            untrusted_heads = _heads(content.pop("untrusted_heads") if version >= 3 else ())
             references = {
                 kind: {
                     name: (int(count), float(mean), float(deviation))
@@ -105,7 +112,13 @@ class Profile:
                 }
                 for kind, known in content.pop("references").items()
             }
-            found = cls(highest=highest, receivers=receivers, references=references, **content)
+            found = cls(
+                highest=highest,
+                receivers=receivers,
+                references=references,
+                untrusted_heads=untrusted_heads,
+                **content,
+            )
             found._check_content(path)
         except OSError as error:
             raise ProfileError(f"cannot read the profile {path}: {error.strerror}") from error
@@ -124,6 +137,10 @@ class Profile:
         named = isinstance(self.model_name, str) and isinstance(self.capture, str)
         if not (ordered and numbers and few and named and 0 <= self.trimmed <= self.requests):
             raise ProfileError(f"{path} was changed by hand: its numbers do not fit each other")
+
+
+def _heads(content: Iterable[Sequence[int]]) -> tuple[Head, ...]:
+    return tuple((int(layer), int(head)) for layer, head in content)
 
 
 def make_profile(

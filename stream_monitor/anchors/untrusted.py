@@ -1,11 +1,48 @@
 """UNTRUSTED_ANCHOR: a stretch labelled untrusted became what the output rests on most."""
 
 import math
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_monitor.anchors.matrix import SparseMass
 from stream_monitor.anchors.verdict import Verdict
+from stream_monitor.records import Role
 
 _LEAST_MASS = 1e-4
 """Less mass than this on either side counts as this: the ratio of two nothings says nothing."""
+
+
+class Rivals(NamedTuple):
+    """Shares of a sentence's attention.
+
+    Attributes:
+        untrusted: on the heaviest untrusted sentence. other: on the heaviest of all others.
+        total: on all candidates together.
+    """
+
+    untrusted: float
+    other: float
+    total: float
+
+    @classmethod
+    def of(cls, near: SparseMass, roles: NDArray[np.uint8]) -> "Rivals":
+        """Of the mass on candidates, uint8 [sentences] being the roles of all sentences."""
+        if not len(near.columns):
+            return cls(0.0, 0.0, 0.0)
+        untrusted = roles[near.columns] == Role.UNTRUSTED
+        return cls(near.shares[untrusted].max(initial=0.0), near.shares[~untrusted].max(initial=0.0), near.total)
+
+
+def candidates(mass: SparseMass, roles: NDArray[np.uint8], limit: int) -> SparseMass:
+    """What may be an anchor beside a document: all of the prompt, and the output's sentences below `limit`.
+
+    A document's last sentences stand close before the first of an answer.
+    """
+    there = roles[mass.columns]
+    output = (there == Role.REASONING) | (there == Role.ANSWER)
+    return mass.where(~output | (mass.columns < limit))
 
 
 class UntrustedAnchor:

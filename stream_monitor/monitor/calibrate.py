@@ -1,7 +1,7 @@
 """`stream-monitor calibrate`: a profile from the requests that a running monitor holds."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -9,16 +9,25 @@ import grpc
 import numpy as np
 
 from stream_monitor.anchors.calibration import Served, calibrated
-from stream_monitor.anchors.heads import HeadShares
+from stream_monitor.anchors.heads import Head, HeadShares
 from stream_monitor.anchors.profile import Profile, ProfileError
+from stream_monitor.anchors.untrusted_heads import Choice, Labelled, choose
 from stream_monitor.client import Monitor, MonitorError, Target
+from stream_monitor.monitor.labels import Label, read_labels
 from stream_monitor.v1alpha1 import monitor_pb2
 
 MOST_REQUESTS = 4096
 """Newest requests that a profile is made of: their attention by head is held in memory, some 200 kB each."""
 
 
-def calibrate(target: Target, out: Path, model_name: str, trim: float) -> str:
+def calibrate(
+    target: Target,
+    out: Path,
+    model_name: str,
+    trim: float,
+    injections: Path | None = None,
+    heads_of: Path | None = None,
+) -> str:
     """Writes the profile `out`; what to tell the operator.
 
     Args:
@@ -26,14 +35,21 @@ def calibrate(target: Target, out: Path, model_name: str, trim: float) -> str:
         out: file to write.
         model_name: of the requests to take; empty if the monitor holds those of one model alone.
         trim: share of the requests whose highest scores are left out.
+        injections: labels (`labels.py`) by which the head of UNTRUSTED_ANCHOR is chosen. The requests that they name
+            are no ordinary traffic, and count for nothing else.
+        heads_of: a profile whose heads for UNTRUSTED_ANCHOR are kept.
 
     Raises:
         MonitorError: the monitor cannot be asked.
-        ProfileError: there is nothing to calibrate from, or the requests are of several models or captures.
+        ProfileError: there is nothing to calibrate from or to choose heads by, the requests are of several models or
+            captures, or `heads_of` does not fit them.
     """
+    labels = read_labels(injections) if injections else {}
     with Monitor(target) as monitor:
         whole = filter(_is_whole, monitor.list_requests(model_name=model_name))
-        infos = list(islice(whole, MOST_REQUESTS))
+        held = list(whole if labels else islice(whole, MOST_REQUESTS))
+        infos = [info for info in held if _label(info, labels) is None][:MOST_REQUESTS]
+        infos += [info for info in held if _label(info, labels) is not None]
         kinds = sorted({(info.model_name, info.capture) for info in infos})
         if len(kinds) > 1:
             models = sorted({name for name, _ in kinds})
@@ -42,12 +58,46 @@ def calibrate(target: Target, out: Path, model_name: str, trim: float) -> str:
                 if len(models) > 1
                 else f"{models[0]} is captured in {len(kinds)} ways; restart the monitor after a change of the capture"
             )
-        requests = [request for info in infos if (request := _asked(monitor, info)) is not None]
+        asked = [(info, request) for info in infos if (request := _asked(monitor, info)) is not None]
+    requests = [request for info, request in asked if _label(info, labels) is None]
     if not requests:
         raise ProfileError("the monitor holds no finished request that was captured; send it some traffic first")
-    profile = calibrated(*kinds[0], int(time.time()), requests, trim)
+    heads: tuple[Head, ...] = ()
+    told = "  untrusted_anchor: by the same heads"
+    if injections:
+        named = [
+            Labelled(request, label.group, label.wording)
+            for info, request in asked
+            if (label := _label(info, labels)) is not None
+        ]
+        choice = choose(named)
+        heads, told = choice.heads, _choice_told(choice, len(named), len(labels))
+    elif heads_of:
+        heads = _kept(heads_of, kinds[0][0], requests)
+        told = f"  untrusted_anchor: by head {_named(heads)} of {heads_of}"
+    profile = calibrated(*kinds[0], int(time.time()), requests, trim, heads)
     profile.write(out)
-    return _told(profile, out)
+    return _told(profile, out, told)
+
+
+def _label(info: monitor_pb2.RequestInfo, labels: Mapping[str, Label]) -> Label | None:
+    return labels.get(info.key.request_id) or labels.get(info.external_id)
+
+
+def _kept(path: Path, model_name: str, requests: Sequence[Served]) -> tuple[Head, ...]:
+    """Heads for UNTRUSTED_ANCHOR of an earlier profile. Raises ProfileError where it does not fit the requests."""
+    earlier = Profile.read(path)
+    if earlier.model_name != model_name:
+        raise ProfileError(f"{path} is a profile of {earlier.model_name}; the requests are of {model_name}")
+    if not earlier.untrusted_heads:
+        raise ProfileError(f"{path} names no heads for untrusted_anchor; choose them with --injections")
+    captured = {head for request in requests for head in request.heads}
+    if absent := [head for head in earlier.untrusted_heads if head not in captured]:
+        raise ProfileError(
+            f"head {_named(absent)} (layer.head) of {path} is not captured; watch it (settings layers, heads and "
+            "max_heads), or choose anew with --injections"
+        )
+    return earlier.untrusted_heads
 
 
 def _is_whole(info: monitor_pb2.RequestInfo) -> bool:
@@ -95,9 +145,9 @@ def served(trace: monitor_pb2.GetTraceResponse) -> Served:
     )
 
 
-def _told(profile: Profile, out: Path) -> str:
+def _told(profile: Profile, out: Path, untrusted: str) -> str:
     lines = [f"{out}: {profile.model_name}, capture {profile.capture}, {profile.requests} requests"]
-    lines += [_heads_told(profile)]
+    lines += [_heads_told(profile), untrusted]
     for kind, scores in profile.highest.items():
         lines.append(
             f"  {kind}: {len(scores)} requests could be scored, the highest {scores[-1]:.3g}"
@@ -126,5 +176,23 @@ def _heads_told(profile: Profile) -> str:
     alike = f"between two halves of the requests the heads' kurtosis correlates with {profile.reliability:.2f}"
     if not profile.receivers:
         return f"  heads: {alike}, too little to choose by; all count alike"
-    named = ", ".join(f"{layer}.{head}" for layer, head in profile.receivers)
+    named = _named(profile.receivers)
     return f"  heads: {alike}; {len(profile.receivers)} receiver heads count (layer.head): {named}"
+
+
+def _choice_told(choice: Choice, found: int, given: int) -> str:
+    def told(areas: Mapping[str, float]) -> str:
+        return ", ".join(f"{area:.2f} against {group}" for group, area in areas.items())
+
+    lines = [f"  untrusted_anchor: {found} of {given} labelled requests are held and captured"]
+    if choice.heads:
+        lines.append(f"    by head {_named(choice.heads)} (layer.head), which tells followed injections best")
+    else:
+        lines.append("    by the same heads: on wordings it was not chosen by no single one tells better")
+    lines.append(f"    AUROC of a head chosen on half of the wordings, on the others: {told(choice.held_out)}")
+    lines.append(f"    AUROC of all heads alike: {told(choice.alike)}")
+    return "\n".join(lines)
+
+
+def _named(heads: Sequence[Head]) -> str:
+    return ", ".join(f"{layer}.{head}" for layer, head in heads)

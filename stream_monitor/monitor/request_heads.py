@@ -1,16 +1,19 @@
 """One request's attention head by head: kept for every sentence of its output, from when the sentence is scored."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.heads import NO_SHARES, Head, HeadShares, vertical_scores_by_head, weights
+from stream_monitor.anchors.heads import NO_SHARES, Head, HeadShares, vertical_scores_by_head, weights, weights_of
 
 MAX_HEADS = 256
 """Heads of a request that are told apart, evenly those watched of each rank, as many as it is the first to bring."""
+
+_Weigh = Callable[[Sequence[Head], tuple[Head, ...]], NDArray[np.float64]]
+_NO_WEIGHTS = np.zeros(0)
 
 
 class RequestHeads:
@@ -26,14 +29,15 @@ class RequestHeads:
         self.bytes = 0
         self._places: dict[Any, NDArray[np.int64]] = {}
         self._shares: dict[int, HeadShares] = {}
-        self._weights: tuple[tuple[Head, ...], NDArray[np.float64]] = ((), np.zeros(0))
+        self._weights: dict[_Weigh, tuple[tuple[Head, ...], NDArray[np.float64]]] = {}
 
     def weights(self, receivers: tuple[Head, ...]) -> NDArray[np.float64]:
         """What each head counts; see `heads.weights`."""
-        known, found = self._weights
-        if known is not receivers or len(found) != len(self.heads):
-            self._weights = receivers, weights(self.heads, receivers)
-        return self._weights[1]
+        return self._weighed(weights, receivers)
+
+    def weights_of(self, chosen: tuple[Head, ...]) -> NDArray[np.float64]:
+        """The same of heads all of which must be there; see `heads.weights_of`."""
+        return self._weighed(weights_of, chosen)
 
     def put(self, sentence: int, shares: HeadShares) -> None:
         """Keep what a scored sentence reads."""
@@ -78,6 +82,13 @@ class RequestHeads:
         known = np.repeat(places, geometry.top_k + geometry.sink_blocks + geometry.recent_blocks)
         self._places[rank] = known
         return known
+
+    def _weighed(self, weigh: _Weigh, chosen: tuple[Head, ...]) -> NDArray[np.float64]:
+        known, found = self._weights.get(weigh, (None, _NO_WEIGHTS))
+        if known is not chosen or len(found) != len(self.heads):
+            found = weigh(self.heads, chosen)
+            self._weights[weigh] = chosen, found
+        return found
 
 
 def _evenly(count: int, most: int) -> Sequence[int]:

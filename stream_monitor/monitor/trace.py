@@ -6,7 +6,7 @@ from collections import deque
 import numpy as np
 
 from stream_monitor.anchors.heads import HeadShares
-from stream_monitor.anchors.matrix import SentenceStarts
+from stream_monitor.anchors.matrix import SentenceStarts, SparseMass
 from stream_monitor.anchors.panel import Observation, Panel
 from stream_monitor.anchors.sentences import SentenceBuilder, Span, coarsen, prompt_sentences
 from stream_monitor.monitor.identity import parse
@@ -16,6 +16,7 @@ from stream_monitor.monitor.rows import Row, discard
 from stream_monitor.monitor.sentence_row import SentenceRow
 from stream_monitor.monitor.text import TokenText
 from stream_monitor.monitor.trace_rows import TraceRows
+from stream_monitor.records import Role
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 
 MAX_PENDING_ROWS = 1024
@@ -187,7 +188,13 @@ class RequestTrace:
             rows=row.rows,
             lags=row.lags,
             lag_shares=row.lag_shares,
+            untrusted=self._by_untrusted_heads(shares),
         )
+
+    def _by_untrusted_heads(self, shares: HeadShares) -> SparseMass | None:
+        """What UNTRUSTED_ANCHOR is shown, if the profile has heads for it and anything is untrusted."""
+        chosen = self.panel.untrusted_heads
+        return shares.mean_over(self.heads.weights_of(chosen)) if chosen and Role.UNTRUSTED in self._roles else None
 
     def _take_prompt_text(self, started: summary_pb2.RequestStarted) -> None:
         self._bytes += self.text.put(0, started.prompt_token_ids, started.prompt_flags)

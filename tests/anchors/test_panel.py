@@ -221,6 +221,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         receivers=Receivers(((3, 1), (5, 0)), 0.9, np.zeros(4)),
         references={"anchor_shift": {"all": (40, 0.2, 0.1)}},
     )
+    made = replace(made, untrusted_heads=((5, 1),))
     made.write(tmp_path / "p.json")
     assert Profile.read(tmp_path / "p.json") == made
 
@@ -231,7 +232,9 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         ("nonsense", "is not a profile; `stream-monitor calibrate` makes one"),
         ("[]", "is not a profile"),
         ('{"version": 2}', "is not a profile"),
-        ('{"version": 1}', "is a profile of version 1; this program reads 2"),
+        ('{"version": 1}', "is a profile of version 1; this program reads 2 and 3"),
+        ('{"version": 3}', "is not a profile"),
+        ({"untrusted_heads": [[1, 2, 3]]}, "is not a profile"),
         ({"requests": 1}, "was changed by hand"),
         ({"highest": {"anchor_shift": [2.0, 1.0]}}, "was changed by hand"),
         ({"highest": {"anchor_shift": [math.nan]}}, "was changed by hand"),
@@ -249,3 +252,15 @@ def test_a_file_that_is_no_profile_is_one_line(content: str | dict[str, object],
         Profile.read(path)
     with pytest.raises(ProfileError, match="cannot read the profile"):
         Profile.read(tmp_path / "absent")
+
+
+def test_a_profile_from_before_heads_were_chosen_goes_on_working(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    made = profile({"untrusted_anchor": [0.1] * 9}, 9)
+    made.write(path)
+    content = json.loads(path.read_text()) | {"version": 2}
+    del content["untrusted_heads"]
+    path.write_text(json.dumps(content))
+    assert Profile.read(path) == made
+    taken = [observation(PROMPT + place, {2: 0.3, 5: 0.2}) for place in range(3)]
+    assert run(Panel(Profile.read(path), 0.2), taken) == [(PROMPT, Kind.UNTRUSTED_ANCHOR)]

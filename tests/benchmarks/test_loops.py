@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.loops import LONGEST_PERIOD, auroc, loop_begins, ngram_repeats
+from benchmarks.loops import LONGEST_PERIOD, loop_begins, ngram_repeats
+from stream_monitor.anchors.auroc import auroc
 
 TEXT = np.random.default_rng(0).integers(0, 1000, 200).tolist()
 

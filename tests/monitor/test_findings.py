@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,23 @@ import pytest
 from typer.testing import CliRunner
 
 from stream_monitor.anchors.panel import Kind
+from stream_monitor.anchors.profile import ProfileError, make_profile
 from stream_monitor.cli import app
+from stream_monitor.monitor.labels import read_labels
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 from tests.monitor.conftest import Running, starter
 from tests.monitor.synthetic import SENTENCE, Engine, Look, engine, finished, started, tokens
 
 UNTRUSTED = 10
-"""Token of the prompt's second sentence, which `request` labels untrusted."""
+"""Token of the prompt's second sentence, which `labelled` says is untrusted."""
+
+
+def labelled(name: str) -> summary_pb2.RequestStarted:
+    """The start of a request whose prompt is partly untrusted."""
+    start = started(name)
+    start.role_starts = np.array([0, 6, 24], "<u4").tobytes()
+    start.roles = bytes([summary_pb2.ROLE_SYSTEM, summary_pb2.ROLE_UNTRUSTED, summary_pb2.ROLE_USER])
+    return start
 
 
 def request(
@@ -24,11 +35,7 @@ def request(
 ) -> list[summary_pb2.StepSummary]:
     """One sentence of six tokens for each target, with three rows that look at it; from sentence 12 on at the token
     `lag` back instead, if that is given."""
-    start = started(name)
-    if untrusted:
-        start.role_starts = np.array([0, 6, 24], "<u4").tobytes()
-        start.roles = bytes([summary_pb2.ROLE_SYSTEM, summary_pb2.ROLE_UNTRUSTED, summary_pb2.ROLE_USER])
-    summaries = [rank.summary(started=[start])]
+    summaries = [rank.summary(started=[labelled(name) if untrusted else started(name)])]
     position = 48
     for index, target in enumerate(targets):
         summaries.append(rank.summary(tokens=[tokens(name, position)]))
@@ -157,9 +164,11 @@ def test_a_request_is_explained(monitor: Running) -> None:
     assert (code, "no monitor at 127.0.0.1:1" in errors) == (2, True)
 
 
-def by_head(rank: Engine, name: str, targets: list[np.ndarray]) -> list[summary_pb2.StepSummary]:
+def by_head(
+    rank: Engine, name: str, targets: list[np.ndarray], *, untrusted: bool = False
+) -> list[summary_pb2.StepSummary]:
     """Like `request`, each (layer, head) with a target of its own: [2, 2] for each sentence."""
-    summaries = [rank.summary(started=[started(name)])]
+    summaries = [rank.summary(started=[labelled(name) if untrusted else started(name)])]
     position = 48
     for target in targets:
         summaries.append(rank.summary(tokens=[tokens(name, position)]))
@@ -213,3 +222,90 @@ def test_heads_of_two_ranks_are_told_apart(monitor: Running) -> None:
         there = (index == place) & (column == (28 if head < 2 else 40) // 6)
         assert share[there] == pytest.approx(0.5, abs=0.01)
         assert there.any()
+
+
+def test_labels_choose_the_head_of_untrusted_anchor(run_monitors: Callable[..., Running], tmp_path: Path) -> None:
+    """One head of four reads the document when it is followed; the profile names it, and the next finding does."""
+    first, rank = run_monitors(), Engine()
+    address, path = first.server.grpc_address, tmp_path / "profile.json"
+    every, none = np.full((2, 2), UNTRUSTED), np.full((2, 2), 28)
+    one = none.copy()
+    one[1, 0] = UNTRUSTED  # layer 5, head 0
+    others = np.where(one == UNTRUSTED, 28, UNTRUSTED)
+    labels = []
+    for number in range(8):
+        for group, looks in (("followed", one), ("ignored", others), ("question", none)):
+            first.publish(by_head(rank, f"{group}-{number}", [looks] * 3, untrusted=True))
+            row = {"request": f"{group}-{number}", "group": group, "wording": f"w{number % 4}"}
+            labels.append(json.dumps(row))
+    for number in range(24):
+        first.publish(request(rank, f"calm-{number}", [28] * 6, untrusted=True))
+    named, absent = tmp_path / "labels.jsonl", tmp_path / "absent.jsonl"
+    named.write_text("\n".join([*labels, json.dumps({"request": "gone", "group": "followed", "wording": "w0"})]))
+    code, text, errors = run("calibrate", "--out", path, "--target", address, "--trim", 0, "--injections", named)
+    assert code == 0, errors
+    assert "24 requests" in text, "those that are labelled are no ordinary traffic"
+    assert "24 of 25 labelled requests are held" in text
+    assert "by head 5.0 (layer.head)" in text
+    assert "1.00 against ignored, 1.00 against question" in text
+    assert json.loads(path.read_text())["untrusted_heads"] == [[5, 0]]
+    code, _, errors = run("calibrate", "--out", path, "--target", address, "--injections", absent)
+    assert (code, f"cannot read {absent}" in errors) == (2, True)
+
+    second = run_monitors(profiles=str(path), false_alarm_rate=0.2, ingest=f"unix:{tmp_path / 'second.sock'}")
+    second.publish(by_head(Engine(), "taken", [one] * 3, untrusted=True))
+    second.publish(by_head(Engine(), "calm", [others] * 3, untrusted=True))
+    (event,) = second.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="taken")).events
+    assert event.kind == monitor_pb2.EVENT_KIND_UNTRUSTED_ANCHOR
+    assert [(head.head.layer, head.head.query_head, head.share) for head in event.heads] == [(5, 0, 1.0)]
+    assert event.to_anchors[0].sentence.role == summary_pb2.ROLE_UNTRUSTED
+    assert kinds(second, "calm") == []
+
+    address = second.server.grpc_address
+    second.publish(by_head(Engine(), "more", [every] * 3))
+    code, text, errors = run("calibrate", "--out", tmp_path / "new.json", "--target", address, "--heads-of", path)
+    assert code == 0, errors
+    assert f"untrusted_anchor: by head 5.0 of {path}" in text
+    assert json.loads((tmp_path / "new.json").read_text())["untrusted_heads"] == [[5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_name": "other"}, "is a profile of other; the requests are of tiny"),
+        ({"untrusted_heads": [[7, 1]]}, "head 7.1 (layer.head) of"),
+        ({"untrusted_heads": []}, "names no heads for untrusted_anchor"),
+    ],
+)
+def test_heads_that_do_not_fit_are_refused(
+    monitor: Running, tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    monitor.publish(request(Engine(), "calm", [28] * 6))
+    made = replace(make_profile("tiny", "c", 1, {}, 1), untrusted_heads=((5, 0),))
+    made.write(tmp_path / "old.json")
+    content = json.loads((tmp_path / "old.json").read_text()) | changes
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    arguments = ["--out", tmp_path / "new.json", "--target", monitor.server.grpc_address]
+    code, _, errors = run("calibrate", *arguments, "--heads-of", tmp_path / "old.json")
+    assert (code, message in errors) == (2, True), errors
+    code, _, errors = run("calibrate", *arguments, "--heads-of", "x", "--injections", "y")
+    assert (code, "give either --injections or --heads-of" in errors) == (2, True)
+    assert not (tmp_path / "new.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", "line 1: not JSON"),
+        ('{"request": "a", "group": "followed"}', "line 1: not an object with the strings request, group and wording"),
+        ('{"request": "a", "group": "ignored", "wording": "w"}', "names no request of the group 'followed'"),
+        (
+            '{"request": "a", "group": "followed", "wording": "w"}\n{"request": "a", "group": "x", "wording": "w"}',
+            "line 2: a has another label above",
+        ),
+    ],
+)
+def test_labels_that_are_none_are_one_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.jsonl").write_text(text)
+    with pytest.raises(ProfileError, match=message):
+        read_labels(tmp_path / "labels.jsonl")
