@@ -327,7 +327,7 @@ class Event(_message.Message):
     def heads(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadShare]:
         """The heads that carry it, heaviest first, at most 5. ANCHOR_SHIFT: by how much more each reads `to_anchors` than it
         did in the sentences before. PROMPT_DETACHMENT: by how much less it reads the user's prompt. The others: by how much
-        it reads `to_anchors`.
+        it reads `to_anchors`; UNTRUSTED_ANCHOR: of those that the profile names for it, if it does.
         """
 
     def __init__(

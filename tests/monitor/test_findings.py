@@ -253,7 +253,7 @@ def test_labels_choose_the_head_of_untrusted_anchor(run_monitors: Callable[..., 
     assert (code, f"cannot read {absent}" in errors) == (2, True)
 
     second = run_monitors(profiles=str(path), false_alarm_rate=0.2, ingest=f"unix:{tmp_path / 'second.sock'}")
-    second.publish(by_head(Engine(), "taken", [one] * 3, untrusted=True))
+    second.publish(by_head(Engine(), "taken", [every] * 3, untrusted=True))
     second.publish(by_head(Engine(), "calm", [others] * 3, untrusted=True))
     (event,) = second.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="taken")).events
     assert event.kind == monitor_pb2.EVENT_KIND_UNTRUSTED_ANCHOR
