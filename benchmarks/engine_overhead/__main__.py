@@ -3,11 +3,13 @@
 Three engines live side by side and take turns, each in processes of its own: plain vLLM, vLLM with the plug-in switched
 off, and vLLM with it capturing for a monitor; with `--everything` a fourth one that captures every position, layer and
 head. For every context and concurrency all of them decode the same prompts, in an order that changes from round to
-round; a round gives a ratio to the plain engine, a figure is the median of the rounds' ratios. Where a process's memory
-happens to lie makes one engine some percent faster than the next for as long as both live, so the engines are started
-anew `--restarts` times, in another order, and the intervals are of restarts. Prefix caching is off, all requests are
-queued before the first step and the KV caches are of one size, so that the schedules are the same: that, and that the
-sampled tokens are, is checked before any time is looked at. The governor is off.
+round; a round gives a ratio to the plain engine. Where a process's memory happens to lie makes one engine some percent
+faster than the next for as long as both live, most often the one that was started last. So the engines are started anew
+as often as there are arms, each arm once in every place of the order; a figure is the mean of the starts' medians, its
+interval is of starts. A capturing engine also runs with its capture paused: its ratio to itself (`over itself paused`)
+is free of where memory lies. Prefix caching is off, all requests are queued before the first step and the KV caches are
+of one size, so that the schedules are the same: that, and that the sampled tokens are, is checked before any time is
+looked at. The governor is off.
 
 On a CPU the default is vLLM in eager mode (`--compiled` for torch.compile); on a GPU vLLM's own defaults, CUDA graphs
 included. `--shape` takes a model's shape without weights: dummy weights, no tokenizer, prompts of random ids.
@@ -25,7 +27,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.engine_overhead.arms import ARMS, Arm, engine_arguments, monitor
-from benchmarks.engine_overhead.cells import Cell, report_cell
+from benchmarks.engine_overhead.cells import Cell, print_start, report_cell
 from benchmarks.report import Must, Report, run
 from benchmarks.shapes import SHAPES, write_shape
 
@@ -111,14 +113,16 @@ def main(
     concurrency: Annotated[list[int] | None, typer.Option()] = None,
     context: Annotated[list[int] | None, typer.Option(help="Prompt tokens.")] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens that each request decodes.", min=3)] = 48,
-    restarts: Annotated[int, typer.Option(help="How often the engines are started.", min=1)] = 3,
+    starts: Annotated[
+        int | None, typer.Option(help="How often the engines are started; once per arm by default.", min=1)
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Of each start, after one that does not count.", min=1)] = 2,
     everything: Annotated[bool, typer.Option(help="Also an engine that captures all there is.")] = False,
     compiled: Annotated[bool, typer.Option(help="On a CPU: torch.compile, as vLLM does by default.")] = False,
     dtype: str = "auto",
     gpu_memory: Annotated[float, typer.Option(help="Part of the GPU's memory for each engine.")] = 0.3,
     backend: Annotated[str, typer.Option(help="Attention backend; vLLM's own choice by default.")] = "",
-    full: Annotated[bool, typer.Option(help="Longer contexts, 5 starts, 5 rounds.")] = False,
+    full: Annotated[bool, typer.Option(help="Longer contexts, 10 rounds, twice as many starts.")] = False,
     seed: int = 0,
 ) -> None:
     """Compare engines with and without the plug-in."""
@@ -127,11 +131,11 @@ def main(
     platform = GPU if torch.cuda.is_available() else CPU
     if shape and shape not in SHAPES:
         raise typer.BadParameter(f"--shape {shape}: valid: {', '.join(SHAPES)}")
-    if full:
-        restarts, rounds = 5, 5
     sizes = concurrency or list(platform.concurrency)
     contexts = context or list(platform.full_contexts if full else platform.contexts)
     names = [name for name in ARMS if everything or name != "everything"]
+    starts = starts or (2 if full else 1) * len(names)
+    rounds = 10 if full else rounds
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         longest = max(contexts) + new_tokens
@@ -150,18 +154,24 @@ def main(
             "concurrency": sizes,
             "contexts": contexts,
             "new_tokens": new_tokens,
-            "restarts": restarts,
+            "starts": starts,
             "rounds": rounds,
             "arms": {arm: ARMS[arm] for arm in names},
         }
         draw = random.Random(seed)
         race = Race({(tokens, size): Cell() for tokens in contexts for size in sizes})
-        for _ in range(restarts):
-            run_once(
-                race, draw.sample(names, len(names)), engine, environment, folder, vocabulary, new_tokens, rounds, draw
-            )
-    report = Report("engine_overhead", config, seed, restarts * rounds)
+        order = draw.sample(names, len(names))
+        for start in range(starts):
+            # Turned on by one, so that each arm is started first, second, ... equally often: the last is the fastest.
+            turned = order[start % len(order) :] + order[: start % len(order)]
+            run_once(race, turned, engine, environment, folder, vocabulary, new_tokens, rounds, draw)
+    report = Report("engine_overhead", config, seed, starts * rounds)
     finish(report, platform, race, names, seed)
+
+
+def cell_name(tokens: int, size: int) -> str:
+    """As its figures say it."""
+    return f"context {tokens}, concurrency {size}"
 
 
 def run_once(
@@ -185,13 +195,14 @@ def run_once(
         for (tokens, size), cell in race.cells.items():
             prompts = [[draw.randrange(2, vocabulary) for _ in range(tokens)] for _ in range(size)]
             cell.measure(arms, prompts, new_tokens, rounds, draw)
+            print_start(cell_name(tokens, size), cell)
         race.take_in(arms)
 
 
 def finish(report: Report, platform: Platform, race: Race, names: list[str], seed: int) -> None:
     """The figures, the musts, and the JSON line."""
     for (tokens, size), cell in race.cells.items():
-        report_cell(report, f"context {tokens}, concurrency {size}", cell, seed)
+        report_cell(report, cell_name(tokens, size), cell, seed)
     report.figures |= {name: sorted(values)[len(values) // 2] for name, values in race.memory.items()}
     report.figures["same schedules and tokens"] = float(all(cell.same for cell in race.cells.values()))
     report.figures["same graphs and compilations"] = float(race.same_graphs)

@@ -21,11 +21,15 @@ ARMS: dict[str, dict[str, str] | None] = {
 
 
 class Arm(EngineProcess):
-    """An engine in a process of its own (`benchmarks.engine_overhead.engine`)."""
+    """An engine in a process of its own (`benchmarks.engine_overhead.engine`).
+
+    Attributes:
+        captures: whether it does, unless paused.
+    """
 
     def __init__(self, name: str, engine: dict[str, Any], environment: dict[str, str], log: Path) -> None:
         settings = ARMS[name]
-        captures = settings is not None and name != "off"
+        self.captures = settings is not None and name != "off"
         if settings is not None:
             engine = engine | {"worker_cls": STREAM_WORKER}
         own = (
@@ -36,7 +40,7 @@ class Arm(EngineProcess):
                 "STREAM_MONITOR_ALLOW_UNTESTED_ENGINE": "1",
             }
         )
-        asked = {"engine": engine, "captures": captures}
+        asked = {"engine": engine, "captures": self.captures}
         super().__init__(name, "benchmarks.engine_overhead.engine", asked, own, log)
 
 

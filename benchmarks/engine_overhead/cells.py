@@ -8,7 +8,10 @@ from itertools import chain, pairwise
 from typing import Any
 
 from benchmarks.engine_overhead.arms import Arm
+from benchmarks.engine_overhead.beside import steps_over_quiet_ones
 from benchmarks.report import Report, bootstrap
+
+PAUSED = " paused"
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,16 @@ class Cell:
     """What each arm's rounds gave.
 
     Attributes:
-        times, accounts: by arm, in the order of the rounds; an account is empty without a capture.
+        times, accounts: by arm, in the order of the rounds; an account is empty without a capture. An engine that
+            captures also runs with its capture paused: `NAME paused`.
+        beside: by arm, of each round that tells it: its steps over those without rows.
         starts: which start of the engines each round belongs to.
         same: whether schedules and tokens were the plain engine's in every round.
     """
 
     times: dict[str, list[Times]] = field(default_factory=dict)
     accounts: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    beside: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     starts: list[int] = field(default_factory=list)
     same: bool = True
 
@@ -59,7 +65,10 @@ class Cell:
         for number in range(-1, rounds):
             results = {}
             for arm in draw.sample(arms, len(arms)):
-                results[arm.name] = arm.ask("run", prompts=prompts, new_tokens=new_tokens)
+                for paused in draw.sample([False, True], 2) if arm.captures else [False]:
+                    results[arm.name + PAUSED * paused] = arm.ask(
+                        "run", prompts=prompts, new_tokens=new_tokens, paused=paused
+                    )
             plain = results["plain"]
             self.same &= all(result[key] == plain[key] for result in results.values() for key in ("schedule", "tokens"))
             if number < 0:
@@ -69,12 +78,14 @@ class Cell:
                 self.times.setdefault(name, []).append(Times.of(result))
                 whole = {"seconds": result["seconds"], "tokens": sum(map(len, result["tokens"]))}
                 self.accounts.setdefault(name, []).append(result["account"] and result["account"] | whole)
+                if (ratio := steps_over_quiet_ones(result)) is not None:
+                    self.beside.setdefault(name, {}).setdefault(str(start), []).append(ratio)
 
-    def ratios(self, arm: str, of: Callable[[Times], float]) -> dict[str, list[float]]:
-        """Arm over plain engine, round by round, by start."""
+    def ratios(self, arm: str, base: str, of: Callable[[Times], float]) -> dict[str, list[float]]:
+        """Arm over base, round by round, by start."""
         found: dict[str, list[float]] = {}
-        for start, own, plain in zip(self.starts, self.times[arm], self.times["plain"], strict=True):
-            found.setdefault(str(start), []).append(of(own) / of(plain))
+        for start, own, other in zip(self.starts, self.times[arm], self.times[base], strict=True):
+            found.setdefault(str(start), []).append(of(own) / of(other))
         return found
 
 
@@ -86,26 +97,50 @@ def captured_share(accounts: list[dict[str, float]]) -> float:
 
 def report_cell(report: Report, name: str, cell: Cell, seed: int) -> None:
     """Figures of one cell."""
+    plain = cell.times["plain"]
+    report.figures[f"plain p50 seconds, {name}"] = statistics.median(times.p50 for times in plain)
+    for arm in cell.times:
+        if arm != "plain":
+            report_ratios(report, f"{{}}, {name}", cell, (arm, "plain"), seed)
+        if arm + PAUSED in cell.times:
+            report_ratios(report, f"{{}} over itself paused, {name}", cell, (arm, arm + PAUSED), seed)
+        if ratios := cell.beside.get(arm):
+            full = f"{arm} steps over those without rows, {name}"
+            report.figures[full] = statistics.fmean(chain.from_iterable(ratios.values()))
+            report.ci[full] = bootstrap(ratios, seed)
+        accounts = cell.accounts[arm]
+        if accounts[0]:
+            report_account(report, f"{arm}, {name}", accounts)
+
+
+def report_ratios(report: Report, name: str, cell: Cell, pair: tuple[str, str], seed: int) -> None:
+    """Ratios of one arm to another: the mean of the starts' medians; the name has a gap for arm and figure."""
     figures: dict[str, Callable[[Times], float]] = {
         "p50": lambda times: times.p50,
         "p99": lambda times: times.p99,
         "first token": lambda times: times.first_token,
         "throughput": lambda times: times.throughput,
     }
-    plain = cell.times["plain"]
-    report.figures[f"plain p50 seconds, {name}"] = statistics.median(times.p50 for times in plain)
-    for arm in cell.times:
-        if arm == "plain":
-            continue
-        for figure, of in figures.items():
-            ratios = cell.ratios(arm, of)
-            report.figures[f"{arm} {figure}, {name}"] = statistics.median(chain.from_iterable(ratios.values()))
-            report.ci[f"{arm} {figure}, {name}"] = bootstrap(ratios, seed, statistics.median)
-        accounts = cell.accounts[arm]
-        if accounts[0]:
-            report_account(report, f"{arm}, {name}", accounts)
-    shown = {arm: f"{report.figures[f'{arm} p50, {name}']:.4f}" for arm in cell.times if arm != "plain"}
-    print(f"{name}: plain p50 {1e3 * report.figures[f'plain p50 seconds, {name}']:.2f} ms; ratios {shown}", flush=True)
+    for figure, of in figures.items():
+        medians = {start: [statistics.median(ratios)] for start, ratios in cell.ratios(*pair, of).items()}
+        full = name.format(f"{pair[0]} {figure}")
+        report.figures[full] = statistics.fmean(median for (median,) in medians.values())
+        report.ci[full] = bootstrap(medians, seed)
+
+
+def print_start(name: str, cell: Cell) -> None:
+    """The ratios of the latest start, so that a run that is cut off leaves something."""
+    latest = str(cell.starts[-1])
+    pairs = [(arm, "plain") for arm in cell.times if arm != "plain"]
+    pairs += [(arm, arm + PAUSED) for arm in cell.times if arm + PAUSED in cell.times]
+    shown = [
+        f"{arm} / {base} {statistics.median(cell.ratios(arm, base, lambda times: times.p50)[latest]):.3f}"
+        for arm, base in pairs
+    ]
+    shown += [
+        f"{arm} / its steps without rows {statistics.fmean(ratios[latest]):.3f}" for arm, ratios in cell.beside.items()
+    ]
+    print(f"start {latest}, {name}, p50: {'; '.join(shown)}", flush=True)
 
 
 def report_account(report: Report, name: str, accounts: list[dict[str, float]]) -> None:

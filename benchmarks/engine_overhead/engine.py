@@ -53,8 +53,9 @@ class Engine:
         self._core.scheduler.schedule = schedule
         self.started = {"start_seconds": time.perf_counter() - begin, "compilations": self._compilations()}
 
-    def run(self, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
-        """Decode all prompts at once; when each token came, what it was, and how the steps were made up."""
+    def run(self, prompts: list[list[int]], new_tokens: int, paused: bool) -> dict[str, Any]:
+        """Decode all prompts at once; when each token came, what it was, and how the steps were made up; `paused`: with
+        the capture switched off for that time, and no account of it."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -65,7 +66,9 @@ class Engine:
             detokenize=False,
             output_kind=RequestOutputKind.CUMULATIVE,
         )
-        before = self._account()
+        before, (status,) = self._account(), self._core.model_executor.collective_rpc(_status)
+        if paused:
+            self._core.model_executor.collective_rpc("stream_monitor_pause")
         self._schedule.clear()
         stamps: list[list[float]] = [[] for _ in prompts]
         tokens: list[list[int]] = [[] for _ in prompts]
@@ -81,12 +84,16 @@ class Engine:
                 stamps[number] += [now] * (len(ids) - len(stamps[number]))
                 tokens[number] = ids
         seconds = time.perf_counter() - begin
-        after = self._account()
+        if paused:
+            self._core.model_executor.collective_rpc("stream_monitor_resume")
+        after = {} if paused else self._account()
         return {
             "seconds": seconds,
             "stamps": stamps,
             "tokens": tokens,
             "schedule": self._schedule,
+            "steps": status.get("steps", 0),
+            "stride": 0 if paused else status.get("ledger", {}).get("stride", 0),
             "account": {key: after[key] - before.get(key, 0.0) for key in after},
         }
 
@@ -147,6 +154,11 @@ class Engine:
 def _number(request_id: str) -> int:
     """`run.number` -> number."""
     return int(request_id.partition(".")[2])
+
+
+def _status(worker: Any) -> dict[str, Any]:
+    """Of the plug-in; {} without one. Runs in the worker."""
+    return worker.stream_monitor_status() if hasattr(worker, "stream_monitor_status") else {}
 
 
 def _count_compilations(worker: Any) -> dict[str, int]:

@@ -82,7 +82,8 @@ class Capture:
         self.paused = False
         """Whether rows are refused for the time being; requests are followed all the same."""
         self._ledger = Ledger()
-        self._steps = 0
+        self.steps = 0
+        """Engine steps since capture began."""
         self._current: _CurrentStep | None = None
         self._started: list[RequestStarted] = []
         self._tokens: list[TokenRun] = []
@@ -133,8 +134,8 @@ class Capture:
             self.fail(self._reported)
         self._govern()
         step = read_schedule(scheduler_output, self._block_tokens, self._connector)
-        self._steps += 1
-        self._table.step = self._steps
+        self.steps += 1
+        self._table.step = self.steps
         self._mark_rewritten(step)
         self._device.follow(step)
         self._take_arrived()
@@ -148,7 +149,7 @@ class Capture:
         sampled = self._count_and_sample(labels, drafts)
         slot = self._acquire(sampled, drafts)
         fresh = [request for request in step.requests if request.fresh]
-        self._current = _CurrentStep(self._steps, positions, sampled, slot, drafts, fresh)
+        self._current = _CurrentStep(self.steps, positions, sampled, slot, drafts, fresh)
 
     def _govern(self) -> None:
         assert self._estimator is not None
@@ -240,7 +241,7 @@ class Capture:
         """Submit what is left, with the final counts."""
         self._take_arrived()
         if self._estimator is not None:
-            self._estimator.submit(self._job(self._steps, time.time_ns(), None, None))
+            self._estimator.submit(self._job(self.steps, time.time_ns(), None, None))
 
     def _mark_rewritten(self, step: ScheduledStep) -> None:
         self._generations.next_step()

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from benchmarks.engine_overhead.__main__ import worst
+from benchmarks.engine_overhead.beside import steps_over_quiet_ones
 from benchmarks.engine_overhead.cells import Cell, Times, captured_share, report_cell
 from benchmarks.report import Report
 
@@ -22,17 +23,23 @@ def result(step: float, tokens: int = 4, requests: int = 2, first: float = 1.0, 
         "tokens": [[7] * tokens] * requests,
         "schedule": [{"0": 1}],
         "account": account,
+        "steps": 0,
+        "stride": 0,
     }
 
 
 class Arm:
-    """Answers with one run after the other."""
+    """Answers with one run after the other; while its capture is paused, always with the same."""
 
-    def __init__(self, name: str, results: list[dict]) -> None:
-        self.name, self._results = name, iter(results)
+    def __init__(self, name: str, results: list[dict], paused: dict | None = None) -> None:
+        self.name, self._results, self._paused = name, iter(results), paused
+        self.captures = paused is not None
 
-    def ask(self, do: str, **arguments: object) -> dict:
+    def ask(self, do: str, paused: bool, **arguments: object) -> dict:
         assert do == "run"
+        if paused:
+            assert self._paused is not None
+            return self._paused
         return next(self._results)
 
 
@@ -49,7 +56,7 @@ def test_times_of_a_run():
     assert times.throughput == pytest.approx(8 / 2.5)
 
 
-def test_a_figure_is_the_median_of_the_rounds_ratios_and_the_first_round_does_not_count():
+def test_a_start_s_figure_is_the_median_of_its_rounds_and_the_first_round_does_not_count():
     plain = [result(9.0), result(1.0), result(2.0), result(4.0)]
     own = [result(1.0, captured=25.0), *(result(step, captured=25.0) for step in (1.1, 2.02, 4.04))]
     cell = cell_of(plain=plain, capturing=own)
@@ -67,16 +74,41 @@ def test_rounds_of_one_start_of_the_engines_stay_together():
     for step in (1.0, 3.0):
         arms = [Arm("plain", [result(1.0)] * 3), Arm("off", [result(step)] * 3)]
         cell.measure(arms, [[1]], 4, 2, random.Random(0))
-    assert cell.ratios("off", lambda times: times.p50) == {"0": [1.0, 1.0], "1": [3.0, 3.0]}
+    assert cell.ratios("off", "plain", lambda times: times.p50) == {"0": [1.0, 1.0], "1": [3.0, 3.0]}
     report = Report("engine_overhead", {}, 0, 4)
     report_cell(report, "here", cell, 0)
+    assert report.figures["off p50, here"] == 2.0
     assert report.ci["off p50, here"] == (1.0, 3.0)
+
+
+def test_a_capture_is_also_compared_with_itself_paused():
+    arms = [Arm("plain", [result(1.0)] * 3), Arm("capturing", [result(1.2, captured=25.0)] * 3, paused=result(1.1))]
+    cell = Cell()
+    cell.measure(arms, [[1]], 4, 2, random.Random(0))
+    report = Report("engine_overhead", {}, 0, 2)
+    report_cell(report, "here", cell, 0)
+    assert report.figures["capturing p50, here"] == pytest.approx(1.2)
+    assert report.figures["capturing paused p50, here"] == pytest.approx(1.1)
+    assert report.figures["capturing p50 over itself paused, here"] == pytest.approx(1.2 / 1.1)
+    assert report.figures["captured share, capturing, here"] == 1.0
 
 
 @pytest.mark.parametrize("key", ["tokens", "schedule"])
 def test_another_answer_or_schedule_is_seen_in_any_round(key):
     other = result(1.0) | {key: [[8]]}
     assert not cell_of(plain=[result(1.0), result(1.0)], off=[other, result(1.0)]).same
+
+
+def test_what_a_captured_step_costs_is_told_by_the_run_itself():
+    # Steps 8 and 12 have rows, 9 and 13 run beside the search for them.
+    seconds = {6: 1.0, 7: 1.0, 8: 1.3, 9: 1.1, 10: 1.0, 11: 1.0, 12: 1.3, 13: 1.1, 14: 1.0}
+    stamps = [0.0]
+    for each in seconds.values():
+        stamps.append(stamps[-1] + each)
+    told = {"stamps": [stamps], "steps": 4, "stride": 4, "schedule": [{}] * 10}
+    assert steps_over_quiet_ones(told) == pytest.approx(1.1)
+    assert steps_over_quiet_ones(told | {"stride": 1}) is None
+    assert steps_over_quiet_ones(told | {"schedule": [{}] * 11}) is None, "a prompt in two steps"
 
 
 def test_rows_that_were_picked_and_not_captured_lower_the_share():
