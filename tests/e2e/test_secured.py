@@ -12,7 +12,7 @@ from tests.e2e.serving import Product, eventually, free_port, total
 from tests.e2e.tiny_models import make_model
 from tests.security.guarded import SCRAPER, Files, principal, token_of
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 
 FLAGS = "--dtype float32 --enforce-eager --max-model-len 256 --max-num-seqs 4 --block-size 32 --served-model-name tiny"
 ACCESS = (
