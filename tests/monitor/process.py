@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import grpc
@@ -27,26 +27,25 @@ def free_port() -> int:
             return port
 
 
-class MonitorProcess:
-    """Always at the same addresses, with its store in `folder`."""
+class Served:
+    """A process of `stream-monitor COMMAND`, always at the same addresses; its log is kept.
 
-    def __init__(self, folder: Path, **settings: object) -> None:
-        self.store = folder / "store" / "monitor.db"
-        self.log = folder / "monitor.log"
-        self.address, self.ingest = f"127.0.0.1:{free_port()}", f"unix:{folder / 'ingest.sock'}"
-        self.http = f"127.0.0.1:{free_port()}"
-        addresses = {"ingest": self.ingest, "grpc": self.address, "http": self.http, "store": self.store}
-        self._settings = {**addresses, "shutdown_grace_seconds": 1, **settings}
+    Attributes:
+        settings: of the command, by their names; those of the next start.
+    """
+
+    def __init__(self, command: str, says: str, log: Path, settings: Mapping[str, object]) -> None:
+        """`says` begins the line with which it is up; `settings` hold its gRPC address."""
+        self._command, self._says, self.log = command, says, log
+        self.settings = {"shutdown_grace_seconds": 1, **settings}
         self.process: subprocess.Popen[str] | None = None
-        self.start()
 
-    def start(self, **more: object) -> None:
-        """Start it (again), from now on with more settings."""
-        self._settings |= more
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self._settings.items()]
+    def run(self) -> None:
+        """Start it (again); it listens then."""
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.settings.items()]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "stream_monitor", "serve", *flags],
+                [sys.executable, "-m", "stream_monitor", self._command, *flags],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -54,14 +53,13 @@ class MonitorProcess:
             )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line.startswith("ready"), self.log.read_text()
-        self.channel = grpc.insecure_channel(self.address, LOCAL)
+        assert line.startswith(self._says), self.log.read_text()
+        self.channel = grpc.insecure_channel(str(self.settings["grpc"]), LOCAL)
         self.api = monitor_pb2_grpc.MonitorServiceStub(self.channel)
 
-    def end(self, number: int) -> None:
+    def end(self, number: int = signal.SIGTERM) -> None:
         """Send a signal that ends it, and wait until it has ended."""
-        assert self.process is not None
-        if self.process.poll() is None:
+        if self.process is not None and self.process.poll() is None:
             self.channel.close()
             self.process.send_signal(number)
             self.process.wait(20)
@@ -71,8 +69,25 @@ class MonitorProcess:
     def kill(self) -> None:
         self.end(signal.SIGKILL)
 
+
+class MonitorProcess(Served):
+    """A monitor with its store in `folder`; it runs."""
+
+    def __init__(self, folder: Path, **settings: object) -> None:
+        self.store = folder / "store" / "monitor.db"
+        self.address, self.ingest = f"127.0.0.1:{free_port()}", f"unix:{folder / 'ingest.sock'}"
+        self.http = f"127.0.0.1:{free_port()}"
+        addresses = {"ingest": self.ingest, "grpc": self.address, "http": self.http, "store": self.store}
+        super().__init__("serve", "ready", folder / "monitor.log", {**addresses, **settings})
+        self.start()
+
+    def start(self, **more: object) -> None:
+        """Start it (again), from now on with more settings."""
+        self.settings |= more
+        self.run()
+
     def stop(self) -> None:
-        self.end(signal.SIGTERM)
+        self.end()
 
     def publish(self, summaries: Sequence[summary_pb2.StepSummary]) -> None:
         """One stream; returns when all are taken in."""
