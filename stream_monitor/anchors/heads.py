@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.matrix import ANCHOR_GAP, Distinct, Mass, Positions, SparseMass
+from stream_monitor.anchors.matrix import ANCHOR_GAP, Mass, Positions, SparseMass
 
 LEAST_SENTENCES = 12
 """Scored sentences of an output below which the kurtosis over them says nothing."""
@@ -39,26 +39,6 @@ class HeadShares(NamedTuple):
     def nbytes(self) -> int:
         """Of the three arrays."""
         return self.heads.nbytes + self.columns.nbytes + self.shares.nbytes
-
-    @classmethod
-    def of_rows(
-        cls, heads: Positions, columns: Distinct, mass: NDArray[np.floating], count: int, rows: int
-    ) -> "HeadShares":
-        """Of the entries of `rows` rows, in which equal (head, column) are joined.
-
-        Args:
-            heads: int64 [m], below `count`; what is not is left out.
-            columns: of the m entries.
-            mass: float [m].
-        """
-        found, places = columns
-        dense = np.bincount(heads * len(found) + places, mass, count * len(found))[: count * len(found)]
-        used = np.flatnonzero(dense)
-        return cls(
-            (used // max(1, len(found))).astype(np.uint8),
-            found[used % max(1, len(found))].astype(np.uint32),
-            (dense[used] / rows).astype(np.float32),
-        )
 
     def mean_over(self, weights: Mass) -> SparseMass:
         """Mass of the sentence, mean over heads with these weights, float64 [heads], which sum to 1."""

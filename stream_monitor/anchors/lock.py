@@ -7,7 +7,8 @@ from stream_monitor.anchors.verdict import Verdict
 
 MIN_LAG = 8
 """Nearer keys are read at all times, loop or not."""
-_LEAST_PERIOD, _SHORT = 3, 64
+_SHORT = np.arange(3.0, 65.0)
+"""Periods that are tried whatever the lags are."""
 _MOST_CHANCE = 0.99
 
 
@@ -69,22 +70,24 @@ class AnchorLock:
         self._lags = np.concatenate([self._lags, lags[far]])[-self.rows :]
         self._shares = np.concatenate([self._shares, shares[far]])[-self.rows :]
         self.drift_detected = False
-        if len(self._lags) < self.min_rows or not self._shares.sum():
+        total = self._shares.sum()
+        if len(self._lags) < self.min_rows or not total:
             return Verdict.INSUFFICIENT
-        self._fit()
+        self._fit(total)
         locked = self.score > self.threshold
         self.drift_detected = locked and not self._locked
         self._locked = locked
         return Verdict.ALARM if self.drift_detected else Verdict.STEADY
 
-    def _fit(self) -> None:
-        total = self._shares.sum()
-        longest = int(self._lags.max()) + 1
-        short = np.arange(_LEAST_PERIOD, min(_SHORT, longest) + 1)
-        periods = np.concatenate([short, self._lags, self._lags + 1]).astype(float)
+    def _fit(self, total: np.floating) -> None:
         # Lags that leave b - 1 or 0 are those whose successors leave 0 or 1. Exact in floating point, and faster.
         next_lags = self._lags + 1.0
-        rest = next_lags - np.floor(next_lags / periods[:, None]) * periods[:, None]
+        short = _SHORT[: _SHORT.searchsorted(next_lags.max(), side="right")]
+        periods = np.concatenate([short, next_lags - 1, next_lags])
+        rest = next_lags / periods[:, None]
+        np.floor(rest, out=rest)
+        rest *= periods[:, None]
+        np.subtract(next_lags, rest, out=rest)
         part = (rest <= 1) @ self._shares / total
         # Two lags in b fit by chance; as few rows as these may fit by three standard errors more.
         rows = total**2 / np.square(self._shares).sum()

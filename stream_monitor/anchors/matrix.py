@@ -41,7 +41,7 @@ class SparseMass(NamedTuple):
     @property
     def total(self) -> float:
         """All of it."""
-        return float(self.shares.sum())
+        return float(np.add.reduce(self.shares))
 
     def heaviest(self) -> tuple[int, float] | None:
         """The sentence that got most, and its part of all of it; None where none got any."""

@@ -29,12 +29,17 @@ class Kind(StrEnum):
     ANCHOR_LOCK = "anchor_lock"
     UNTRUSTED_ANCHOR = "untrusted_anchor"
 
+    # An enumeration's own is written in Python, and takes longer than most of what is looked up by it.
+    __hash__ = str.__hash__
+
 
 TOLERATED = 0.5
 """Rise of a standardised statistic's mean that is tolerated, standard deviations."""
 _LOOKED_BACK = 64
 """Scored sentences that an alarm may have begun before."""
 _NOTHING = SparseMass.of(np.zeros(0))
+_USER = int(Role.USER)
+"""A plain number: numpy takes longer to compare with members of an enumeration."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +187,7 @@ class Panel:
         limit = max(0, seen.index - ANCHOR_GAP + 1)
         far = seen.mass.before(limit)
         prompt = self._prompt_of(seen)
-        user = float(far.shares[seen.roles[far.columns] == Role.USER].sum())
+        user = float(far.shares[seen.roles[far.columns] == _USER].sum())
         tokens = min(1.0, prompt.user_tokens / max(1, int(seen.starts[limit])))
         role = int(seen.roles[seen.index])
         told = (user, far.total, tokens, seen.rows, limit, role)

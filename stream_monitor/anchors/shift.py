@@ -23,10 +23,10 @@ def jensen_shannon(p: Mass, q: Mass) -> float:
     >>> jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 1.0]))
     1.0
     """
-    both = np.stack([p, q])
+    both = np.array([p, q])
     # No share is divided by 0; where there is none, nothing is added.
     ratio = np.maximum(both, _LEAST) / np.maximum((p + q) / 2, _LEAST)
-    return max(0.0, float((both * np.log2(ratio)).sum()) / 2)
+    return max(0.0, float(np.add.reduce(both * np.log2(ratio), None)) / 2)
 
 
 class AnchorShift(RiseDetector):
@@ -108,8 +108,8 @@ class AnchorShift(RiseDetector):
             self.reference = current
             return Verdict.WARM_UP
         columns, both = _side_by_side(self.reference, current)
-        known = both[:, : np.searchsorted(columns, common)]
-        held, shared = known.sum(axis=1).tolist()
+        known = both[:, : columns.searchsorted(common)]
+        held, shared = np.add.reduce(known, 1).tolist()
         self.entering = 1.0 - shared
         self.before = self.reference
         if shared < self.min_mass or held < self.min_mass:
@@ -150,5 +150,5 @@ def _side_by_side(one: SparseMass, other: SparseMass) -> tuple[Positions, NDArra
     shares = np.zeros((2, size))
     shares[0, one.columns] = one.shares
     shares[1, other.columns] = other.shares
-    columns = np.flatnonzero(shares.any(axis=0))
+    columns = (shares[0] + shares[1]).nonzero()[0]
     return columns, shares[:, columns]

@@ -11,3 +11,6 @@ class Verdict(StrEnum):
     WARM_UP = "warm_up"
     STEADY = "steady"
     ALARM = "alarm"
+
+    # See `Kind`.
+    __hash__ = str.__hash__

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.calibration import output_kurtosis
-from stream_monitor.anchors.heads import HeadShares
+from stream_monitor.anchors.heads import NO_SHARES, HeadShares
 from stream_monitor.anchors.matrix import Mass, Positions, proximity_corrected, vertical_scores
 from stream_monitor.anchors.panel import Alarm, Kind
 from stream_monitor.monitor.trace import RequestTrace
@@ -95,8 +95,14 @@ def carriers(trace: RequestTrace, alarm: Alarm, anchors: Positions, shares: Head
 
 def _before(trace: RequestTrace, columns: Positions, count: int) -> Mass:
     """Each head's mean share on each of these sentences, of the sentences before the newest: [count, columns]."""
-    seen = [found.on(columns, count) for _, found in trace.heads.newest(_LOOKED_BACK + 1)[:-1]]
-    return np.mean(seen, axis=0) if seen else np.zeros((count, len(columns)))
+    seen = [found for _, found in trace.heads.newest(_LOOKED_BACK + 1)[:-1]]
+    heads, read, shares = (
+        np.concatenate([none, *(found[place] for found in seen)]) for place, none in enumerate(NO_SHARES)
+    )
+    there = np.isin(read, columns)
+    cells = heads[there].astype(np.int64) * len(columns) + columns.searchsorted(read[there])
+    total = np.bincount(cells, shares[there], count * len(columns)).reshape(count, len(columns))
+    return total / max(1, len(seen))
 
 
 def _head(layer: int, query_head: int) -> monitor_pb2.Head:

@@ -1,6 +1,7 @@
 """A merged step -> traces -> sentences -> events: the way of the data inside the monitor, in order."""
 
 import time
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -9,12 +10,14 @@ from stream_monitor.monitor import views
 from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.calibration import Calibration, capture_id
 from stream_monitor.monitor.events import EventLog
+from stream_monitor.monitor.folding import Fold, fold, matrix_rows
 from stream_monitor.monitor.graveyard import Graveyard
 from stream_monitor.monitor.identity import TraceKey
 from stream_monitor.monitor.merge import MergedStep
 from stream_monitor.monitor.metrics import Metrics, SentenceTally, exemplar
 from stream_monitor.monitor.outcomes import ENGINE_QUOTA, known_request
 from stream_monitor.monitor.ranks import Labels
+from stream_monitor.monitor.sentence_row import SentenceRow
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import NOT_SENT, TokenText, Vocabularies
 from stream_monitor.monitor.trace import RequestTrace
@@ -133,8 +136,7 @@ class Pipeline:
         ended, self._ended = self._ended, []
         tallies: dict[Labels, SentenceTally] = {}
         try:
-            for trace in touched.values():
-                self._score(trace, tallies)
+            self._score_settled(touched.values(), tallies)
         finally:
             for labels, tally in tallies.items():
                 self.metrics.of_sentences(labels).add(tally)
@@ -153,36 +155,45 @@ class Pipeline:
                 trace.to_store = trace.finished
             self.store.changed(trace)
 
-    def _score(self, trace: RequestTrace, tallies: dict[Labels, SentenceTally]) -> None:
-        for index in trace.settle():
-            now = trace.last_seen_ns
-            row, shares = trace.close(index)
-            seen = trace.observation(index, row, shares)
-            alarms = trace.panel.update(seen)
-            mass = seen.mass.before(index - ANCHOR_GAP + 1)
-            trace.top_anchor = mass.heaviest()
+    def _score_settled(self, touched: Iterable[RequestTrace], tallies: dict[Labels, SentenceTally]) -> None:
+        settled = [(trace, index) for trace in touched for index in trace.settle()]
+        folds = fold(trace.unfolded(index) for trace, index in settled)
+        rows = matrix_rows(
+            [trace.rows.keep(index, found.folded) for (trace, index), found in zip(settled, folds, strict=True)]
+        )
+        for (trace, index), found, row in zip(settled, folds, rows, strict=True):
             tally = tallies.get(trace.labels)
             if tally is None:
                 tally = tallies[trace.labels] = SentenceTally(named=exemplar(trace.identity.external_id))
-            tally.sentences += 1
-            tally.verdicts.update(trace.panel.verdicts.items())
-            tally.anchor_mass += np.bincount(seen.roles[mass.columns], mass.shares, len(tally.anchor_mass))
-            if row.rows:
-                tally.unobserved.append(row.unobserved)
-            for alarm in alarms:
-                finding = views.alarm_event(trace, index, alarm, shares, row.unobserved, now)
-                trace.findings.append(finding)
-                trace.finding_count += 1
-                trace.to_store = True
-                name = monitor_pb2.EventKind.Name(finding.kind).removeprefix("EVENT_KIND_")
-                severity = monitor_pb2.Severity.Name(finding.severity).removeprefix("SEVERITY_").lower()
-                named = exemplar(trace.identity.external_id)
-                self.metrics.events.labels(*trace.labels, name, severity).inc(exemplar=named)
-                self.log.publish(finding)
-            if self.log.progress_wanted:
-                self.log.publish(views.sentence_event(trace, index, mass, row.unobserved, now))
-            else:
-                self.log.publish(views.sentence_closed(trace, index), quietly=True)
+            self._score(trace, index, found, row, tally)
+
+    def _score(self, trace: RequestTrace, index: int, found: Fold, row: SentenceRow, tally: SentenceTally) -> None:
+        now = trace.last_seen_ns
+        if found.telling:
+            trace.heads.put(index, found.shares)
+        seen = trace.observation(index, row, found)
+        alarms = trace.panel.update(seen)
+        mass = seen.mass.before(index - ANCHOR_GAP + 1)
+        trace.top_anchor = mass.heaviest()
+        tally.sentences += 1
+        tally.verdicts.update(trace.panel.verdicts.items())
+        tally.anchor_mass += np.bincount(seen.roles[mass.columns], mass.shares, len(tally.anchor_mass))
+        if row.rows:
+            tally.unobserved.append(row.unobserved)
+        for alarm in alarms:
+            finding = views.alarm_event(trace, index, alarm, found.shares, row.unobserved, now)
+            trace.findings.append(finding)
+            trace.finding_count += 1
+            trace.to_store = True
+            name = monitor_pb2.EventKind.Name(finding.kind).removeprefix("EVENT_KIND_")
+            severity = monitor_pb2.Severity.Name(finding.severity).removeprefix("SEVERITY_").lower()
+            named = exemplar(trace.identity.external_id)
+            self.metrics.events.labels(*trace.labels, name, severity).inc(exemplar=named)
+            self.log.publish(finding)
+        if self.log.progress_wanted:
+            self.log.publish(views.sentence_event(trace, index, mass, row.unobserved, now))
+        else:
+            self.log.publish(views.sentence_closed(trace, index), quietly=True)
 
     def _sent(self, event: monitor_pb2.Event) -> None:
         """One event a sentence, the last: findings of it went out before."""

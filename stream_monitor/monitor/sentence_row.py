@@ -25,3 +25,7 @@ class SentenceRow:
     sink: float
     lags: NDArray[np.int64]
     lag_shares: NDArray[np.float64]
+
+
+NO_ROW = SentenceRow(np.zeros(0, np.uint32), np.zeros(0), float("nan"), 0, 0.0, np.zeros(0, np.int64), np.zeros(0))
+"""Of a sentence without rows."""

@@ -9,6 +9,7 @@ from stream_monitor.anchors.heads import HeadShares
 from stream_monitor.anchors.matrix import SentenceStarts, SparseMass
 from stream_monitor.anchors.panel import Observation, Panel
 from stream_monitor.anchors.sentences import SentenceBuilder, Span, coarsen, prompt_sentences
+from stream_monitor.monitor.folding import Fold, Unfolded
 from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.ranks import Labels, Rank
 from stream_monitor.monitor.request_heads import RequestHeads
@@ -164,31 +165,30 @@ class RequestTrace:
             self._settled += 1
         return list(range(first, self._settled))
 
-    def sentence_row(self, index: int) -> SentenceRow:
-        """Row `index` of the sentence matrix, averaged over the heads of each row, then over the rows."""
-        return self.rows.sentence_row(index, self.spans[index])
+    def matrix_rows(self) -> list[SentenceRow]:
+        """Rows of the sentence matrix, each averaged over the heads of its rows, then over the rows."""
+        return self.rows.matrix_rows(self.spans)
 
-    def close(self, index: int) -> tuple[SentenceRow, HeadShares]:
-        """Fold the rows of a settled sentence, once: its row of the matrix, and its shares by head."""
-        return self.rows.close(index, self.spans[index])
+    def unfolded(self, index: int) -> Unfolded:
+        """The rows of a settled sentence, to be folded, once."""
+        return self.rows.unfolded(self.spans[index], self.panel.receivers)
 
     def closed_ns(self, index: int) -> int:
         """When the step ran that closed sentence `index`: Unix time in nanoseconds, by the engine host's clock."""
         return self._closed_ns[index]
 
-    def observation(self, index: int, row: SentenceRow, shares: HeadShares) -> Observation:
-        """What detectors are shown of sentence `index`: its row of the matrix, and its shares by head, of which the
-        profile's receiver heads count, or all alike."""
+    def observation(self, index: int, row: SentenceRow, fold: Fold) -> Observation:
+        """What detectors are shown of sentence `index`: its row of the matrix, and what its rows said when folded."""
         return Observation(
             index=index,
-            mass=shares.mean_over(self.heads.weights(self.panel.receivers)),
+            mass=fold.mass,
             # A copy: what is lent out could not grow.
             roles=np.frombuffer(self._roles, np.uint8)[: index + 1].copy(),
             starts=self._starts.positions[: index + 1],
             rows=row.rows,
             lags=row.lags,
             lag_shares=row.lag_shares,
-            untrusted=self._by_untrusted_heads(shares),
+            untrusted=self._by_untrusted_heads(fold.shares),
         )
 
     def _by_untrusted_heads(self, shares: HeadShares) -> SparseMass | None:

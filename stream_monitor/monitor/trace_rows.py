@@ -1,20 +1,12 @@
-"""The rows of one request: they wait with their token positions until their sentence is scored, then are folded.
-
-To fold is to sum a row's mass by sentence, which leaves some dozen numbers of it. Folded rows stay apart (not summed
-into their sentence), so that a row recomputed after preemption can replace the one it repeats.
-"""
-
-from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import pairwise
+"""The rows of one request: they wait with their token positions until their sentence is scored, then are folded."""
 
 import numpy as np
-from numpy.typing import NDArray
 
-from stream_monitor.anchors.heads import NO_SHARES, HeadShares
-from stream_monitor.anchors.matrix import SentenceStarts, distinct
+from stream_monitor.anchors.heads import Head
+from stream_monitor.anchors.matrix import SentenceStarts
 from stream_monitor.anchors.sentences import Span
-from stream_monitor.monitor.request_heads import MAX_HEADS, RequestHeads
+from stream_monitor.monitor.folding import Folded, Part, Unfolded, fold, matrix_rows
+from stream_monitor.monitor.request_heads import RequestHeads
 from stream_monitor.monitor.rows import Row, discard
 from stream_monitor.monitor.sentence_row import SentenceRow
 
@@ -22,67 +14,7 @@ _ROW_BYTES = 560
 """Size of a row's Python objects, by tracemalloc on 64-bit CPython 3.11, for the memory bound."""
 _NO_KEYS = np.zeros(0, np.uint32)
 _NO_MASS = np.zeros(0, np.float32)
-_NO_LAGS = np.zeros(0, np.int64)
-
-_Part = tuple[Row, NDArray[np.uint32], NDArray[np.float32]]
-"""A row, the sentences that it reads, and the mass on each."""
-
-
-@dataclass(slots=True)
-class _Folded:
-    """Rows of one sentence, by position, and what they give to each sentence.
-
-    Attributes:
-        edges: of each row in the two below, and their end.
-        columns: uint32 [n], ascending within a row. mass: float32 [n], summed over the row's heads.
-    """
-
-    rows: list[Row]
-    edges: list[int]
-    columns: NDArray[np.uint32]
-    mass: NDArray[np.float32]
-
-    def parts(self) -> list[_Part]:
-        """Each row with its columns and mass."""
-        return [
-            (row, self.columns[low:high], self.mass[low:high])
-            for row, (low, high) in zip(self.rows, pairwise(self.edges), strict=True)
-        ]
-
-    @classmethod
-    def of_parts(cls, parts: Iterable[_Part]) -> "_Folded":
-        """The opposite of `parts`; in any order."""
-        ordered = sorted(parts, key=lambda part: part[0].position)
-        edges = np.cumsum([0, *(len(columns) for _, columns, _ in ordered)]).tolist()
-        return cls(
-            [row for row, _, _ in ordered],
-            edges,
-            np.concatenate([_NO_KEYS, *(columns for _, columns, _ in ordered)]),
-            np.concatenate([_NO_MASS, *(mass for _, _, mass in ordered)]),
-        )
-
-    def sentence_row(self) -> SentenceRow:
-        """The row of the sentence matrix: the mean over heads of each row, then over the rows."""
-        # Of ranks without watched heads there is nothing to average.
-        count = sum(row.heads > 0 for row in self.rows)
-        if not count:
-            return _NO_ROW
-        heads = [max(1, row.heads) for row in self.rows]
-        sums = np.bincount(self.columns, self.mass / np.repeat(np.array(heads, np.float32), np.diff(self.edges)))
-        columns = np.flatnonzero(sums)
-        counted = [row for row in self.rows if row.heads]
-        return SentenceRow(
-            columns=columns.astype(np.uint32),
-            shares=sums[columns] / count,
-            unobserved=sum(row.unobserved / row.heads for row in counted) / count,
-            rows=count,
-            sink=sum(row.sink / row.heads for row in counted) / count,
-            lags=np.array([row.lag for row in counted], np.int64),
-            lag_shares=np.array([row.lag_mass / row.heads for row in counted]),
-        )
-
-
-_NO_ROW = SentenceRow(_NO_KEYS, np.zeros(0), float("nan"), 0, 0.0, _NO_LAGS, np.zeros(0))
+_NOTHING = Folded([], [0], _NO_KEYS, _NO_MASS)
 
 
 class TraceRows:
@@ -106,7 +38,7 @@ class TraceRows:
         self._heads = heads
         self._rows: dict[int, Row] = {}
         self._waiting: dict[int, Row] = {}
-        self._folded: dict[int, _Folded] = {}
+        self._folded: dict[int, Folded] = {}
 
     def __bool__(self) -> bool:
         return bool(self._rows)
@@ -129,32 +61,31 @@ class TraceRows:
         self.token_rows += row.token
         self.bytes += _ROW_BYTES + row.nbytes
 
-    def close(self, index: int, span: Span) -> tuple[SentenceRow, HeadShares]:
-        """Fold the rows that lie in a sentence, to score it: its row of the matrix, and its shares by head."""
-        rows = self._in(span)
-        if not rows:
-            return self.sentence_row(index, span), NO_SHARES
-        folded, shares = self._summed(rows)
-        if any(row.by_head and row.heads for row in rows):
-            self._heads.put(index, shares)
-        self._put(index, folded)
-        return self._folded[index].sentence_row(), shares
+    def unfolded(self, span: Span, receivers: tuple[Head, ...] = ()) -> Unfolded:
+        """The rows that wait in a sentence, to be folded; see `Unfolded`."""
+        rows = [self._waiting[at] for at in sorted(at for at in self._waiting if span.start <= at < span.end)]
+        return Unfolded(rows, self._starts, self._heads, receivers)
+
+    def keep(self, index: int, folded: Folded) -> Folded:
+        """Keep rows of a sentence folded, which wait no longer; all of it that is folded."""
+        if folded.rows:
+            self._put(index, folded)
+        return self._folded.get(index, _NOTHING)
 
     def fold_late(self, end: int) -> None:
         """Fold the rows before a position, whose sentences were scored before, or are the prompt's."""
-        late: dict[int, list[Row]] = {}
-        for row in [row for row in self._waiting.values() if row.position < end]:
-            late.setdefault(self._sentence(row.position), []).append(row)
-        for index, rows in late.items():
-            self._put(index, self._summed(rows)[0])
+        late = self._waiting_before(end)
+        for index, found in zip(late, fold(late.values()), strict=True):
+            self._put(index, found.folded)
 
-    def sentence_row(self, index: int, span: Span) -> SentenceRow:
-        """The row of the matrix of a sentence, folded or not."""
-        folded = self._folded.get(index)
-        if rows := self._in(span):
-            more = self._summed(rows)[0]
-            folded = _Folded.of_parts([*folded.parts(), *more.parts()]) if folded else more
-        return folded.sentence_row() if folded else _NO_ROW
+    def matrix_rows(self, spans: list[Span]) -> list[SentenceRow]:
+        """The rows of the matrix of the sentences, which are these, folded or not."""
+        waiting = self._waiting_before(spans[-1].end if spans else 0)
+        folded = self._folded.copy()
+        for index, found in zip(waiting, fold(waiting.values()), strict=True):
+            held = folded.get(index, _NOTHING)
+            folded[index] = Folded.of_parts([*held.parts(), *found.folded.parts()])
+        return matrix_rows([folded.get(index, _NOTHING) for index in range(len(spans))])
 
     def pop(self, position: int) -> Row:
         """Take a row out. Of one that is folded, the first token of each sentence stands for its mass."""
@@ -165,7 +96,7 @@ class TraceRows:
             parts = self._drop(index)
             self._unfold([part for part in parts if part[0] is row])
             if others := [part for part in parts if part[0] is not row]:
-                self._put(index, _Folded.of_parts(others))
+                self._put(index, Folded.of_parts(others))
         self.bytes -= _ROW_BYTES + row.nbytes
         return row
 
@@ -197,53 +128,32 @@ class TraceRows:
     def _sentence(self, position: int) -> int:
         return int(self._starts.of(np.array([position], np.uint32))[0])
 
-    def _in(self, span: Span) -> list[Row]:
-        return [self._waiting[at] for at in sorted(at for at in self._waiting if span.start <= at < span.end)]
+    def _waiting_before(self, end: int) -> dict[int, Unfolded]:
+        """The rows that wait before a position, by the number of their sentence."""
+        found: dict[int, Unfolded] = {}
+        for at in sorted(at for at in self._waiting if at < end):
+            index = self._sentence(at)
+            found.setdefault(index, Unfolded([], self._starts, self._heads)).rows.append(self._waiting[at])
+        return found
 
-    def _summed(self, rows: list[Row]) -> tuple[_Folded, HeadShares]:
-        """What rows give to each sentence: each of them over its heads, and all of them head by head."""
-        keys, mass = np.concatenate([row.keys for row in rows]), np.concatenate([row.mass for row in rows])
-        read = columns, places = distinct(self._starts.of(keys))
-        count, width = len(rows), len(columns)
-        of_row = np.repeat(np.arange(count), [len(row.keys) for row in rows])
-        dense = np.bincount(of_row * width + places, mass, count * width).reshape(count, width)
-        at, used = np.nonzero(dense)
-        edges = np.searchsorted(at, np.arange(count + 1)).tolist()
-        folded = _Folded(rows, edges, columns[used].astype(np.uint32), dense[at, used].astype(np.float32))
-        telling = sum(row.by_head and row.heads > 0 for row in rows)
-        if not telling:
-            return folded, NO_SHARES
-        heads = np.concatenate([self._heads_of(row) for row in rows])
-        # What lies on the context's first token, the attention sink, counts for no sentence.
-        told = mass * (keys != 0)
-        return folded, HeadShares.of_rows(heads, read, told, len(self._heads.heads), telling)
-
-    def _heads_of(self, row: Row) -> NDArray[np.int64]:
-        """Place of the head of each of its entries."""
-        if not row.by_head:
-            return np.full(len(row.keys), MAX_HEADS)
-        if len(row.sources) == 1:
-            return self._heads.of_entries(row.sources[0][0])
-        return np.concatenate([self._heads.of_entries(rank) for rank, _ in row.sources])
-
-    def _put(self, index: int, folded: _Folded) -> None:
+    def _put(self, index: int, folded: Folded) -> None:
         """Keep rows folded, which wait no longer."""
         for row in folded.rows:
             if self._waiting.pop(row.position, None) is not None:
                 self.bytes -= row.nbytes
                 row.keys, row.mass, row.by_head = _NO_KEYS, _NO_MASS, False
         if index in self._folded:
-            folded = _Folded.of_parts([*self._drop(index), *folded.parts()])
+            folded = Folded.of_parts([*self._drop(index), *folded.parts()])
         self._folded[index] = folded
         self.bytes += folded.columns.nbytes + folded.mass.nbytes
 
-    def _drop(self, index: int) -> list[_Part]:
+    def _drop(self, index: int) -> list[Part]:
         """Take out what is folded of a sentence."""
         folded = self._folded.pop(index)
         self.bytes -= folded.columns.nbytes + folded.mass.nbytes
         return folded.parts()
 
-    def _unfold(self, parts: list[_Part]) -> list[Row]:
+    def _unfold(self, parts: list[Part]) -> list[Row]:
         for row, columns, mass in parts:
             row.keys, row.mass = self._starts.positions[columns].astype(np.uint32), mass
             self.bytes += row.nbytes

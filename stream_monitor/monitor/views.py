@@ -82,7 +82,7 @@ def info(trace: RequestTrace) -> monitor_pb2.RequestInfo:
 
 def full(trace: RequestTrace, with_heads: bool = False) -> monitor_pb2.GetTraceResponse:
     """The whole trace with its matrix, and that of every head if asked for."""
-    rows = [trace.sentence_row(index) for index in range(len(trace.spans))]
+    rows = trace.matrix_rows()
     row_index = np.repeat(np.arange(len(rows), dtype=np.uint32), [len(row.columns) for row in rows])
     columns = np.concatenate([np.zeros(0, np.uint32), *(row.columns for row in rows)])
     shares = np.concatenate([np.zeros(0), *(row.shares for row in rows)])

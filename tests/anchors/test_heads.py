@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from stream_monitor.anchors.heads import (
-    HeadShares,
     choose_receivers,
     excess_kurtosis,
     vertical_scores_by_head,
     weights,
 )
-from stream_monitor.anchors.matrix import ANCHOR_GAP, distinct, proximity_corrected
+from stream_monitor.anchors.matrix import ANCHOR_GAP, proximity_corrected
+from tests.anchors.shares import head_shares
 
 SEEDS = st.integers(0, 1 << 16)
 HEADS = [(layer, head) for layer in (3, 5) for head in range(4)]
@@ -38,7 +38,7 @@ def test_shares_by_head_are_the_means_over_the_rows(seed: int) -> None:
     rows, heads, columns = 3, 4, 9
     dense = generator.random((rows, heads, columns)) * (generator.random((rows, heads, columns)) < 0.4)
     _, head, column = np.nonzero(dense)
-    found = HeadShares.of_rows(head, distinct(column), dense[dense > 0], heads, rows)
+    found = head_shares(head, column, dense[dense > 0], rows)
     again = np.zeros((heads, columns))
     again[found.heads, found.columns] = found.shares
     assert np.allclose(again, dense.mean(0), atol=1e-6)
@@ -61,7 +61,7 @@ def test_vertical_scores_by_head_are_the_definition(seed: int) -> None:
     kept = []
     for index in np.flatnonzero(observed).tolist():
         head, column = np.nonzero(dense[:, index])
-        kept.append((index, HeadShares.of_rows(head, distinct(column), dense[head, index, column], heads, 1)))
+        kept.append((index, head_shares(head, column, dense[head, index, column])))
     found = vertical_scores_by_head(kept, heads, size)
     for column in range(size):
         later = [index for index in range(column + ANCHOR_GAP, size) if observed[index]]

@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from stream_monitor.anchors.calibration import Served, calibrated, receivers_of
-from stream_monitor.anchors.heads import HeadShares
-from stream_monitor.anchors.matrix import distinct
 from stream_monitor.anchors.panel import Kind, Panel
 from stream_monitor.anchors.reference import ALL, LEAST, Reference, Stratum, measure
 from stream_monitor.records import Role
+from tests.anchors.shares import head_shares
 
 PROMPT = 10
 HEADS = [(3, 0), (3, 1), (3, 2), (3, 3)]
@@ -55,7 +54,7 @@ def served(seed: int, moves_at: int | None = None) -> Served:
         for head in (0, 1, 3):
             entries += [(head, int(column), 0.1) for column in generator.integers(0, index - 4, 5)]
         head, column, mass = (np.array(part) for part in zip(*entries, strict=True))
-        shares.append((index, HeadShares.of_rows(head, distinct(column), mass, 4, 1)))
+        shares.append((index, head_shares(head, column, mass)))
     roles = np.array([Role.USER] * PROMPT + [Role.REASONING] * (size - PROMPT), np.uint8)
     return Served(HEADS, roles, 12 * np.arange(size), np.full(size, 4), shares, lock=0.1)
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from stream_monitor.anchors.calibration import Served, calibrated
-from stream_monitor.anchors.heads import HeadShares, weights_of
-from stream_monitor.anchors.matrix import distinct
+from stream_monitor.anchors.heads import weights_of
 from stream_monitor.anchors.panel import Kind, Panel
 from stream_monitor.anchors.profile import ProfileError
 from stream_monitor.anchors.untrusted_heads import FOLLOWED, Labelled, choose, score
 from stream_monitor.records import Role
+from tests.anchors.shares import head_shares
 
 HEADS = [(3, 0), (3, 1), (5, 0), (5, 1)]
 SYSTEM, DOCUMENT, USER = 0, 1, 2
@@ -29,12 +29,10 @@ def served(reads: Reads, group: str, wording: str, seed: int) -> Served:
     noise = np.random.default_rng(seed).uniform(-0.02, 0.02, len(HEADS))
     on = np.array([reads(place, group, wording) for place in range(len(HEADS))]) + noise
     places = np.arange(len(HEADS))
-    shares = HeadShares.of_rows(
+    shares = head_shares(
         np.concatenate([places, places]),
-        distinct(np.repeat([DOCUMENT, USER], len(HEADS))),
+        np.repeat([DOCUMENT, USER], len(HEADS)),
         np.concatenate([on, 0.4 - on]),
-        len(HEADS),
-        1,
     )
     roles = np.array([Role.SYSTEM, Role.UNTRUSTED, Role.USER] + [Role.ANSWER] * 3, np.uint8)
     return Served(HEADS, roles, 12 * np.arange(6), np.full(6, 4), [(index, shares) for index in range(3, 6)], None)

@@ -86,8 +86,7 @@ def test_a_pass_that_goes_on_from_another_gives_the_same_rows(model: TracedModel
     fresh = Recorder(model, CaptureSettings(stride=3)).record(joined, 40)
     assert recorder.record(joined, 40) == fresh  # from the disk
     traces = show(after), show(fresh)
-    for index in range(len(traces[0].spans)):
-        rows = [trace.sentence_row(index) for trace in traces]
+    for index, rows in enumerate(zip(*(trace.matrix_rows() for trace in traces), strict=True)):
         dense = np.zeros((2, index + 1))
         for place, row in enumerate(rows):
             dense[place, row.columns] = row.shares

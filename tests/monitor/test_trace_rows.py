@@ -142,8 +142,9 @@ def test_the_matrix_is_the_mean_over_heads_and_rows_of_each_sentence(seed: int) 
             sink[row] += mass
     # The row of the prompt's last token lies in its last sentence, which is not scored.
     first = PROMPT // SENTENCE
+    rows = trace.matrix_rows()
     for row, positions in rows_of.items():
-        found = trace.sentence_row(row)
+        found = rows[row]
         assert found.rows == len(positions)
         columns = {column: mass / heads / len(positions) for (at, column), mass in matrix.items() if at == row}
         assert dict(zip(found.columns.tolist(), found.shares.tolist(), strict=True)) == pytest.approx(columns, rel=1e-5)
@@ -168,8 +169,9 @@ def test_the_lag_is_that_of_the_heaviest_far_key(
     for position, _, key, mass in entries:
         if 4 <= key <= position - MIN_LAG:
             far[position][key] += mass
+    rows = trace.matrix_rows()
     for sentence in range(PROMPT // SENTENCE, (PROMPT + OUTPUT) // SENTENCE):
-        row = trace.sentence_row(sentence)
+        row = rows[sentence]
         positions = [position for position in POSITIONS if position // SENTENCE == sentence]
         heaviest = [max(far[position], key=lambda key: far[position][key]) for position in positions]
         assert row.lags.tolist() == [position - key for position, key in zip(positions, heaviest, strict=True)]

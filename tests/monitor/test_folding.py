@@ -1,0 +1,88 @@
+"""Sentences of several requests that are folded together say what each says alone."""
+
+import numpy as np
+import pytest
+
+from stream_monitor.anchors.heads import Head
+from stream_monitor.anchors.matrix import SentenceStarts
+from stream_monitor.monitor import folding
+from stream_monitor.monitor.folding import Fold, Unfolded, fold, matrix_rows
+from stream_monitor.monitor.ranks import Rank, key_of
+from stream_monitor.monitor.request_heads import MAX_HEADS, RequestHeads
+from stream_monitor.monitor.rows import Row
+from stream_monitor.v1alpha1 import summary_pb2
+from tests.monitor import synthetic
+
+SIZE = 6
+"""Tokens of a sentence."""
+
+
+def rank_of(info: summary_pb2.EngineInfo) -> Rank:
+    return Rank(key_of(info), info, ("tiny", "0"))
+
+
+def row(draw: np.random.Generator, ranks: list[Rank], position: int) -> Row:
+    """Some mass on some keys, a part of it on the first token, and entries without any."""
+    heads = [rank.heads for rank in ranks]
+    entries = sum(heads) * (synthetic.TOP_K + synthetic.SINK + synthetic.RECENT)
+    mass = draw.dirichlet(np.ones(entries)).astype(np.float32) if entries else np.zeros(0, np.float32)
+    mass[draw.random(entries) < 0.2] = 0
+    keys = draw.integers(0, position + 1, entries).astype(np.uint32)
+    sources = tuple(zip(ranks, heads, strict=True))
+    return Row("r", position, 0, True, keys, mass, 0.1, sum(heads), sources, lag=position, lag_mass=0.2)
+
+
+def unfolded(
+    draw: np.random.Generator, sentences: int, rows: int, layers: range, receivers: tuple[Head, ...] = ()
+) -> Unfolded:
+    """The last sentence of a request of so many, captured by two ranks, one of which watches nothing."""
+    starts = SentenceStarts()
+    for index in range(sentences):
+        starts.append(SIZE * index, SIZE * (index + 1))
+    ranks = [rank_of(synthetic.engine(layers=some, heads=range(8))) for some in (layers, range(0))]
+    positions = range(SIZE * (sentences - 1), SIZE * (sentences - 1) + rows)
+    return Unfolded([row(draw, ranks, position) for position in positions], starts, RequestHeads(), receivers)
+
+
+def same(one: Fold, other: Fold) -> bool:
+    arrays = [(one.folded.columns, other.folded.columns), (one.folded.mass, other.folded.mass)]
+    arrays += [*zip(one.shares, other.shares, strict=True), *zip(one.mass, other.mass, strict=True)]
+    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in arrays) and (
+        one.folded.rows,
+        one.folded.edges,
+        one.telling,
+    ) == (other.folded.rows, other.folded.edges, other.telling)
+
+
+@pytest.mark.parametrize("most", [1, 1 << 20], ids=["one a batch", "in one batch"])
+def test_together_and_one_by_one(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    sentences = [
+        unfolded(draw, 20, 3, range(4), receivers=((1, 3), (2, 0))),
+        unfolded(draw, 3, 0, range(2)),
+        unfolded(draw, 9, 6, range(MAX_HEADS // 8 + 3)),
+        unfolded(draw, 1, 1, range(1)),
+        unfolded(draw, 4, 2, range(0)),
+    ]
+    before = unfolded(draw, 7, 2, range(2))
+    before.rows[0].by_head = False
+    sentences.append(before)
+    alone = [fold([each])[0] for each in sentences]
+    monkeypatch.setattr(folding, "_MOST_ENTRIES", most)
+    together = fold(sentences)
+    for each, one, other in zip(sentences, alone, together, strict=True):
+        assert same(one, other)
+        mean = other.shares.mean_over(each.heads.weights(each.receivers))
+        assert np.array_equal(mean.columns, other.mass.columns)
+        assert np.array_equal(mean.shares, other.mass.shares)
+    assert [each.telling for each in together] == [3, 0, 6, 1, 0, 1]
+    assert together[2].shares.heads.max() == len(sentences[2].heads.heads) - 1
+    rows = matrix_rows([each.folded for each in together])
+    for each, one, other in zip(sentences, alone, rows, strict=True):
+        (expected,) = matrix_rows([one.folded])
+        assert np.array_equal(expected.columns, other.columns)
+        assert np.array_equal(expected.shares, other.shares)
+        assert other.rows == sum(row.heads > 0 for row in each.rows)
+        assert other.lags.tolist() == [row.position for row in each.rows if row.heads]
+    mass = sum(float(row.mass.sum()) for row in sentences[2].rows) / sentences[2].rows[0].heads / 6
+    assert rows[2].shares.sum() == pytest.approx(mass, rel=1e-5)
