@@ -187,7 +187,7 @@ def check_ledger(monitor: Monitor, worker: Worker) -> tuple[Counter[str], Counte
     return ledgers
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 8.0) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     """Wait for `condition`, or fail."""
     deadline = time.monotonic() + seconds
     while not condition():
