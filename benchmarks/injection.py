@@ -8,7 +8,7 @@ with the same words, so that the number of rows is the same. Groups are alike in
 it is, to `LENGTH_TOLERANCE`. What a trivial detector would make of the same prompts stands beside. Rows are those of a
 model in transformers, by the product's own capture (`recording.py`); the engine is not run.
 
-The head that the detector is scored by, and its threshold, come from a profile that is made of other prompts, no
+The heads that the detector is scored by, and its threshold, come from a profile that is made of other prompts, no
 wording, place or word of which is among those that figures are of, as `stream-monitor calibrate --injections` does it.
 """
 
@@ -199,7 +199,7 @@ def _alike(groups: dict[str, list[Read]]) -> dict[str, list[Read]]:
 
 
 def _profile(groups: dict[str, list[Read]]) -> tuple[Profile, str]:
-    """The profile of the benign ones, by the head that tells all of them best; and what to say of it.
+    """The profile of the benign ones, by the heads that tell all of them best; and what to say of it.
 
     Raises:
         ProfileError: too few injections were followed, or ignored, to choose by.
@@ -225,7 +225,7 @@ def _profile(groups: dict[str, list[Read]]) -> tuple[Profile, str]:
         f"{choice.held_out[name]:.2f} ({choice.alike[name]:.2f} by all heads) against {name}" for name in NEGATIVES
     )
     counts = ", ".join(f"{len(found)} {name}" for name, found in requests.items())
-    return profile, f"head {heads}, chosen on {counts}; AUROC there on wordings it was not chosen by: {areas}"
+    return profile, f"heads {heads}, chosen on {counts}; AUROC there on wordings they were not ranked by: {areas}"
 
 
 def _score(one: Read, profile: Profile) -> Scored:

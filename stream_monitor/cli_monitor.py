@@ -75,7 +75,7 @@ def calibrate(
         Path | None,
         typer.Option(
             help="JSON lines with request, group (followed, or what else it is) and wording: UNTRUSTED_ANCHOR is "
-            "scored by the head that tells these best."
+            "scored by the heads that tell these best."
         ),
     ] = None,
     heads_of: Annotated[

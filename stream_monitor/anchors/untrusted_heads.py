@@ -1,9 +1,9 @@
-"""Which head UNTRUSTED_ANCHOR is scored by: the one that tells injections that were followed from all else.
+"""Which heads UNTRUSTED_ANCHOR is scored by: those that tell injections that were followed from all else.
 
 Most heads read a document by position, or whatever it says; a few look back at an instruction when it is about to be
 followed. Which ones is a matter of the model, so that they are chosen from requests of which it is known what became
-of them. A head that is best by chance is not among the best elsewhere: it is chosen on half of the wordings, judged on
-the others, and taken only if it does better there than all heads alike.
+of them. A head that is best by chance is not among the best elsewhere: heads are ranked on half of the wordings and
+judged on the others. How many are taken, and whether any, is decided by that.
 """
 
 import math
@@ -28,6 +28,8 @@ FOLLOWED = "followed"
 LEAST = 8
 """Requests of each group, and LEAST_WORDINGS of wordings, below which nothing is chosen."""
 LEAST_WORDINGS = 2
+MOST = 8
+"""Heads at most that are taken."""
 
 Areas = Mapping[str, float]
 """Group to the AUROC of followed injections against it."""
@@ -48,11 +50,12 @@ class Labelled:
 
 
 class Choice(NamedTuple):
-    """The head that was chosen.
+    """The heads that were chosen.
 
     Attributes:
-        heads: it alone; empty where none does better than all alike.
-        held_out: on wordings that it was not chosen by, mean of both halves. alike: of all heads alike, on all.
+        heads: best first; empty where no few do better than all alike.
+        held_out: of as many, on wordings that they were not ranked by, mean of both halves: a little too high, as their
+            number was chosen by it. alike: of all heads alike, on all.
     """
 
     heads: tuple[Head, ...]
@@ -61,7 +64,7 @@ class Choice(NamedTuple):
 
 
 def choose(labelled: Sequence[Labelled]) -> Choice:
-    """The head whose scores tell best, in the group where it tells worst.
+    """The heads whose scores tell best, each ranked by the group where it tells worst.
 
     Raises:
         ProfileError: a group is missing or too small to choose by.
@@ -71,21 +74,30 @@ def choose(labelled: Sequence[Labelled]) -> Choice:
     heads = sorted({head for one in labelled for head in one.request.heads})
     group = np.array([one.group for one in labelled])
     half = _halves(labelled)
-    scores = np.array([[score(one.request, (head,)) for head in heads] for one in labelled])
     everywhere = np.ones(len(labelled), bool)
 
     def areas(values: Mass, some: NDArray[np.bool_]) -> dict[str, float]:
         followed = values[some & (group == FOLLOWED)]
         return {name: auroc(followed, values[some & (group == name)]) for name in groups}
 
-    def best(some: NDArray[np.bool_]) -> int:
-        return int(np.argmax([min(areas(scores[:, place], some).values()) for place in range(len(heads))]))
+    def of(some: Sequence[Head]) -> Mass:
+        return np.array([score(one.request, some) for one in labelled])
 
-    on_other = [areas(scores[:, best(half == side)], half != side) for side in (False, True)]
-    held_out = {name: (on_other[0][name] + on_other[1][name]) / 2 for name in groups}
-    alike = areas(np.array([score(one.request, ()) for one in labelled]), everywhere)
-    chosen = (heads[best(everywhere)],) if min(held_out.values()) > min(alike.values()) else ()
-    return Choice(chosen, held_out, alike)
+    def ranked(some: NDArray[np.bool_]) -> list[Head]:
+        worst = [-min(areas(values, some).values()) for values in scores]
+        return [heads[place] for place in np.argsort(worst, kind="stable")]
+
+    scores = [of((head,)) for head in heads]
+    halves = [(ranked(half == side), half != side) for side in (False, True)]
+    held_out: dict[int, dict[str, float]] = {}
+    for count in range(1, min(MOST + 1, len(heads))):
+        one, other = (areas(of(order[:count]), rest) for order, rest in halves)
+        held_out[count] = {name: (one[name] + other[name]) / 2 for name in groups}
+    alike = areas(of(()), everywhere)
+    count = max(held_out, key=lambda count: min(held_out[count].values()), default=0)
+    if not count or min(held_out[count].values()) <= min(alike.values()):
+        return Choice((), held_out.get(count, {}), alike)
+    return Choice(tuple(ranked(everywhere)[:count]), held_out[count], alike)
 
 
 def score(request: Served, heads: Sequence[Head]) -> float:
@@ -108,8 +120,8 @@ def _check(labelled: Sequence[Labelled], groups: Sequence[str]) -> None:
         wordings = [one.wording for one in labelled if one.group == name]
         if len(wordings) < LEAST or len(set(wordings)) < LEAST_WORDINGS:
             raise ProfileError(
-                f"the labels name {len(wordings)} requests of {len(set(wordings))} wordings as {name!r}; to choose a "
-                f"head takes {LEAST} of {LEAST_WORDINGS} or more"
+                f"the labels name {len(wordings)} requests of {len(set(wordings))} wordings as {name!r}; to choose "
+                f"heads takes {LEAST} of {LEAST_WORDINGS} or more"
             )
 
 

@@ -35,7 +35,7 @@ def calibrate(
         out: file to write.
         model_name: of the requests to take; empty if the monitor holds those of one model alone.
         trim: share of the requests whose highest scores are left out.
-        injections: labels (`labels.py`) by which the head of UNTRUSTED_ANCHOR is chosen. The requests that they name
+        injections: labels (`labels.py`) by which the heads of UNTRUSTED_ANCHOR are chosen. The requests that they name
             are no ordinary traffic, and count for nothing else.
         heads_of: a profile whose heads for UNTRUSTED_ANCHOR are kept.
 
@@ -74,7 +74,7 @@ def calibrate(
         heads, told = choice.heads, _choice_told(choice, len(named), len(labels))
     elif heads_of:
         heads = _kept(heads_of, kinds[0][0], requests)
-        told = f"  untrusted_anchor: by head {_named(heads)} of {heads_of}"
+        told = f"  untrusted_anchor: by {_named(heads)} (layer.head), as in {heads_of}"
     profile = calibrated(*kinds[0], int(time.time()), requests, trim, heads)
     profile.write(out)
     return _told(profile, out, told)
@@ -186,10 +186,10 @@ def _choice_told(choice: Choice, found: int, given: int) -> str:
 
     lines = [f"  untrusted_anchor: {found} of {given} labelled requests are held and captured"]
     if choice.heads:
-        lines.append(f"    by head {_named(choice.heads)} (layer.head), which tells followed injections best")
+        lines.append(f"    by {_named(choice.heads)} (layer.head), which tell followed injections best")
     else:
-        lines.append("    by the same heads: on wordings it was not chosen by no single one tells better")
-    lines.append(f"    AUROC of a head chosen on half of the wordings, on the others: {told(choice.held_out)}")
+        lines.append("    by the same heads: on wordings that they were not ranked by no few tell better")
+    lines.append(f"    AUROC of heads ranked on half of the wordings, on the others: {told(choice.held_out)}")
     lines.append(f"    AUROC of all heads alike: {told(choice.alike)}")
     return "\n".join(lines)
 

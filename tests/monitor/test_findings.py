@@ -224,7 +224,7 @@ def test_heads_of_two_ranks_are_told_apart(monitor: Running) -> None:
         assert there.any()
 
 
-def test_labels_choose_the_head_of_untrusted_anchor(run_monitors: Callable[..., Running], tmp_path: Path) -> None:
+def test_labels_choose_the_heads_of_untrusted_anchor(run_monitors: Callable[..., Running], tmp_path: Path) -> None:
     """One head of four reads the document when it is followed; the profile names it, and the next finding does."""
     first, rank = run_monitors(), Engine()
     address, path = first.server.grpc_address, tmp_path / "profile.json"
@@ -246,7 +246,7 @@ def test_labels_choose_the_head_of_untrusted_anchor(run_monitors: Callable[..., 
     assert code == 0, errors
     assert "24 requests" in text, "those that are labelled are no ordinary traffic"
     assert "24 of 25 labelled requests are held" in text
-    assert "by head 5.0 (layer.head)" in text
+    assert "by 5.0 (layer.head)" in text
     assert "1.00 against ignored, 1.00 against question" in text
     assert json.loads(path.read_text())["untrusted_heads"] == [[5, 0]]
     code, _, errors = run("calibrate", "--out", path, "--target", address, "--injections", absent)
@@ -265,7 +265,7 @@ def test_labels_choose_the_head_of_untrusted_anchor(run_monitors: Callable[..., 
     second.publish(by_head(Engine(), "more", [every] * 3))
     code, text, errors = run("calibrate", "--out", tmp_path / "new.json", "--target", address, "--heads-of", path)
     assert code == 0, errors
-    assert f"untrusted_anchor: by head 5.0 of {path}" in text
+    assert f"untrusted_anchor: by 5.0 (layer.head), as in {path}" in text
     assert json.loads((tmp_path / "new.json").read_text())["untrusted_heads"] == [[5, 0]]
 
 
