@@ -107,7 +107,8 @@ class Pipeline:
             self.metrics.steps.labels(*labels, result).inc()
         for row in step.rows:
             trace = trace_of(row.request_id)
-            trace.missing_ranks.update(step.missing)
+            if step.missing:
+                trace.missing_ranks.update(step.missing)
             trace.add_row(row)
         for request_id, names in step.missing_of.items():
             trace_of(request_id).missing_ranks.update(names)

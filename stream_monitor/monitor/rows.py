@@ -26,6 +26,9 @@ _NO_NARROW_BLOCK = 0xFFFF
 _MOST_POSITIONS = 12
 """Positions of a context for each entry of a row up to which a table of them is faster than sorting."""
 
+_TABLE = 1 << 16
+"""Cells of such a table, which stays in the processor's caches."""
+
 
 @dataclass(slots=True)
 class Row:
@@ -201,7 +204,7 @@ def _landmarks(
         positions: [rows].
     """
     count, width = keys.shape
-    if not width:
+    if not keys.size:
         return [_NO_LAG] * count
     last = np.maximum(positions - MIN_LAG, 0).astype(np.uint32)
     far = (keys >= _SINK_TOKENS) & (keys <= last[:, None])
@@ -219,12 +222,17 @@ _Heaviest = tuple[NDArray[np.integer], NDArray[np.floating]]
 
 def _heaviest_in_table(keys: NDArray[np.uint32], mass: NDArray[np.float32]) -> _Heaviest:
     """By a table of all positions: for contexts that are not much longer than the rows have entries."""
-    count = len(keys)
     span = int(keys.max(initial=0)) + 1
-    places = keys + span * np.arange(count)[:, None]
-    sums = np.bincount(places.ravel(), mass.ravel(), count * span).reshape(count, span)
-    heaviest = sums.argmax(axis=1)
-    return heaviest, sums[np.arange(count), heaviest].astype(np.float32)
+    together = max(1, _TABLE // span)
+    found = []
+    for first in range(0, len(keys), together):
+        some = keys[first : first + together]
+        row = np.arange(len(some))
+        places = some + span * row[:, None]
+        sums = np.bincount(places.ravel(), mass[first : first + together].ravel(), len(some) * span)
+        heaviest = sums.reshape(len(some), span).argmax(axis=1)
+        found.append((heaviest, sums[span * row + heaviest].astype(np.float32)))
+    return np.concatenate([at for at, _ in found]), np.concatenate([share for _, share in found])
 
 
 def _heaviest_sorted(keys: NDArray[np.uint32], mass: NDArray[np.float32]) -> _Heaviest:
