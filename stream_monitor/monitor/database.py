@@ -21,7 +21,8 @@ Listed = tuple[int, monitor_pb2.RequestInfo]
 
 @dataclass(frozen=True, slots=True)
 class StoredTrace:
-    """One request: `info` is a RequestInfo, `trace` a GetTraceResponse without it, both serialized."""
+    """One request: `info` is a RequestInfo, `trace` a GetTraceResponse without it, both serialized. Of the latter the
+    last `plain` bytes, the shares of single heads, would hardly shrink when packed."""
 
     instance: str
     request_id: str
@@ -31,6 +32,7 @@ class StoredTrace:
     engine: str
     info: bytes
     trace: bytes
+    plain: int = 0
 
     @property
     def size(self) -> int:
@@ -64,6 +66,23 @@ class EventPage:
     lost: int = 0
 
 
+def packed(raw: bytes, plain: int) -> bytes:
+    """In zlib's format (RFC 1950), the last `plain` bytes as they are: to pack the shares of single heads took two
+    thirds of the time of a whole trace, to make them a fifth smaller."""
+    whole, first = memoryview(raw), len(raw) - plain
+    packing, storing = zlib.compressobj(ZLIB_LEVEL, wbits=-zlib.MAX_WBITS), zlib.compressobj(0, wbits=-zlib.MAX_WBITS)
+    return b"".join(
+        [
+            b"\x78\x01",
+            packing.compress(whole[:first]),
+            packing.flush(zlib.Z_SYNC_FLUSH),
+            storing.compress(whole[first:]),
+            storing.flush(),
+            zlib.adler32(raw).to_bytes(4, "big"),
+        ]
+    )
+
+
 class Database(DatabaseFile):
     """The rows of the file, over one connection. Several may be open: one writes, others read."""
 
@@ -88,7 +107,7 @@ class Database(DatabaseFile):
             self.run("DELETE FROM requests WHERE key = ?", (key,))
             self.run(
                 "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (*columns, trace.info, zlib.compress(trace.trace, ZLIB_LEVEL)),
+                (*columns, trace.info, packed(trace.trace, trace.plain)),
             )
 
     def bury(self, dead: dict[bytes, int]) -> None:
