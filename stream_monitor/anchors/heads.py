@@ -60,6 +60,13 @@ class HeadShares(NamedTuple):
 NO_SHARES = HeadShares(np.zeros(0, np.uint8), np.zeros(0, np.uint32), np.zeros(0, np.float32))
 
 
+def joined(sentences: Sequence[HeadShares]) -> HeadShares:
+    """All their entries, one sentence's after another's."""
+    return HeadShares(
+        *(np.concatenate([none, *(found[place] for found in sentences)]) for place, none in enumerate(NO_SHARES))
+    )
+
+
 def weights(heads: Sequence[Head], receivers: Iterable[Head]) -> Mass:
     """Equal weights of the receivers among `heads`, float64 [heads], sum 1; of all where none of them is there."""
     chosen = set(receivers)
@@ -86,9 +93,7 @@ def vertical_scores_by_head(sentences: Sequence[tuple[int, HeadShares]], heads: 
     """
     numbers = np.array([index for index, _ in sentences], np.int64)
     rows = np.repeat(numbers, [len(found.columns) for _, found in sentences])
-    heads_of, columns, shares = (
-        np.concatenate([none, *(found[place] for _, found in sentences)]) for place, none in enumerate(NO_SHARES)
-    )
+    heads_of, columns, shares = joined([found for _, found in sentences])
     far = columns <= rows - ANCHOR_GAP
     total = np.bincount(heads_of[far].astype(np.int64) * size + columns[far], shares[far], heads * size)
     observed = np.zeros(size)

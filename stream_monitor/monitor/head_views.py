@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.calibration import output_kurtosis
-from stream_monitor.anchors.heads import NO_SHARES, HeadShares
+from stream_monitor.anchors.heads import HeadShares, joined
 from stream_monitor.anchors.matrix import Mass, Positions, proximity_corrected, vertical_scores
 from stream_monitor.anchors.panel import Alarm, Kind
 from stream_monitor.monitor.trace import RequestTrace
@@ -14,6 +14,8 @@ from stream_monitor.v1alpha1 import monitor_pb2
 Numbers = NDArray[np.uint32]
 
 MOST_CARRIERS = 5
+_TOGETHER = 64
+"""Sentences at a time that a row of the matrix is made of, each with a table of all sentences."""
 _LOOKED_BACK = 64
 """Sentences before a finding that say what a head read until then."""
 
@@ -39,15 +41,21 @@ def add_heads(trace: RequestTrace, response: monitor_pb2.GetTraceResponse, with_
 
 def _receiver_matrix(trace: RequestTrace) -> tuple[Numbers, Numbers, Mass, NDArray[np.bool_]]:
     """The sentence matrix of the output's sentences by the heads that count, in coordinate form."""
-    chosen = trace.heads.weights(trace.panel.receivers)
-    observed = np.zeros(len(trace.spans), bool)
+    chosen, size = trace.heads.weights(trace.panel.receivers), len(trace.spans)
+    observed = np.zeros(size, bool)
     rows, columns, shares = [], [], []
-    for index, found in trace.heads.sentences():
-        mass = found.mean_over(chosen)
-        rows.append(np.full(len(mass.columns), index, np.uint32))
-        columns.append(mass.columns.astype(np.uint32))
-        shares.append(mass.shares)
-        observed[index] = True
+    kept = trace.heads.sentences()
+    for first in range(0, len(kept), _TOGETHER):
+        some = kept[first : first + _TOGETHER]
+        numbers = np.array([index for index, _ in some])
+        heads, read, given = joined([found for _, found in some])
+        cells = np.repeat(size * np.arange(len(some)), [len(found.columns) for _, found in some]) + read
+        mass = np.bincount(cells, given * chosen[heads], size * len(some))
+        used = mass.nonzero()[0]
+        rows.append(numbers[used // size].astype(np.uint32))
+        columns.append((used % size).astype(np.uint32))
+        shares.append(mass[used])
+        observed[numbers] = True
     nothing = np.zeros(0, np.uint32)
     return (
         np.concatenate([nothing, *rows]),
@@ -96,9 +104,7 @@ def carriers(trace: RequestTrace, alarm: Alarm, anchors: Positions, shares: Head
 def _before(trace: RequestTrace, columns: Positions, count: int) -> Mass:
     """Each head's mean share on each of these sentences, of the sentences before the newest: [count, columns]."""
     seen = [found for _, found in trace.heads.newest(_LOOKED_BACK + 1)[:-1]]
-    heads, read, shares = (
-        np.concatenate([none, *(found[place] for found in seen)]) for place, none in enumerate(NO_SHARES)
-    )
+    heads, read, shares = joined(seen)
     there = np.isin(read, columns)
     cells = heads[there].astype(np.int64) * len(columns) + columns.searchsorted(read[there])
     total = np.bincount(cells, shares[there], count * len(columns)).reshape(count, len(columns))
