@@ -100,7 +100,7 @@ class Traffic:
     """One cycle of a shape.
 
     Attributes:
-        messages: of one cycle, a step of the engine each.
+        messages: of one cycle, one for each step with rows: all requests are sampled in the same steps.
         rows: of one cycle.
     """
 
@@ -110,7 +110,7 @@ class Traffic:
         self._draw = np.random.default_rng(seed)
         self._engine = shape.engine()
         self._places = [self._request() for _ in range(REQUESTS)]
-        self.messages = [self._message(step) for step in range(shape.tokens)]
+        self.messages = [self._message(step) for step in range(0, shape.tokens, CAPTURE.stride)]
         self.rows = sum(message.rows for message in self.messages)
 
     @property
@@ -131,8 +131,7 @@ class Traffic:
         shape = self.shape
         started, ended, rows, runs = [], [], [], []
         for place in range(REQUESTS):
-            # One token later each: not all requests are sampled in the same steps.
-            token = step - place * (shape.tokens // REQUESTS) - place % CAPTURE.stride
+            token = step - place * (shape.tokens // REQUESTS)
             name = _name(place, _BEGUN if token >= 0 else _RUNNING)
             token %= shape.tokens
             if token == 0:
@@ -143,10 +142,9 @@ class Traffic:
                         request_id=_name(place, _RUNNING), total_tokens=PROMPT_TOKENS + shape.tokens
                     )
                 )
-            if token % CAPTURE.stride == 0:
-                rows.append((name, token // CAPTURE.stride, self._places[place]))
-                # Tokens wait for the row of their request (`RequestTable.take_tokens`).
-                runs.append(_run(name, max(0, token + 1 - CAPTURE.stride), token + 1))
+            rows.append((name, token // CAPTURE.stride, self._places[place]))
+            # Tokens wait for the row of their request (`RequestTable.take_tokens`).
+            runs.append(_run(name, max(0, token + 1 - CAPTURE.stride), token + 1))
         summary = summary_pb2.StepSummary(
             schema_version=SCHEMA_VERSION,
             engine=self._engine,
