@@ -132,15 +132,17 @@ class Pipeline:
             self._touched[trace.instance, trace.request_id] = trace
 
     def score(self) -> None:
-        """Score the sentences that were closed since the last call, and tell of requests that ended."""
+        """Score the sentences that were closed since the last call, and tell of requests that ended.
+
+        Raises:
+            Exception: the first that the scoring of a sentence raised, once all others are scored.
+        """
         touched, self._touched = self._touched, {}
         ended, self._ended = self._ended, []
         tallies: dict[Labels, SentenceTally] = {}
-        try:
-            self._score_settled(touched.values(), tallies)
-        finally:
-            for labels, tally in tallies.items():
-                self.metrics.of_sentences(labels).add(tally)
+        failure = self._score_settled(touched.values(), tallies)
+        for labels, tally in tallies.items():
+            self.metrics.of_sentences(labels).add(tally)
         for trace in ended:
             labels = trace.labels
             self.metrics.requests_finished.labels(*labels).inc()
@@ -155,8 +157,11 @@ class Pipeline:
                 self.archive.mark(trace)
                 trace.to_store = trace.finished
             self.store.changed(trace)
+        if failure is not None:
+            raise failure
 
-    def _score_settled(self, touched: Iterable[RequestTrace], tallies: dict[Labels, SentenceTally]) -> None:
+    def _score_settled(self, touched: Iterable[RequestTrace], tallies: dict[Labels, SentenceTally]) -> Exception | None:
+        failure: Exception | None = None
         settled = [(trace, index) for trace in touched for index in trace.settle()]
         folds = fold(trace.unfolded(index) for trace, index in settled)
         rows = matrix_rows(
@@ -166,7 +171,12 @@ class Pipeline:
             tally = tallies.get(trace.labels)
             if tally is None:
                 tally = tallies[trace.labels] = SentenceTally(named=exemplar(trace.identity.external_id))
-            self._score(trace, index, found, row, tally)
+            try:
+                self._score(trace, index, found, row, tally)
+            except Exception as error:
+                # The others are settled, and would not come here again.
+                failure = failure or error
+        return failure
 
     def _score(self, trace: RequestTrace, index: int, found: Fold, row: SentenceRow, tally: SentenceTally) -> None:
         now = trace.last_seen_ns

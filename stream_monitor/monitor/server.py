@@ -1,6 +1,7 @@
 """The monitor put together: what listens where, what starts and stops in which order."""
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 DAY_SECONDS = 86_400
 SERVICES = (ingest.SERVICE, service.SERVICE)
+
+log = logging.getLogger(__name__)
 
 
 class MonitorServer:
@@ -177,7 +180,13 @@ class MonitorServer:
         self.metrics.page_refused.labels(reason).inc()
 
     async def _flush(self) -> None:
+        said = ""
         while True:
             await asyncio.sleep(min(0.25, self.settings.merge_deadline_seconds / 2))
-            self.intake.flush()
-            self.log.tick()
+            try:
+                self.intake.flush()
+                self.log.tick()
+            except Exception as error:
+                # A fault of ours must not end what lets go of late steps and of engines that are gone.
+                if said != (said := repr(error)):
+                    log.exception("letting go of what is late failed; it is tried again")

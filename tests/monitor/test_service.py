@@ -422,6 +422,23 @@ def test_a_missing_rank_makes_steps_partial_after_the_deadline(run: Callable[...
     stream.cancel()
 
 
+def test_a_fault_of_ours_does_not_end_the_letting_go_of_late_steps(
+    run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monitor = run(merge_deadline_seconds=0.1)
+    flush, faults = monitor.server.intake.flush, iter([ValueError("a fault of ours")] * 2)
+
+    def faulty() -> None:
+        for fault in faults:
+            raise fault
+        flush()
+
+    monkeypatch.setattr(monitor.server.intake, "flush", faulty)
+    monitor.publish(Engine(engine(tensor_parallel_size=2)).request("r", [4]))
+    until(lambda: monitor.metric("stream_monitor_steps_total", result="partial") == 3)
+    assert len([record for record in caplog.records if "letting go" in record.getMessage()]) == 1
+
+
 def test_requests_of_an_engine_that_is_gone_are_cut_until_it_is_back(
     run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:

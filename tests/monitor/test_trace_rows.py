@@ -191,6 +191,28 @@ def test_how_many_messages_are_taken_in_together_changes_nothing(seed: int) -> N
         assert views.full(served(summaries, together), with_heads=True) == alone
 
 
+def test_a_sentence_that_cannot_be_scored_takes_none_of_another_request_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    taking = intake()
+    both = [conversation(seed)[0] for seed in (1, 2)]
+    native = taking.pipeline._score
+
+    def score(trace: RequestTrace, *rest: object) -> None:
+        if trace.instance == both[0][0].engine.instance:
+            raise ValueError("a fault of ours")
+        native(trace, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(taking.pipeline, "_score", score)
+    for summaries in both:
+        for summary in summaries:
+            summary.wall_time_ns = 1 << 60
+        taking.take([ingest_pb2.PublishRequest(summary=summary).SerializeToString() for summary in summaries], Stream())
+    with pytest.raises(ValueError, match="a fault of ours"):
+        taking.score()
+    other = taking.pipeline.store.get(both[1][0].engine.instance, "r")
+    assert other is not None
+    assert views.full(other, with_heads=True) == views.full(served(both[1], together=len(both[1])), with_heads=True)
+
+
 def narrowed(rows: summary_pb2.Rows) -> None:
     """Its block ids in 16 bits."""
     rows.narrow_block_ids = np.frombuffer(rows.block_ids, "<u4").astype("<u2").tobytes()
