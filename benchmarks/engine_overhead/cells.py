@@ -138,7 +138,9 @@ def print_start(name: str, cell: Cell) -> None:
         for arm, base in pairs
     ]
     shown += [
-        f"{arm} / its steps without rows {statistics.fmean(ratios[latest]):.3f}" for arm, ratios in cell.beside.items()
+        f"{arm} / its steps without rows {statistics.fmean(ratios[latest]):.3f}"
+        for arm, ratios in cell.beside.items()
+        if latest in ratios
     ]
     print(f"start {latest}, {name}, p50: {'; '.join(shown)}", flush=True)
 

@@ -93,7 +93,7 @@ class Engine:
             "tokens": tokens,
             "schedule": self._schedule,
             "steps": status.get("steps", 0),
-            "stride": 0 if paused else status.get("ledger", {}).get("stride", 0),
+            "stride": 0 if paused else status.get("stride", 0),
             "account": {key: after[key] - before.get(key, 0.0) for key in after},
         }
 

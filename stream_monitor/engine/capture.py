@@ -97,6 +97,11 @@ class Capture:
         self._estimator = estimator
 
     @property
+    def stride(self) -> int:
+        """One row in so many positions is sampled now, unless the capture is paused or off."""
+        return self._table.stride
+
+    @property
     def fault(self) -> str:
         """Why capture went off by itself; empty while it works."""
         return self._ledger.fault

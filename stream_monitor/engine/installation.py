@@ -275,6 +275,7 @@ class Installation:
             "publisher_restarts": self._publisher.restarts if self._publisher else 0,
             "paused": capture is not None and capture.paused,
             "steps": capture.steps if capture else 0,
+            "stride": capture.stride if capture else 0,
             "stride_factor": capture.governor.factor if capture else 1,
             "overhead": capture.governor.overhead if capture else 0.0,
             "hook_ns": dict(capture.governor.hook_ns) if capture else {},
