@@ -106,8 +106,10 @@ def report_cell(report: Report, name: str, cell: Cell, seed: int) -> None:
             report_ratios(report, f"{{}} over itself paused, {name}", cell, (arm, arm + PAUSED), seed)
         if ratios := cell.beside.get(arm):
             full = f"{arm} steps over those without rows, {name}"
-            report.figures[full] = statistics.fmean(chain.from_iterable(ratios.values()))
-            report.ci[full] = bootstrap(ratios, seed)
+            runs = list(chain.from_iterable(ratios.values()))
+            report.figures[full] = statistics.fmean(runs)
+            # Nothing that lasts for a start has a part in these, so that each run tells by itself.
+            report.ci[full] = bootstrap({str(number): [ratio] for number, ratio in enumerate(runs)}, seed)
         accounts = cell.accounts[arm]
         if accounts[0]:
             report_account(report, f"{arm}, {name}", accounts)

@@ -80,8 +80,10 @@ class Archive:
         """Open the store, before anything is published. Raises StoreRefused; other failures are tried again later."""
         self._loop = asyncio.get_running_loop()
         self._max_age_ns, self.max_bytes = int(max_age_seconds * 1e9), max_bytes
-        self.recorder = Recorder(path, self, self._graveyard, commits)
-        await asyncio.to_thread(self.recorder.open)
+        recorder = Recorder(path, self, self._graveyard, commits)
+        await asyncio.to_thread(recorder.open)
+        # Not before: one whose store was refused never answers.
+        self.recorder = recorder
         await asyncio.sleep(0)  # `_take_over` has run.
         if self._reader is None:
             # The file may turn out to hold findings and traces when it can be opened: number new ones above them.

@@ -1,6 +1,7 @@
 """What keeps a monitor or a process of the fleet from its broker: one clear line each, a count, and it serves on."""
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from nats.js import JetStreamContext, api
 from typer.testing import CliRunner
 
 from stream_monitor.cli import app
+from stream_monitor.monitor.archive import ERASE_SECONDS
 from tests.monitor.conftest import Running, starter
 from tests.monitor.fleet.broker import STREAM, NatsServer
 from tests.monitor.fleet.processes import SHIFTING, FleetProcess, until
@@ -75,8 +77,10 @@ def test_a_monitors_store_is_not_a_fleets(monitor: Callable[..., Running], broke
     running.publish(Engine().request("chatcmpl-r-0a1b2c3d", SHIFTING))
     running.stop()
     flags = ["--nats", broker.url, "--fleet-store", str(tmp_path / "store" / "monitor.db")]
+    began = time.monotonic()
     refused = CliRunner().invoke(app, ["fleet", *flags, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"])
     assert refused.exit_code == 2
+    assert time.monotonic() - began < ERASE_SECONDS, "what was refused is not waited for"
     assert "is the store of a monitor; name another file with --fleet-store" in refused.output
 
 
