@@ -1,6 +1,7 @@
 """`stream-monitor serve` and `stream-monitor fleet`: a server until SIGTERM or SIGINT."""
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Callable
@@ -8,6 +9,11 @@ from typing import Protocol
 
 GRPC_LOG = "grpc._cython.cygrpc"
 """Where grpc.aio logs."""
+
+
+GC_THRESHOLDS = (20_000, 20, 50)
+"""Traces are many objects that live long and hold no cycles: looking for cycles among them as often as Python does by
+default takes a twentieth of the processor time, and each look at all of them holds everything up."""
 
 
 class GoneWhileWrittenTo(logging.Filter):
@@ -45,6 +51,8 @@ async def serve(make: Callable[[], Server]) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stopping.set)
     await server.start()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     print(server.says, flush=True)
     if server.ends is not None:
         server.ends.add_done_callback(lambda _: stopping.set())

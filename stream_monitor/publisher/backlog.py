@@ -36,7 +36,8 @@ RING_SHARE = 0.5
 CARRIER_BYTES = 4 << 20
 ONE_CARRIER_BYTES = 1 << 20
 """A quarter of the largest message that gRPC and the monitor take by default."""
-WINDOW_BYTES = 1 << 20
+WINDOW_BYTES = 4 << 20
+"""Unanswered at a time: a message of a whole model's heads is over a megabyte, and one must wait while one is read."""
 WINDOW_ENTRIES = 256
 _ENTRY_OVERHEAD = 1024
 """Bytes of Python objects of one record besides its arrays, roughly."""
