@@ -103,7 +103,7 @@ class Publisher:
                     answered.clear()
                     await answered.wait()
                 message, cycle, sequence = next(self._messages)
-                self._step += bool(message.rows)
+                self._step += 1
                 raw = message.stamped(cycle, sequence, self._step, time.time_ns())
                 unanswered.append(len(raw))
                 sent.unanswered += len(raw)

@@ -86,7 +86,7 @@ class Message:
     def stamped(self, cycle: int, sequence: int, step: int, now_ns: int) -> bytes:
         """The `PublishRequest`."""
         ids = self.body.replace(_RUNNING, b"%08x" % (cycle - 1)).replace(_BEGUN, b"%08x" % cycle)
-        stamp = b"\x18" + _varint(sequence) + b"\x20" + _varint(step if self.rows else 0) + b"\x28" + _varint(now_ns)
+        stamp = b"\x18" + _varint(sequence) + b"\x20" + _varint(step) + b"\x28" + _varint(now_ns)
         size = len(ids) + _STAMP
         return b"\x0a" + _varint(size, 4) + ids + stamp
 
@@ -220,10 +220,8 @@ def _run(name: str, first: int, end: int) -> summary_pb2.TokenRun:
     return summary_pb2.TokenRun(request_id=name, first_position=PROMPT_TOKENS + first, flags=flags)
 
 
-def _packed(rows: list[tuple[str, int, Drawn]]) -> summary_pb2.Rows | None:
+def _packed(rows: list[tuple[str, int, Drawn]]) -> summary_pb2.Rows:
     """Rows of several requests, each with the number it has in its own."""
-    if not rows:
-        return None
     fields = {name: b"".join(drawn[name][number].tobytes() for _, number, drawn in rows) for name in rows[0][2]}
     return summary_pb2.Rows(count=len(rows), request_ids=[name for name, _, _ in rows], **fields)
 

@@ -8,7 +8,7 @@ from itertools import chain, pairwise
 from typing import Any
 
 from benchmarks.engine_overhead.arms import Arm
-from benchmarks.engine_overhead.beside import steps_over_quiet_ones
+from benchmarks.engine_overhead.within_run import steps_over_quiet_ones
 from benchmarks.report import Report, bootstrap
 
 PAUSED = " paused"
@@ -41,14 +41,14 @@ class Cell:
     Attributes:
         times, accounts: by arm, in the order of the rounds; an account is empty without a capture. An engine that
             captures also runs with its capture paused: `NAME paused`.
-        beside: by arm, of each round that tells it: its steps over those without rows.
+        within_run: by arm, of each round that tells it: its steps over those without rows.
         starts: which start of the engines each round belongs to.
         same: whether schedules and tokens were the plain engine's in every round.
     """
 
     times: dict[str, list[Times]] = field(default_factory=dict)
     accounts: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    beside: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    within_run: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     starts: list[int] = field(default_factory=list)
     same: bool = True
 
@@ -79,7 +79,7 @@ class Cell:
                 whole = {"seconds": result["seconds"], "tokens": sum(map(len, result["tokens"]))}
                 self.accounts.setdefault(name, []).append(result["account"] and result["account"] | whole)
                 if (ratio := steps_over_quiet_ones(result)) is not None:
-                    self.beside.setdefault(name, {}).setdefault(str(start), []).append(ratio)
+                    self.within_run.setdefault(name, {}).setdefault(str(start), []).append(ratio)
 
     def ratios(self, arm: str, base: str, of: Callable[[Times], float]) -> dict[str, list[float]]:
         """Arm over base, round by round, by start."""
@@ -104,7 +104,7 @@ def report_cell(report: Report, name: str, cell: Cell, seed: int) -> None:
             report_ratios(report, f"{{}}, {name}", cell, (arm, "plain"), seed)
         if arm + PAUSED in cell.times:
             report_ratios(report, f"{{}} over itself paused, {name}", cell, (arm, arm + PAUSED), seed)
-        if ratios := cell.beside.get(arm):
+        if ratios := cell.within_run.get(arm):
             full = f"{arm} steps over those without rows, {name}"
             runs = list(chain.from_iterable(ratios.values()))
             report.figures[full] = statistics.fmean(runs)
@@ -141,7 +141,7 @@ def print_start(name: str, cell: Cell) -> None:
     ]
     shown += [
         f"{arm} / its steps without rows {statistics.fmean(ratios[latest]):.3f}"
-        for arm, ratios in cell.beside.items()
+        for arm, ratios in cell.within_run.items()
         if latest in ratios
     ]
     print(f"start {latest}, {name}, p50: {'; '.join(shown)}", flush=True)

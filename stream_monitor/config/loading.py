@@ -14,9 +14,7 @@ from stream_monitor.config.monitor import MonitorSettings
 from stream_monitor.target import TargetError
 
 TABLES: dict[str, type[Layered]] = {
-    "capture": CaptureSettings,
-    "monitor": MonitorSettings,
-    "fleet": FleetSettings,
+    settings.table: settings for settings in (CaptureSettings, MonitorSettings, FleetSettings)
 }
 
 

@@ -5,8 +5,8 @@ import random
 import pytest
 
 from benchmarks.engine_overhead.__main__ import worst
-from benchmarks.engine_overhead.beside import steps_over_quiet_ones
 from benchmarks.engine_overhead.cells import Cell, Times, captured_share, report_cell
+from benchmarks.engine_overhead.within_run import steps_over_quiet_ones
 from benchmarks.report import Report
 
 
