@@ -6,6 +6,7 @@ real monitor must live, answer a sound request with the right trace meanwhile, r
 refuses, log no error, and not grow.
 """
 
+import itertools
 import tempfile
 import threading
 import time
@@ -21,8 +22,8 @@ from tests.fuzz.attacks import ATTACKS
 from tests.fuzz.files import READERS, attack, attack_ring
 from tests.fuzz.target import GROWTH_BYTES, Target
 
-WARM_UP = 200
-"""Examples of each attack before memory is measured."""
+WARM_UP_SECONDS = 5.0
+"""Of each attack before memory is measured."""
 SERVED_SECONDS = 5.0
 """In which others must be served meanwhile."""
 _SHOWN = 5
@@ -43,7 +44,10 @@ def main(
         target = Target(Path(folder))
         try:
             for once in ATTACKS.values():
-                for number in range(WARM_UP):
+                begun = time.monotonic()
+                for number in itertools.count():
+                    if time.monotonic() - begun > WARM_UP_SECONDS:
+                        break
                     once(target, Random(number))
             target.settled()
             with _Others(target) as others:

@@ -148,6 +148,20 @@ def test_what_is_no_request_is_counted_and_fills_no_log(
     assert monitor.get("/api/requests").status_code == 200
 
 
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_body_that_breaks_off_is_refused_and_is_no_error(
+    start: Callable[..., Guarded], caplog: pytest.LogCaptureFixture, method: str
+) -> None:
+    monitor = start()
+    with connected(monitor.server.http_address) as connection:
+        head = f"{method} /api/requests HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n"
+        connection.sendall(head.encode() + b"5\r\nabcdexx")
+        assert rest(connection).startswith(b"HTTP/1.1 400 ")
+    assert monitor.refused("http", "not_http") == 1
+    assert len(caplog.messages) == 1, caplog.messages
+    assert monitor.get("/api/requests").status_code == 200
+
+
 def test_the_page_of_security_has_every_reason() -> None:
     page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| ([a-z, ]+) \| (.+) \|$", page, re.MULTILINE)

@@ -58,12 +58,13 @@ def limited(refusals: Refusals, max_connections: int) -> Callable[..., asyncio.P
             if self.conn.their_state is h11.ERROR and self.conn.trailing_data[0][MOST_HEADER_BYTES:]:
                 self._refuse(TOO_LARGE, 431, f"more than {MOST_HEADER_BYTES} bytes of headers")
                 return
-            refusals(HTTP, NOT_HTTP, self._peer)
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                super().send_400_response(msg)
-            else:
-                # An answer has begun: another one cannot follow it.
-                self.transport.close()
+                # Not by uvicorn's own answer: h11 raises on its body if the request was a HEAD.
+                self._refuse(NOT_HTTP, 400, msg)
+                return
+            # An answer has begun: another one cannot follow it.
+            refusals(HTTP, NOT_HTTP, self._peer)
+            self.transport.close()
             self._abandon()
 
         def _too_late(self) -> None:
