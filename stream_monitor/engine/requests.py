@@ -16,9 +16,10 @@ NO_PROMPT_IDS = "prompt_embeds"
 REQUEST_LIMIT = "request_limit"
 UNKNOWN_REQUEST = "unknown_request"
 ID_TOO_LONG = "id_too_long"
-MAX_ID = 1024
 MOST_WAITING = 16
 """Tokens of a request that wait for its next row."""
+
+MAX_ID = 1024
 """Characters of an internal id that a receiver takes. Clients choose most of it; one such request must not spoil the
 messages it shares with others, so it is counted and never named."""
 
