@@ -40,6 +40,8 @@ class Served:
         heads: that were told apart.
         roles: uint8 [sentences]. starts: int64 [sentences], first token of each. rows: int64 [sentences], captured.
         shares: number and shares of each sentence of the output that was captured, ascending.
+        opening: number of the prompt's last sentence, and shares of its last row (see `untrusted.py`); None where that
+            was not captured, or nothing of the prompt is untrusted.
         lock: highest score of ANCHOR_LOCK, which does not depend on heads; None if it could score nothing.
     """
 
@@ -49,22 +51,26 @@ class Served:
     rows: NDArray[np.int64]
     shares: Sequence[tuple[int, HeadShares]]
     lock: float | None
+    opening: tuple[int, HeadShares] | None = None
 
     def observations(self, receivers: Sequence[Head], untrusted_heads: Sequence[Head] = ()) -> Iterator[Observation]:
-        """What the detectors were shown, by these heads, or by all alike where none of them is there; and what
-        UNTRUSTED_ANCHOR was, if it has heads of its own."""
+        """What the detectors were shown, the opening first, by these heads, or by all alike where none of them is
+        there; and what UNTRUSTED_ANCHOR was, if it has heads of its own."""
         chosen = weights(self.heads, receivers)
         untrusted = weights_of(self.heads, untrusted_heads) if untrusted_heads else None
-        for index, found in self.shares:
+        units = [*([self.opening] if self.opening else []), *self.shares]
+        for place, (index, found) in enumerate(units):
+            opening = not place and self.opening is not None
             yield Observation(
                 index=index,
                 mass=found.mean_over(chosen),
                 roles=self.roles[: index + 1],
                 starts=self.starts[: index + 1],
-                rows=int(self.rows[index]),
+                rows=1 if opening else int(self.rows[index]),
                 lags=_NO_LAGS,
                 lag_shares=np.zeros(0),
                 untrusted=None if untrusted is None else found.mean_over(untrusted),
+                opening=opening,
             )
 
     def kurtosis(self) -> Mass:

@@ -1,4 +1,4 @@
-"""All detectors of one request: what each is shown of a sentence, and what they raise."""
+"""All detectors of one request: what each is shown of a sentence, or of the opening, and what they raise."""
 
 import math
 from collections import deque
@@ -44,10 +44,10 @@ _USER = int(Role.USER)
 
 @dataclass(frozen=True)
 class Observation:
-    """One closed sentence of the output, as it was captured.
+    """One closed sentence of the output, or the opening (see `untrusted.py`), as it was captured.
 
     Attributes:
-        index: its number, prompt included.
+        index: its number, prompt included; of the opening, that of the prompt's last sentence, whose last token it is.
         mass: share of its attention on each sentence up to itself, that on the first token left out: every head reads
             that when it has nothing to read (the attention sink).
         roles: uint8 [index + 1], `summary.proto` Role of each sentence.
@@ -56,6 +56,7 @@ class Observation:
         lags: int64 [rows], tokens from each row back to the far key it reads most, 0 if none.
         lag_shares: float64 [rows], attention on that key.
         untrusted: as `mass`, by the heads that a profile names for UNTRUSTED_ANCHOR; None where it names none.
+        opening: whether it is the opening.
     """
 
     index: int
@@ -66,6 +67,14 @@ class Observation:
     lags: NDArray[np.int64]
     lag_shares: NDArray[np.float64]
     untrusted: SparseMass | None = None
+    opening: bool = False
+
+    def rivals(self) -> SparseMass:
+        """What UNTRUSTED_ANCHOR is shown: the mass on what may be an anchor beside a document."""
+        mass = self.mass if self.untrusted is None else self.untrusted
+        # The opening's own sentence is most often the template's header, which it reads because it is so near.
+        limit = self.index if self.opening else max(0, self.index - ANCHOR_GAP + 1)
+        return mass.before(limit) if self.opening else candidates(mass, self.roles, limit)
 
 
 @dataclass(frozen=True)
@@ -183,7 +192,12 @@ class Panel:
         return Panel(self.profile, self.rate)
 
     def update(self, seen: Observation) -> list[Alarm]:
-        """Take in one sentence; what it raised, most telling first."""
+        """Take in one sentence, or the opening before the first; what it raised, most telling first.
+
+        The opening is shown to UNTRUSTED_ANCHOR alone, and to no detector by a profile whose scores are without it.
+        """
+        if seen.opening:
+            return self._open(seen)
         limit = max(0, seen.index - ANCHOR_GAP + 1)
         far = seen.mass.before(limit)
         prompt = self._prompt_of(seen)
@@ -191,9 +205,7 @@ class Panel:
         tokens = min(1.0, prompt.user_tokens / max(1, int(seen.starts[limit])))
         role = int(seen.roles[seen.index])
         told = (user, far.total, tokens, seen.rows, limit, role)
-        near = _NOTHING
-        if prompt.untrusted:
-            near = candidates(seen.mass if seen.untrusted is None else seen.untrusted, seen.roles, limit)
+        near = seen.rivals() if prompt.untrusted else _NOTHING
         self.verdicts = {
             Kind.UNTRUSTED_ANCHOR: self.untrusted.update(*Rivals.of(near, seen.roles), seen.rows),
             Kind.ANCHOR_SHIFT: self.shift.update(far, limit, seen.rows, role),
@@ -213,6 +225,19 @@ class Panel:
         self.values = {
             kind: (stratum, value) for kind, value in shown.items() if self.verdicts[kind] is not Verdict.INSUFFICIENT
         }
+        return self._raise(seen, far, near)
+
+    def _open(self, seen: Observation) -> list[Alarm]:
+        self.verdicts, self.values = {}, {}
+        if self.profile is not None and not self.profile.openings:
+            return []
+        near = seen.rivals() if (seen.roles == Role.UNTRUSTED).any() else _NOTHING
+        verdict = self.untrusted.update(*Rivals.of(near, seen.roles), seen.rows, opening=True)
+        self.verdicts = {Kind.UNTRUSTED_ANCHOR: verdict}
+        return self._raise(seen, _NOTHING, near)
+
+    def _raise(self, seen: Observation, far: SparseMass, near: SparseMass) -> list[Alarm]:
+        """The alarms among the newest verdicts."""
         alarms = []
         for kind, verdict in self.verdicts.items():
             if verdict is Verdict.INSUFFICIENT:

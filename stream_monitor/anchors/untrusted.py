@@ -1,4 +1,8 @@
-"""UNTRUSTED_ANCHOR: a stretch labelled untrusted became what the output rests on most."""
+"""UNTRUSTED_ANCHOR: a stretch labelled untrusted became what the output rests on most.
+
+Shown are the sentences of the output and, before them, the **opening**: the row of the prompt's last token, from which
+the first token of the output is sampled. A short answer that was hijacked may have no other row before it says so.
+"""
 
 import math
 from typing import NamedTuple
@@ -53,7 +57,7 @@ class UntrustedAnchor:
     threshold
         Alarm when the score passes it, once until it falls below again. 0: the untrusted one is the heavier.
     min_rows
-        Captured rows a sentence needs.
+        Captured rows a sentence needs; the opening is a single row, and needs that.
     min_mass
         Share of attention that candidates must hold.
 
@@ -81,17 +85,18 @@ class UntrustedAnchor:
         self.drift_detected = False
         self._above = False
 
-    def update(self, untrusted: float, other: float, total: float, rows: int) -> Verdict:
-        """Take in one sentence of a request with an untrusted stretch.
+    def update(self, untrusted: float, other: float, total: float, rows: int, opening: bool = False) -> Verdict:
+        """Take in one sentence of a request with an untrusted stretch, or its opening.
 
         Args:
             untrusted: share of its attention on the heaviest untrusted sentence.
             other: the same of the heaviest of all others.
             total: the same of all candidates together.
             rows: captured rows it has.
+            opening: whether it is the opening.
         """
         self.drift_detected = False
-        if rows < self.min_rows or total < self.min_mass:
+        if rows < (1 if opening else self.min_rows) or total < self.min_mass:
             return Verdict.INSUFFICIENT
         self.score = math.log(max(untrusted, _LEAST_MASS) / max(other, _LEAST_MASS))
         above = self.score > self.threshold

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from stream_monitor.anchors.auroc import auroc
 from stream_monitor.anchors.calibration import Served
 from stream_monitor.anchors.heads import Head
-from stream_monitor.anchors.matrix import ANCHOR_GAP, Mass
+from stream_monitor.anchors.matrix import Mass
 from stream_monitor.anchors.profile import ProfileError
-from stream_monitor.anchors.untrusted import Rivals, UntrustedAnchor, candidates
+from stream_monitor.anchors.untrusted import Rivals, UntrustedAnchor
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.records import Role
 
@@ -104,9 +104,8 @@ def score(request: Served, heads: Sequence[Head]) -> float:
     """The request's highest of UNTRUSTED_ANCHOR by these heads, by all alike if there are none; -inf without one."""
     detector, highest = UntrustedAnchor(), -math.inf
     for seen in request.observations((), heads):
-        mass = seen.mass if seen.untrusted is None else seen.untrusted
-        near = candidates(mass, seen.roles, max(0, seen.index - ANCHOR_GAP + 1))
-        if detector.update(*Rivals.of(near, seen.roles), seen.rows) is not Verdict.INSUFFICIENT:
+        shown = Rivals.of(seen.rivals(), seen.roles)
+        if detector.update(*shown, seen.rows, seen.opening) is not Verdict.INSUFFICIENT:
             highest = max(highest, detector.score)
     return highest
 

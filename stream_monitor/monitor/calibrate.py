@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import grpc
@@ -129,8 +129,11 @@ def served(trace: monitor_pb2.GetTraceResponse) -> Served:
     columns = np.frombuffer(trace.head_column, "<u4")
     heads = np.frombuffer(trace.head_index, np.uint8)
     shares = np.frombuffer(trace.head_share, "<f4")
-    output = [one.index for one in trace.sentences if one.first_token >= trace.info.prompt_tokens and rows[one.index]]
-    edges = np.searchsorted(of_entry, [*output, len(rows)])
+    prompt = sum(one.first_token < trace.info.prompt_tokens for one in trace.sentences)
+    output = [index for index in range(prompt, len(rows)) if rows[index]]
+    edges = np.searchsorted(of_entry, [*output, len(rows)]).tolist()
+    # The head by head rows are the output's, but for the opening's, which is the prompt's last.
+    before = HeadShares(heads[: edges[0]], columns[: edges[0]], shares[: edges[0]])
     lock = [one.highest for one in trace.info.scores if one.kind == monitor_pb2.EVENT_KIND_ANCHOR_LOCK]
     return Served(
         heads=[(one.head.layer, one.head.query_head) for one in trace.heads],
@@ -139,9 +142,10 @@ def served(trace: monitor_pb2.GetTraceResponse) -> Served:
         rows=rows,
         shares=[
             (index, HeadShares(heads[start:end], columns[start:end], shares[start:end]))
-            for index, start, end in zip(output, edges[:-1].tolist(), edges[1:].tolist(), strict=True)
+            for index, (start, end) in zip(output, pairwise(edges), strict=True)
         ],
         lock=lock[0] if lock else None,
+        opening=(prompt - 1, before) if edges[0] else None,
     )
 
 

@@ -99,10 +99,12 @@ def _finding(trace: Trace, event: monitor_pb2.Event) -> Text:
     columns, shares = trace.matrix.column[here], trace.matrix.share[here]
     heaviest = np.argsort(-shares, kind="stable")[:10]
     read = ", ".join(f"{columns[place]} ({shares[place]:.1%})" for place in heaviest)
+    opening = event.sentence.end_token <= trace.info.prompt_tokens
+    told = ", from whose last token the output's first one is sampled" if opening else ""
     carriers = ", ".join(f"{one.head.layer}.{one.head.query_head} ({one.share:.0%})" for one in event.heads)
     return Text(
         f"\n{kind}: score {event.score:.3g}, threshold {event.threshold:.3g}, {rare}; began at sentence "
-        f"{event.began.index}, detected at {event.sentence.index}\n"
+        f"{event.began.index}, detected at {event.sentence.index}{told}\n"
         f"sentence {event.sentence.index} reads: {read}; not observed: {event.unobserved_share:.1%}\n"
         f"carried by heads (layer.head): {carriers or 'none in particular'}"
     )

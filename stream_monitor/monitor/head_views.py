@@ -31,7 +31,8 @@ def add_heads(trace: RequestTrace, response: monitor_pb2.GetTraceResponse, with_
     response.receiver_score = vertical_scores(rows, columns, shares, observed).astype("<f4").tobytes()
     response.corrected_score = proximity_corrected(rows, columns, shares, observed).astype("<f4").tobytes()
     if with_matrix:
-        kept = trace.heads.sentences()
+        opening = trace.heads.opening
+        kept = [*([opening] if opening else []), *trace.heads.sentences()]
         numbers = np.array([index for index, _ in kept], "<u4")
         response.head_row = np.repeat(numbers, [len(found.columns) for _, found in kept]).astype("<u4").tobytes()
         response.head_column = b"".join(found.columns.astype("<u4").tobytes() for _, found in kept)

@@ -148,7 +148,8 @@ VERDICTS = _define(
     "verdicts_total",
     (*ENGINE, "kind", "verdict"),
     "What each detector said of each scored sentence: `insufficient` (it abstains: too few captured rows, or nothing "
-    "to look at), `warm_up`, `steady` or `alarm`.",
+    "to look at), `warm_up`, `steady` or `alarm`. `untrusted_anchor` also looks at the opening, the row from which the "
+    "first token is sampled, of each request with an untrusted stretch.",
 )
 EVENTS = _define(
     _S,

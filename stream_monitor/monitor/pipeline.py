@@ -180,17 +180,19 @@ class Pipeline:
 
     def _score(self, trace: RequestTrace, index: int, found: Fold, row: SentenceRow, tally: SentenceTally) -> None:
         now = trace.last_seen_ns
-        if found.telling:
-            trace.heads.put(index, found.shares)
         seen = trace.observation(index, row, found)
+        if found.telling:
+            put = trace.heads.put_opening if seen.opening else trace.heads.put
+            put(index, found.shares)
         alarms = trace.panel.update(seen)
-        mass = seen.mass.before(index - ANCHOR_GAP + 1)
-        trace.top_anchor = mass.heaviest()
-        tally.sentences += 1
         tally.verdicts.update(trace.panel.verdicts.items())
-        tally.anchor_mass += np.bincount(seen.roles[mass.columns], mass.shares, len(tally.anchor_mass))
-        if row.rows:
-            tally.unobserved.append(row.unobserved)
+        mass = seen.mass.before(index - ANCHOR_GAP + 1)
+        if not seen.opening:
+            trace.top_anchor = mass.heaviest()
+            tally.sentences += 1
+            tally.anchor_mass += np.bincount(seen.roles[mass.columns], mass.shares, len(tally.anchor_mass))
+            if row.rows:
+                tally.unobserved.append(row.unobserved)
         for alarm in alarms:
             finding = views.alarm_event(trace, index, alarm, found.shares, row.unobserved, now)
             trace.findings.append(finding)
@@ -201,6 +203,8 @@ class Pipeline:
             named = exemplar(trace.identity.external_id)
             self.metrics.events.labels(*trace.labels, name, severity).inc(exemplar=named)
             self.log.publish(finding)
+        if seen.opening:
+            return
         if self.log.progress_wanted:
             self.log.publish(views.sentence_event(trace, index, mass, row.unobserved, now))
         else:

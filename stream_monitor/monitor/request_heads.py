@@ -22,11 +22,14 @@ class RequestHeads:
     Attributes:
         heads: (layer, query head) of each place, in the order in which their ranks came.
         bytes: of what is kept.
+        opening: number of the prompt's last sentence, and what its last row reads; see `anchors/untrusted.py`. It is no
+            sentence of the output.
     """
 
     def __init__(self) -> None:
         self.heads: list[Head] = []
         self.bytes = 0
+        self.opening: tuple[int, HeadShares] | None = None
         self._places: dict[Any, NDArray[np.int64]] = {}
         self._shares: dict[int, HeadShares] = {}
         self._weights: dict[_Weigh, tuple[tuple[Head, ...], NDArray[np.float64]]] = {}
@@ -44,6 +47,11 @@ class RequestHeads:
         self._shares[sentence] = shares
         self.bytes += shares.nbytes
 
+    def put_opening(self, sentence: int, shares: HeadShares) -> None:
+        """Keep what the opening reads."""
+        self.opening = sentence, shares
+        self.bytes += shares.nbytes
+
     def of(self, sentence: int) -> HeadShares:
         """What was kept of a sentence."""
         return self._shares.get(sentence, NO_SHARES)
@@ -56,6 +64,9 @@ class RequestHeads:
         """Forget this sentence and those after it."""
         for number in [number for number in self._shares if number >= sentence]:
             self.bytes -= self._shares.pop(number).nbytes
+        if self.opening is not None and self.opening[0] >= sentence:
+            self.bytes -= self.opening[1].nbytes
+            self.opening = None
 
     def newest(self, count: int) -> list[tuple[int, HeadShares]]:
         """The last so many of `sentences`: what is closed comes in order."""

@@ -75,6 +75,7 @@ class RequestTrace:
         self._roles = bytearray()
         self._builder: SentenceBuilder | None = None
         self._settled = 0
+        self._opening = -1
         self._prompt_split = False
 
     @property
@@ -156,14 +157,14 @@ class RequestTrace:
         self._starts.release()
 
     def settle(self) -> list[int]:
-        """Output sentences, in order, whose rows are all in: a later row arrived, a later sentence closed, or the
-        request ended."""
-        first = self._settled
+        """What is to be scored, in order: sentences of the output whose rows are all in, as a later row arrived, a
+        later sentence closed, or the request ended; and before the first the opening, by the prompt's last sentence."""
+        opening, first = self._settle_opening(), self._settled
         while self._settled < len(self.spans) and (
             self.finished or self._settled + 1 < len(self.spans) or self.rows.newest >= self.spans[self._settled].end
         ):
             self._settled += 1
-        return list(range(first, self._settled))
+        return [*opening, *range(first, self._settled)]
 
     def matrix_rows(self) -> list[SentenceRow]:
         """Rows of the sentence matrix, each averaged over the heads of its rows, then over the rows."""
@@ -178,17 +179,20 @@ class RequestTrace:
         return self._closed_ns[index]
 
     def observation(self, index: int, row: SentenceRow, fold: Fold) -> Observation:
-        """What detectors are shown of sentence `index`: its row of the matrix, and what its rows said when folded."""
+        """What detectors are shown of sentence `index`: its row of the matrix, and what its rows said when folded. Of
+        the prompt's last sentence, that is the opening alone."""
+        opening = index < self.prompt_sentences
         return Observation(
             index=index,
             mass=fold.mass,
             # A copy: what is lent out could not grow.
             roles=np.frombuffer(self._roles, np.uint8)[: index + 1].copy(),
             starts=self._starts.positions[: index + 1],
-            rows=row.rows,
+            rows=fold.telling if opening else row.rows,
             lags=row.lags,
             lag_shares=row.lag_shares,
             untrusted=self._by_untrusted_heads(fold.shares),
+            opening=opening,
         )
 
     def _by_untrusted_heads(self, shares: HeadShares) -> SparseMass | None:
@@ -214,6 +218,7 @@ class RequestTrace:
         for span in coarsen(fresh, max(1, self.max_sentences // 2 - len(self.spans))):
             self._close(span)
         self._prompt_split = bool(started.prompt_flags)
+        self._opening = started.prompt_tokens - 1 if Role.UNTRUSTED in self._roles else -1
         self._settle_all()
 
     def _begin_late(self, first: int) -> None:
@@ -225,7 +230,18 @@ class RequestTrace:
     def _settle_all(self) -> None:
         """What there is of sentences is the prompt's, which are not scored."""
         self.prompt_sentences = self._settled = len(self.spans)
-        self.rows.fold_late(self._closed_end)
+        self.rows.fold_late(self._closed_end, self._opening)
+
+    def _settle_opening(self) -> list[int]:
+        """The prompt's last sentence, once: when the row of its last token, from which the first of the output is
+        sampled, is all in. Where nothing is untrusted it has nothing to say."""
+        if self._opening < 0 or not (
+            self.rows.newest > self._opening or self.finished or len(self.spans) > self.prompt_sentences
+        ):
+            return []
+        sampled = self.output_tokens > 0 or self.rows.held(self._opening) is not None
+        self._opening = -1
+        return [self.prompt_sentences - 1] if sampled else []
 
     @property
     def _closed_end(self) -> int:
@@ -245,8 +261,11 @@ class RequestTrace:
                 discard(row, "unplaced")
                 return
         self.rows.add(row)
-        if self._settled and row.position < self.spans[self._settled - 1].end:
-            self.rows.fold_late(self.spans[self._settled - 1].end)
+        if row.position == self._opening:
+            # The prompt's last sentence is over when the row of its last token is taken.
+            self._closed_ns[self.prompt_sentences - 1] = self.last_seen_ns
+        elif self._settled and row.position < self.spans[self._settled - 1].end:
+            self.rows.fold_late(self.spans[self._settled - 1].end, self._opening)
 
     def _close(self, span: Span) -> None:
         if len(self.spans) >= self.max_sentences:

@@ -72,9 +72,10 @@ class TraceRows:
             self._put(index, folded)
         return self._folded.get(index, _NOTHING)
 
-    def fold_late(self, end: int) -> None:
-        """Fold the rows before a position, whose sentences were scored before, or are the prompt's."""
-        late = self._waiting_before(end)
+    def fold_late(self, end: int, but: int) -> None:
+        """Fold the rows before a position, whose sentences were scored before, or are the prompt's; the one at `but`
+        is still to be scored."""
+        late = self._waiting_before(end, but)
         for index, found in zip(late, fold(late.values()), strict=True):
             self._put(index, found.folded)
 
@@ -128,10 +129,10 @@ class TraceRows:
     def _sentence(self, position: int) -> int:
         return int(self._starts.of(np.array([position], np.uint32))[0])
 
-    def _waiting_before(self, end: int) -> dict[int, Unfolded]:
-        """The rows that wait before a position, by the number of their sentence."""
+    def _waiting_before(self, end: int, but: int = -1) -> dict[int, Unfolded]:
+        """The rows that wait before a position, but for one at `but`, by the number of their sentence."""
         found: dict[int, Unfolded] = {}
-        for at in sorted(at for at in self._waiting if at < end):
+        for at in sorted(at for at in self._waiting if at < end and at != but):
             index = self._sentence(at)
             found.setdefault(index, Unfolded([], self._starts, self._heads)).rows.append(self._waiting[at])
         return found

@@ -160,7 +160,7 @@ def sentence_event(
 def alarm_event(
     trace: RequestTrace, index: int, alarm: Alarm, shares: HeadShares, unobserved: float, now_ns: int
 ) -> monitor_pb2.Event:
-    """A finding at sentence `index`, which has these shares by head, right after the detectors took it in."""
+    """A finding at sentence `index`, or the opening, which has these shares by head, right after it was taken in."""
     event = sentence_event(trace, index, alarm.now, unobserved, now_ns)
     event.kind = getattr(monitor_pb2, f"EVENT_KIND_{alarm.kind.name}")
     event.severity = monitor_pb2.SEVERITY_WARNING
@@ -171,11 +171,11 @@ def alarm_event(
     event.began.CopyFrom(sentence(trace, alarm.began))
     moved_to = np.array(sorted(anchor.sentence.index for anchor in event.to_anchors), np.int64)
     event.heads.extend(carriers(trace, alarm, moved_to, shares))
-    event.summary = _summary(event, index, alarm)
+    event.summary = _summary(event, index, alarm, opening=index < trace.prompt_sentences)
     return event
 
 
-def _summary(event: monitor_pb2.Event, index: int, alarm: Alarm) -> str:
+def _summary(event: monitor_pb2.Event, index: int, alarm: Alarm, opening: bool) -> str:
     """One sentence for people."""
     rare = "" if alarm.p_value is None else f"; p = {alarm.p_value:.2g}"
     since = f" since sentence {alarm.began}" if alarm.began < index else ""
@@ -187,7 +187,8 @@ def _summary(event: monitor_pb2.Event, index: int, alarm: Alarm) -> str:
         return f"at sentence {index} the output looks at the user's prompt less than it did{since}, and at {to}{rare}"
     if alarm.kind is Kind.ANCHOR_LOCK:
         return f"at sentence {index} the output repeats itself: {alarm.detail}{rare}"
-    return f"at sentence {index} the output rests most on {to}, which is labelled untrusted{rare}"
+    at = "from its first token on" if opening else f"at sentence {index}"
+    return f"{at} the output rests most on {to}, which is labelled untrusted{rare}"
 
 
 def scores(trace: RequestTrace) -> list[monitor_pb2.DetectorScore]:

@@ -311,7 +311,9 @@ class Event(_message.Message):
     def key(self) -> Global___TraceKey: ...
     @_builtins.property
     def sentence(self) -> Global___Sentence:
-        """The sentence the event was detected at."""
+        """The sentence the event was detected at. Of the prompt only its last one, by UNTRUSTED_ANCHOR: there the opening was
+        scored, the row of the prompt's last token, from which the output's first is sampled.
+        """
 
     @_builtins.property
     def from_anchors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Anchor]:
@@ -586,7 +588,8 @@ class GetTraceResponse(_message.Message):
     head_row: _builtins.bytes
     """With GetTraceRequest.with_heads, in coordinate form: n entries, in query sentence head_row[i], head head_index[i]
     (place in `heads`) gave head_share[i] of its mass to sentence head_column[i], the first token left out. uint32[n],
-    uint32[n], uint8[n], float32[n]. Sentences of the output alone.
+    uint32[n], uint8[n], float32[n]. Sentences of the output, and, where part of the prompt is untrusted, the opening as
+    the prompt's last sentence (see Event.sentence): its last row alone.
     """
     head_column: _builtins.bytes
     head_index: _builtins.bytes

@@ -147,6 +147,36 @@ def profile(scores: dict[str, list[float]], requests: int, trim: float = 0.0) ->
     return make_profile("m", "c", 1, {kind.value: [] for kind in Kind} | scores, requests, trim)
 
 
+def opening(on: dict[int, float]) -> Observation:
+    """The row of the prompt's last token."""
+    return replace(observation(PROMPT - 1, on, rows=1), opening=True)
+
+
+def test_the_opening_raises_once_and_is_no_sentence() -> None:
+    panel, seen = Panel(), [observation(PROMPT + place, {2: 0.3, 5: 0.2}) for place in range(3)]
+    assert run(panel, [opening({2: 0.3, 5: 0.2})]) == [(PROMPT - 1, Kind.UNTRUSTED_ANCHOR)]
+    assert panel.verdicts == {Kind.UNTRUSTED_ANCHOR: Verdict.ALARM}
+    assert panel.highest[Kind.UNTRUSTED_ANCHOR].sentence == PROMPT - 1
+    assert run(panel, seen) == [], "it goes on as it began"
+    alone = Panel()
+    run(alone, seen)
+    assert panel.highest[Kind.ANCHOR_SHIFT] == alone.highest[Kind.ANCHOR_SHIFT]
+    assert panel.detachment.score == alone.detachment.score
+
+
+def test_what_the_opening_reads_of_its_own_sentence_says_nothing() -> None:
+    assert run(Panel(), [opening({2: 0.3, 5: 0.2, PROMPT - 1: 0.4})]) == [(PROMPT - 1, Kind.UNTRUSTED_ANCHOR)]
+    assert run(Panel(), [opening({2: 0.2, 5: 0.3})]) == []
+
+
+def test_no_opening_is_compared_with_scores_without_any() -> None:
+    made = profile({"untrusted_anchor": [-1.0] * 9}, 9)
+    assert run(Panel(made, 0.2), [opening({2: 0.3, 5: 0.2})]) == [(PROMPT - 1, Kind.UNTRUSTED_ANCHOR)]
+    older = Panel(replace(made, openings=False), 0.2)
+    assert run(older, [opening({2: 0.3, 5: 0.2})]) == []
+    assert (older.verdicts, older.highest[Kind.UNTRUSTED_ANCHOR].sentence) == ({}, -1)
+
+
 def test_p_values_are_the_conformal_ones() -> None:
     made = profile({"anchor_shift": [1.0, 2.0, 2.0, 3.0]}, 9)
     assert [made.p_value("anchor_shift", score) for score in (3.5, 3.0, 2.0, 0.0)] == [0.2, 0.4, 0.8, 1.0]
@@ -232,13 +262,14 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         ("nonsense", "is not a profile; `stream-monitor calibrate` makes one"),
         ("[]", "is not a profile"),
         ('{"version": 2}', "is not a profile"),
-        ('{"version": 1}', "is a profile of version 1; this program reads 2 and 3"),
+        ('{"version": 1}', "is a profile of version 1; this program reads 2 to 4"),
         ('{"version": 3}', "is not a profile"),
         ({"untrusted_heads": [[1, 2, 3]]}, "is not a profile"),
         ({"requests": 1}, "was changed by hand"),
         ({"highest": {"anchor_shift": [2.0, 1.0]}}, "was changed by hand"),
         ({"highest": {"anchor_shift": [math.nan]}}, "was changed by hand"),
         ({"references": {"anchor_shift": {"all": [30, math.inf, 1.0]}}}, "was changed by hand"),
+        ({"openings": "yes"}, "was changed by hand"),
         ({"receivers": [1, 2]}, "is not a profile"),
         ({"surprise": 1}, "is not a profile"),
     ],
@@ -259,8 +290,8 @@ def test_a_profile_from_before_heads_were_chosen_goes_on_working(tmp_path: Path)
     made = profile({"untrusted_anchor": [0.1] * 9}, 9)
     made.write(path)
     content = json.loads(path.read_text()) | {"version": 2}
-    del content["untrusted_heads"]
+    del content["untrusted_heads"], content["openings"]
     path.write_text(json.dumps(content))
-    assert Profile.read(path) == made
+    assert Profile.read(path) == replace(made, openings=False)
     taken = [observation(PROMPT + place, {2: 0.3, 5: 0.2}) for place in range(3)]
     assert run(Panel(Profile.read(path), 0.2), taken) == [(PROMPT, Kind.UNTRUSTED_ANCHOR)]
