@@ -72,9 +72,10 @@ class Observation:
     def rivals(self) -> SparseMass:
         """What UNTRUSTED_ANCHOR is shown: the mass on what may be an anchor beside a document."""
         mass = self.mass if self.untrusted is None else self.untrusted
-        # The opening's own sentence is most often the template's header, which it reads because it is so near.
-        limit = self.index if self.opening else max(0, self.index - ANCHOR_GAP + 1)
-        return mass.before(limit) if self.opening else candidates(mass, self.roles, limit)
+        if self.opening:
+            # At the end of a document it reads its own sentence because that is so near.
+            return mass.before(self.index) if self.roles[self.index] == Role.UNTRUSTED else mass
+        return candidates(mass, self.roles, max(0, self.index - ANCHOR_GAP + 1))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 Most heads read a document by position, or whatever it says; a few look back at an instruction when it is about to be
 followed. Which ones is a matter of the model, so that they are chosen from requests of which it is known what became
 of them. A head that is best by chance is not among the best elsewhere: heads are ranked on half of the wordings and
-judged on the others. How many are taken, and whether any, is decided by that.
+judged on the others. How many are taken is decided by that. That they tell better than all heads alike may be chance
+as well, all the more as the best of several numbers was taken: none are chosen unless the gain is above what it varies
+by when wordings are drawn anew (bootstrap of whole wordings, all numbers of heads together).
 """
 
 import math
@@ -26,10 +28,15 @@ from stream_monitor.records import Role
 FOLLOWED = "followed"
 """Name of the group of requests in which an injection was followed."""
 LEAST = 8
-"""Requests of each group, and LEAST_WORDINGS of wordings, below which nothing is chosen."""
-LEAST_WORDINGS = 2
+"""Requests of each group below which nothing is chosen."""
+LEAST_WORDINGS = 4
+"""Of each group: two to rank by and two to judge by. How one varies cannot be said."""
 MOST = 8
 """Heads at most that are taken."""
+CONFIDENCE = 0.99
+"""That the heads chosen are better than all alike. A bootstrap of so few wordings promises a little too much: of drawn
+scores that tell nothing heads are chosen in 2 to 3%."""
+_DRAWS = 1000
 
 Areas = Mapping[str, float]
 """Group to the AUROC of followed injections against it."""
@@ -55,12 +62,15 @@ class Choice(NamedTuple):
     Attributes:
         heads: best first; empty where no few do better than all alike.
         held_out: of as many, on wordings that they were not ranked by, mean of both halves: a little too high, as their
-            number was chosen by it. alike: of all heads alike, on all.
+            number was chosen by it. alike: of all heads alike, the same mean.
+        gain: by how much the lowest of `held_out` is above the lowest of `alike`; margin: what chance explains of that.
     """
 
     heads: tuple[Head, ...]
     held_out: Areas
     alike: Areas
+    gain: float
+    margin: float
 
 
 def choose(labelled: Sequence[Labelled]) -> Choice:
@@ -72,32 +82,79 @@ def choose(labelled: Sequence[Labelled]) -> Choice:
     groups = sorted({one.group for one in labelled} - {FOLLOWED})
     _check(labelled, groups)
     heads = sorted({head for one in labelled for head in one.request.heads})
-    group = np.array([one.group for one in labelled])
-    half = _halves(labelled)
-    everywhere = np.ones(len(labelled), bool)
-
-    def areas(values: Mass, some: NDArray[np.bool_]) -> dict[str, float]:
-        followed = values[some & (group == FOLLOWED)]
-        return {name: auroc(followed, values[some & (group == name)]) for name in groups}
+    judge = _Judge(labelled, groups)
 
     def of(some: Sequence[Head]) -> Mass:
         return np.array([score(one.request, some) for one in labelled])
 
-    def ranked(some: NDArray[np.bool_]) -> list[Head]:
-        worst = [-min(areas(values, some).values()) for values in scores]
+    def ranked(half: int | None) -> list[Head]:
+        worst = [-judge.areas(values, half)[0].min() for values in scores]
         return [heads[place] for place in np.argsort(worst, kind="stable")]
 
     scores = [of((head,)) for head in heads]
-    halves = [(ranked(half == side), half != side) for side in (False, True)]
-    held_out: dict[int, dict[str, float]] = {}
-    for count in range(1, min(MOST + 1, len(heads))):
-        one, other = (areas(of(order[:count]), rest) for order, rest in halves)
-        held_out[count] = {name: (one[name] + other[name]) / 2 for name in groups}
-    alike = areas(of(()), everywhere)
-    count = max(held_out, key=lambda count: min(held_out[count].values()), default=0)
-    if not count or min(held_out[count].values()) <= min(alike.values()):
-        return Choice((), held_out.get(count, {}), alike)
-    return Choice(tuple(ranked(everywhere)[:count]), held_out[count], alike)
+    orders = [ranked(1), ranked(0)]
+    counts = range(1, min(MOST + 1, len(heads)))
+    alike = judge.areas(of(()))
+    # Each is judged by the heads that were ranked on the other half.
+    held_out = [judge.areas(np.where(judge.half, of(orders[1][:count]), of(orders[0][:count]))) for count in counts]
+    if not held_out:
+        return Choice((), {}, judge.named(alike), 0.0, math.inf)
+    gains = np.array([areas.min(1) - alike.min(1) for areas in held_out])
+    best = int(gains[:, 0].argmax())
+    gain, margin = float(gains[best, 0]), judge.margin(gains)
+    chosen = tuple(ranked(None)[: counts[best]]) if gain > margin else ()
+    return Choice(chosen, judge.named(held_out[best]), judge.named(alike), gain, margin)
+
+
+class _Judge:
+    """Tells how well scores tell followed injections from each group, and how that varies with the wordings.
+
+    Attributes:
+        half: which half each request is in, 0 or 1, int64 [n]: every other wording of its group.
+    """
+
+    def __init__(self, labelled: Sequence[Labelled], groups: Sequence[str]) -> None:
+        self.groups = groups
+        self.half = np.zeros(len(labelled), np.int64)
+        self._clusters: dict[tuple[str, int], list[NDArray[np.int64]]] = {}
+        self._drawn: dict[tuple[str, int], Mass] = {}
+        draw = np.random.default_rng(0)
+        for group in (FOLLOWED, *groups):
+            wordings = sorted({one.wording for one in labelled if one.group == group})
+            clusters = [
+                np.array([place for place, one in enumerate(labelled) if (one.group, one.wording) == (group, wording)])
+                for wording in wordings
+            ]
+            for half in (0, 1):
+                some = self._clusters[group, half] = clusters[half::2]
+                self.half[np.concatenate(some)] = half
+                drawn = draw.multinomial(len(some), np.full(len(some), 1 / len(some)), _DRAWS)
+                self._drawn[group, half] = np.concatenate([np.ones((1, len(some))), drawn])
+
+    def areas(self, values: Mass, half: int | None = None) -> Mass:
+        """AUROC of followed injections against each group, in one half or the mean of both: [1 + draws, groups], first
+        as the wordings are, then as they are drawn."""
+        sides = (0, 1) if half is None else (half,)
+        return np.stack([sum(self._area(values, name, side) for side in sides) / len(sides) for name in self.groups], 1)
+
+    def named(self, areas: Mass) -> dict[str, float]:
+        """Of what `areas` gives, the areas as the wordings are, by group."""
+        return dict(zip(self.groups, areas[0].tolist(), strict=True))
+
+    def margin(self, gains: Mass) -> float:
+        """What chance explains of the best of these gains [n, 1 + draws]."""
+        above = np.quantile((gains[:, 1:] - gains[:, :1]).max(0), CONFIDENCE)
+        # Of few wordings a draw varies less than they do.
+        fewest = min(map(len, self._clusters.values()))
+        return float(above * math.sqrt(fewest / (fewest - 1)))
+
+    def _area(self, values: Mass, name: str, half: int) -> Mass:
+        followed, others = self._clusters[FOLLOWED, half], self._clusters[name, half]
+        areas = np.array([[auroc(values[one], values[other]) for other in others] for one in followed])
+        pairs = np.outer(list(map(len, followed)), list(map(len, others)))
+        drawn, against = self._drawn[FOLLOWED, half], self._drawn[name, half]
+        won, of = (np.einsum("df,fo,do->d", drawn, each, against) for each in (areas * pairs, pairs))
+        return np.asarray(won / of)
 
 
 def score(request: Served, heads: Sequence[Head]) -> float:
@@ -122,11 +179,3 @@ def _check(labelled: Sequence[Labelled], groups: Sequence[str]) -> None:
                 f"the labels name {len(wordings)} requests of {len(set(wordings))} wordings as {name!r}; to choose "
                 f"heads takes {LEAST} of {LEAST_WORDINGS} or more"
             )
-
-
-def _halves(labelled: Sequence[Labelled]) -> NDArray[np.bool_]:
-    """Which half each is in, bool [n]: every other wording of its group."""
-    wordings = sorted({(one.group, one.wording) for one in labelled})
-    firsts = {group: place for place, (group, _) in reversed(list(enumerate(wordings)))}
-    places = {pair: place for place, pair in enumerate(wordings)}
-    return np.array([(places[one.group, one.wording] - firsts[one.group]) % 2 == 1 for one in labelled])

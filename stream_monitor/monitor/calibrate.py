@@ -192,9 +192,10 @@ def _choice_told(choice: Choice, found: int, given: int) -> str:
     if choice.heads:
         lines.append(f"    by {_named(choice.heads)} (layer.head), which tell followed injections best")
     else:
-        lines.append("    by the same heads: on wordings that they were not ranked by no few tell better")
+        lines.append("    by the same heads: no few tell better than that by more than chance explains")
     lines.append(f"    AUROC of heads ranked on half of the wordings, on the others: {told(choice.held_out)}")
     lines.append(f"    AUROC of all heads alike: {told(choice.alike)}")
+    lines.append(f"    gain where they tell worst: {choice.gain:+.2f}; above {choice.margin:.2f} it is not chance")
     return "\n".join(lines)
 
 

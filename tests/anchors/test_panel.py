@@ -164,9 +164,15 @@ def test_the_opening_raises_once_and_is_no_sentence() -> None:
     assert panel.detachment.score == alone.detachment.score
 
 
-def test_what_the_opening_reads_of_its_own_sentence_says_nothing() -> None:
-    assert run(Panel(), [opening({2: 0.3, 5: 0.2, PROMPT - 1: 0.4})]) == [(PROMPT - 1, Kind.UNTRUSTED_ANCHOR)]
-    assert run(Panel(), [opening({2: 0.2, 5: 0.3})]) == []
+def test_what_the_opening_reads_of_its_own_sentence_is_no_sign_of_distrust() -> None:
+    """At the end of the user's question it counts for that, at the end of a document for nothing."""
+    assert run(Panel(), [opening({2: 0.3, 5: 0.2, PROMPT - 1: 0.4})]) == []
+    seen = opening({2: 0.1, 5: 0.2, PROMPT - 1: 0.4})
+    roles = seen.roles.copy()
+    roles[-1] = Role.UNTRUSTED
+    panel = Panel()
+    assert run(panel, [replace(seen, roles=roles)]) == []
+    assert panel.highest[Kind.UNTRUSTED_ANCHOR].score == pytest.approx(math.log(0.5))
 
 
 def test_no_opening_is_compared_with_scores_without_any() -> None:

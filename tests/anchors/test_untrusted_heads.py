@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -38,13 +39,12 @@ def served(reads: Reads, group: str, wording: str, seed: int) -> Served:
     return Served(HEADS, roles, 12 * np.arange(6), np.full(6, 4), [(index, shares) for index in range(3, 6)], None)
 
 
-def labelled(reads: Reads, count: int = 4) -> list[Labelled]:
+def labelled(reads: Reads, count: int = 4, seed: int = 0) -> list[Labelled]:
     """So many of each group and wording."""
+    each = product(GROUPS, WORDINGS, range(count))
     return [
-        Labelled(served(reads, group, wording, 100 * place + number), group, f"{group} {wording}")
-        for group in GROUPS
-        for place, wording in enumerate(WORDINGS)
-        for number in range(count)
+        Labelled(served(reads, group, wording, 1000 * seed + place), group, f"{group} {wording}")
+        for place, (group, wording, _) in enumerate(each)
     ]
 
 
@@ -60,6 +60,25 @@ def test_the_head_that_tells_in_every_group_is_chosen() -> None:
     assert found.heads == (HEADS[2],)
     assert found.held_out == {"ignored": 1.0, "question": 1.0}
     assert set(found.alike) == set(found.held_out)
+    assert found.gain > found.margin
+
+
+def test_heads_that_tell_better_by_chance_are_not_chosen() -> None:
+    """Labels that mean nothing: the best of several numbers of heads seems to gain in most draws."""
+    found = [choose(labelled(lambda place, group, wording: 0.2, seed=seed)) for seed in range(40)]
+    assert sum(choice.gain > 0 for choice in found) >= 20
+    assert sum(bool(choice.heads) for choice in found) <= 2
+
+
+def test_a_head_that_tells_among_noise_is_found() -> None:
+    """What each reads varies by more than it tells, and head 0 tells the contrary."""
+
+    def noisy(place: int, group: str, wording: str) -> float:
+        return 0.23 if place == (2 if group == FOLLOWED else 0) else 0.2
+
+    found = [choose(labelled(noisy, seed=seed)) for seed in range(20)]
+    assert sum(HEADS[2] in choice.heads for choice in found) >= 18
+    assert np.mean([min(choice.held_out.values()) for choice in found]) < 1
 
 
 def test_none_is_chosen_where_all_heads_tell_as_well() -> None:

@@ -153,7 +153,7 @@ def test_it_waits_for_all_ranks(monitor: Running) -> None:
         Engine(engine(instance, tensor_parallel_size=2, tensor_parallel_rank=rank, first_query_head=2 * rank))
         for rank in (0, 1)
     )
-    shares = Look("r", LAST, USER, 0.3, phase=END), Look("r", LAST, UNTRUSTED, 0.6, phase=END)
+    shares = Look("r", LAST, USER, 0.3, 0.6, phase=END), Look("r", LAST, UNTRUSTED, 0.6, 0.3, phase=END)
     told = (opened(rank, "r", look) + ended(rank, "r") for rank, look in zip((one, other), shares, strict=True))
     for pair in zip(*told, strict=True):
         for summary in pair:
