@@ -46,6 +46,7 @@ class Sent:
     """What a publisher sent in a time.
 
     Attributes:
+        times: Unix time in nanoseconds of each message, which is that of its step.
         unanswered: bytes, at the end none.
         seconds: it took. publisher, monitor: processor time of both in it.
         resident: the monitor's memory, seconds and bytes, about once a second.
@@ -54,6 +55,7 @@ class Sent:
     rows: int = 0
     messages: int = 0
     bytes: int = 0
+    times: list[int] = field(default_factory=list)
     unanswered: int = 0
     seconds: float = 0.0
     publisher: float = 0.0
@@ -104,7 +106,8 @@ class Publisher:
                     await answered.wait()
                 message, cycle, sequence = next(self._messages)
                 self._step += 1
-                raw = message.stamped(cycle, sequence, self._step, time.time_ns())
+                sent.times.append(time.time_ns())
+                raw = message.stamped(cycle, sequence, self._step, sent.times[-1])
                 unanswered.append(len(raw))
                 sent.unanswered += len(raw)
                 await call.write(raw)

@@ -1,11 +1,13 @@
 """Subscribers in a process of their own: when each got what, and what it was told that it lost.
 
 `python -m benchmarks.subscribers ADDRESS COUNT KIND ...` subscribes to these kinds, findings if none, prints `ready`,
-and answers each line on standard input with a JSON line of what came since: of every event the seconds from the
-engine's step that closed its sentence.
+and answers each line on standard input, a JSON list of times of steps, with a JSON line of what came since the line
+before: of every event the seconds from the engine's step that closed its sentence, or if there are times, from the
+first of them after that step.
 """
 
 import asyncio
+import bisect
 import json
 import os
 import subprocess
@@ -46,24 +48,28 @@ class Subscribers:
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
 
-    def heard(self) -> Heard:
-        """What came since the last call, once all have all of it."""
-        delays, counts, lost = self._more()
+    def heard(self, steps: Sequence[int] = (), quiet: float = QUIET_SECONDS) -> Heard:
+        """What came since the last call, once all have all of it: nothing for `quiet` seconds.
+
+        Delays are from the step that closed a sentence; or, given the times of `steps`, from the one after it, as its
+        event waits for the next row of its request, and be it for a pause in the traffic.
+        """
+        delays, counts, lost = self._more(steps)
         deadline = time.monotonic() + PATIENCE_SECONDS
         came = True
         while came or len(set(counts)) > 1:
             assert time.monotonic() < deadline, f"not all got the same: {sorted(counts)}"
-            time.sleep(QUIET_SECONDS)
-            more = self._more()
-            came = bool(more[0])
+            time.sleep(quiet)
+            more = self._more(steps)
+            came = any(more[1])
             delays, lost = delays + more[0], lost + more[2]
             counts = [before + now for before, now in zip(counts, more[1], strict=True)]
         return Heard(delays, counts[0], lost)
 
-    def _more(self) -> tuple[list[float], list[int], int]:
+    def _more(self, steps: Sequence[int]) -> tuple[list[float], list[int], int]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(file=self._process.stdin, flush=True)
+        print(json.dumps(list(steps)), file=self._process.stdin, flush=True)
         delays, counts, lost = json.loads(self._process.stdout.readline())
         return delays, counts, lost
 
@@ -88,7 +94,12 @@ def subscribers(address: str, count: int, core: int | None = None, kinds: Sequen
 
 
 async def _subscribe(
-    address: str, kinds: Sequence[int], delays: list[float], counts: list[int], lost: list[int], ready: asyncio.Event
+    address: str,
+    kinds: Sequence[int],
+    came: list[tuple[int, int]],
+    counts: list[int],
+    lost: list[int],
+    ready: asyncio.Event,
 ) -> None:
     """One subscriber, on a connection of its own, for ever."""
     place = len(counts)
@@ -106,22 +117,29 @@ async def _subscribe(
                 counts[place] += 1 + response.lost
                 lost[0] += response.lost
                 if response.event.closed_time_ns:
-                    delays.append((now - response.event.closed_time_ns) / 1e9)
+                    came.append((response.event.closed_time_ns, now))
+
+
+def _released(closed: int, steps: list[int]) -> int:
+    """When the event of a sentence could be known."""
+    return next(iter(steps[bisect.bisect_right(steps, closed) :]), closed)
 
 
 async def _main(address: str, count: int, kinds: Sequence[int]) -> None:
-    delays: list[float] = []
+    came: list[tuple[int, int]] = []  # when its sentence was closed, and when it was here
     counts: list[int] = []
     lost = [0]
     ready = [asyncio.Event() for _ in range(count)]
-    tasks = [asyncio.create_task(_subscribe(address, kinds, delays, counts, lost, each)) for each in ready]
+    tasks = [asyncio.create_task(_subscribe(address, kinds, came, counts, lost, each)) for each in ready]
     await asyncio.gather(*(each.wait() for each in ready))
     print("ready", flush=True)
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    while await reader.readline():
+    while line := await reader.readline():
+        steps = json.loads(line)
+        delays = [(now - _released(closed, steps)) / 1e9 for closed, now in came]
         print(json.dumps([delays, counts, lost[0]]), flush=True)
-        delays.clear()
+        came.clear()
         counts[:] = [0] * count
         lost[0] = 0
     for task in tasks:
