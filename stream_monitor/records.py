@@ -182,7 +182,8 @@ class Audit(msgspec.Struct):
 
 
 class StepRecord(msgspec.Struct):
-    """One record of the ring. `rows` is None in a record that only carries tokens, lifecycle or the ledger."""
+    """One record of the ring. `rows` is None in a record that only carries tokens, lifecycle or the ledger; `more` says
+    that other records have more rows of the step."""
 
     step: int
     wall_time_ns: int
@@ -192,6 +193,7 @@ class StepRecord(msgspec.Struct):
     tokens: list[TokenRun] = []
     finished: list[RequestFinished] = []
     audits: list[Audit] = []
+    more: bool = False
 
 
 encode = msgspec.msgpack.Encoder().encode

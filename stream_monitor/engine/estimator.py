@@ -19,6 +19,7 @@ from stream_monitor.engine.device import RowSearch, StepSlot
 from stream_monitor.engine.ledger import count, merged
 from stream_monitor.engine.packing import pack_rows
 from stream_monitor.engine.requests import RowLabel
+from stream_monitor.engine.splitting import split
 from stream_monitor.engine.steps import Job
 from stream_monitor.records import Audit, Ledger, Phase, Rows, StepRecord, encode
 from stream_monitor.ring import RingWriter
@@ -176,24 +177,26 @@ class Estimator:
     def _write(self, job: Job, rows: Rows | None, audits: list[Audit]) -> None:
         if self._given_up:
             return
-        labels = _labels_of(rows)
-        count(self._ledger, labels, "captured", "", self._heads)
-        record = StepRecord(
+        step = StepRecord(
             step=job.step if rows else 0,
             wall_time_ns=job.wall_time_ns,
-            ledger=merged(job.ledger, self._ledger),
+            ledger=job.ledger,
             rows=rows,
             started=job.started,
             tokens=job.tokens,
             finished=job.finished,
             audits=audits,
         )
-        written, encoded = record.ledger, encode(record)
-        if self._ring.write(encoded, written.token_rows.captured, written.chunk_rows.captured):
-            self._ledger.record_bytes += len(encoded)
-        else:
-            count(self._ledger, labels, "captured", "", -self._heads)
-            count(self._ledger, labels, "dropped", "record_too_large", self._heads)
+        for record in split(step):
+            labels = _labels_of(record.rows)
+            count(self._ledger, labels, "captured", "", self._heads)
+            record.ledger = written = merged(job.ledger, self._ledger)
+            encoded = encode(record)
+            if self._ring.write(encoded, written.token_rows.captured, written.chunk_rows.captured):
+                self._ledger.record_bytes += len(encoded)
+            else:
+                count(self._ledger, labels, "captured", "", -self._heads)
+                count(self._ledger, labels, "dropped", "record_too_large", self._heads)
 
 
 def _labels_of(rows: Rows | None) -> list[RowLabel]:

@@ -1,9 +1,10 @@
 """Joins the ranks of an engine step: tensor-parallel ranks see other heads, pipeline ranks other layers.
 
-Each rank's messages wait in its own queue. A step leaves when every rank has sent it or has gone past it, or when its
-deadline is over; what then lacks a rank is partial. Steps leave in ascending order, and a message without rows leaves
-in its rank's order. A rank that let a deadline pass is not waited for again until it has caught up, so that a dead one
-holds its engine up once and not in every step; what it sends of steps that left without it leaves at once, as `late`.
+Each rank's messages wait in its own queue. A step leaves when every rank has sent it, of a large one the last message,
+or has gone past it, or when its deadline is over; what then lacks a rank is partial. Steps leave in ascending order,
+and a message without rows leaves in its rank's order. A rank that let a deadline pass is not waited for again until it
+has caught up, so that a dead one holds its engine up once and not in every step; what it sends of steps that left
+without it leaves at once, as `late`.
 With one rank everything passes straight through.
 """
 
@@ -30,7 +31,7 @@ _NEVER = 1 << 63
 
 @dataclass(slots=True)
 class Part:
-    """One rank's message of one step, its rows already decoded."""
+    """One rank's message of one step, its rows already decoded. A large step has several (`StepSummary.more`)."""
 
     rank: Rank
     summary: summary_pb2.StepSummary
@@ -44,7 +45,7 @@ class MergedStep:
     """A step with the rows of all ranks that arrived.
 
     Attributes:
-        parts: by pipeline rank, then tensor rank.
+        parts: by pipeline rank, then tensor rank, then as they were sent.
         missing: names of the ranks that watch something and are not there.
         missing_of: request to the names of ranks that are there without a row of it that others have.
         late: the step left before, without this rank; its rows join those.
@@ -60,6 +61,11 @@ class MergedStep:
     def instance(self) -> str:
         """Of the engine whose step it is."""
         return self.parts[0].rank.engine.instance
+
+    @property
+    def more(self) -> bool:
+        """Whether each of its ranks has more to send of this step."""
+        return all(part.summary.more for part in self.parts)
 
     @property
     def entries(self) -> int:
@@ -108,7 +114,9 @@ class _Engine:
         self.heard = part.arrived
         if part.summary.step > self.left:
             self.absent.discard(place)
-        self.newest[place] = max(self.newest.get(place, 0), part.summary.step)
+        # What it has sent to the end.
+        sent = part.summary.step - part.summary.more
+        self.newest[place] = max(self.newest.get(place, 0), sent)
         if not part.rank.heads:
             self.bystanders.add(place)
             self.newest[place] = _NEVER
@@ -182,9 +190,10 @@ class Merger:
             full = engine.waiting > MAX_WAITING_BYTES or self._waiting > MAX_ALL_WAITING_BYTES
             if not due and not full and engine.awaits(step):
                 return ready
-            parts = [
-                self._take(engine, queue) for queue in engine.ranks.values() if queue and queue[0].summary.step == step
-            ]
+            parts = []
+            for queue in engine.ranks.values():
+                while queue and queue[0].summary.step == step:
+                    parts.append(self._take(engine, queue))
             merged = _merged(parts, engine.bystanders)
             engine.left = step
             if due and merged.missing:
@@ -214,7 +223,7 @@ def _places(part: Part) -> set[Place]:
 
 
 def _merged(parts: list[Part], bystanders: set[Place]) -> MergedStep:
-    """One step of these parts, which are of different ranks."""
+    """One step of these parts."""
     parts = sorted(parts, key=lambda part: _place(part.rank))
     rows: dict[tuple[str, int, int], Row] = {}
     repeated: list[Row] = []
@@ -233,7 +242,7 @@ def _merged(parts: list[Part], bystanders: set[Place]) -> MergedStep:
         missing = sorted(_places(parts[0]) - present - bystanders)
     missing_of: dict[str, set[str]] = {}
     for row in rows.values():
-        if len(row.sources) < len(parts):
+        if len(row.sources) < len(present):
             there = {_place(rank) for rank, _ in row.sources}
             missing_of.setdefault(row.request_id, set()).update(_names(parts[0], present - there))
     return MergedStep(parts, [*rows.values(), *repeated], tuple(_names(parts[0], missing)), missing_of)

@@ -102,7 +102,7 @@ class Pipeline:
                 if trace.refused_reason:
                     self.metrics.requests_refused.labels(*labels, known_request(trace.refused_reason)).inc()
                 self._progress(trace, monitor_pb2.EVENT_KIND_REQUEST_STARTED, now)
-        if first.summary.step:
+        if first.summary.step and not step.more:
             result = "late" if step.late else "partial" if step.missing or step.missing_of else "complete"
             self.metrics.steps.labels(*labels, result).inc()
         for row in step.rows:

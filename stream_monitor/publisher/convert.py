@@ -63,6 +63,7 @@ def summary_message(engine: pb.EngineInfo, sequence: int, record: StepRecord, le
         finished=map(_finished, record.finished),
         ledger=_ledger(ledger),
         audits=map(_audit, record.audits),
+        more=record.more,
     )
 
 

@@ -636,7 +636,9 @@ Global___Audit: _TypeAlias = Audit  # noqa: Y015
 
 @_typing.final
 class StepSummary(_message.Message):
-    """Everything one rank has to say of one engine step. Sent in ascending sequence on one stream."""
+    """What one rank has to say of one engine step: all of it, or of a step whose message would be too large, all that there is
+    of some of its requests. Sent in ascending sequence on one stream.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -651,6 +653,7 @@ class StepSummary(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     LEDGER_FIELD_NUMBER: _builtins.int
     AUDITS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     schema_version: _builtins.int
     """Version of this schema: 2. Receivers accept N and N - 1 and refuse others. Version 1 had no Rows.narrow_block_ids."""
     sequence: _builtins.int
@@ -661,6 +664,8 @@ class StepSummary(_message.Message):
     """Engine steps since capture was armed, equal on all ranks of an engine; 0 in a message without rows."""
     wall_time_ns: _builtins.int
     """Unix time in nanoseconds at the end of the step's forward pass, by the engine host's clock."""
+    more: _builtins.bool
+    """More messages with rows of this step follow. A receiver that joins ranks SHOULD wait for the last of them."""
     @_builtins.property
     def engine(self) -> Global___EngineInfo: ...
     @_builtins.property
@@ -689,10 +694,11 @@ class StepSummary(_message.Message):
         finished: _abc.Iterable[Global___RequestFinished] | None = ...,
         ledger: Global___Ledger | None = ...,
         audits: _abc.Iterable[Global___Audit] | None = ...,
+        more: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "ledger", b"ledger", "rows", b"rows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audits", b"audits", "engine", b"engine", "finished", b"finished", "ledger", b"ledger", "rows", b"rows", "schema_version", b"schema_version", "sequence", b"sequence", "started", b"started", "step", b"step", "tokens", b"tokens", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audits", b"audits", "engine", b"engine", "finished", b"finished", "ledger", b"ledger", "more", b"more", "rows", b"rows", "schema_version", b"schema_version", "sequence", b"sequence", "started", b"started", "step", b"step", "tokens", b"tokens", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

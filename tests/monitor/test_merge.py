@@ -109,6 +109,32 @@ def test_a_request_whose_row_one_rank_lacks_is_told_with_the_rank() -> None:
     assert [(each.request_id, each.heads) for each in step.rows] == [("a", one.heads), ("b", one.heads + two.heads)]
 
 
+def of_step(of: Rank, *requests: str, more: bool = False) -> Part:
+    """A message of a step that has several."""
+    summary = summary_pb2.StepSummary(step=1, more=more)
+    return Part(of, summary, [row(of, request) for request in requests], 0.0, 1)
+
+
+def test_a_step_of_several_messages_leaves_with_all_of_them() -> None:
+    merger, one, two = Merger(1.0), rank(0), rank(1)
+    assert merger.add(of_step(one, "a", "b", more=True)) == []
+    assert merger.add(of_step(two, "a", more=True)) == [], "the ranks need not be cut at the same place"
+    assert merger.add(of_step(one, "c")) == []
+    assert merger.add(of_step(two, "b", more=True)) == []
+    (step,) = merger.add(of_step(two, "c"))
+    assert ([each.rank for each in step.parts], step.missing, step.missing_of) == ([one, one, two, two, two], (), {})
+    assert [(each.request_id, each.heads) for each in step.rows] == [(name, one.heads + two.heads) for name in "abc"]
+    assert left(merger.add(part(one, 2))) == left(merger.flush(0.5)) == []
+
+
+def test_a_step_whose_last_message_was_lost_is_not_waited_for_once_its_rank_is_past_it() -> None:
+    merger, one, two = Merger(1.0), rank(0), rank(1)
+    merger.add(of_step(one, "a", more=True))
+    assert merger.add(of_step(two, "a", "b")) == []
+    (step,) = merger.add(part(one, 2))
+    assert step.missing_of == {"b": {"tp0"}}
+
+
 def test_the_order_of_arrival_does_not_matter() -> None:
     merger, one, two = Merger(1.0), rank(0), rank(1)
     merger.add(part(two, 1))
