@@ -95,7 +95,7 @@ def vertical_scores_by_head(sentences: Sequence[tuple[int, HeadShares]], heads: 
     rows = np.repeat(numbers, [len(found.columns) for _, found in sentences])
     heads_of, columns, shares = joined([found for _, found in sentences])
     far = columns <= rows - ANCHOR_GAP
-    total = np.bincount(heads_of[far].astype(np.int64) * size + columns[far], shares[far], heads * size)
+    total = np.bincount(heads_of.astype(np.int64) * size + columns, shares * far, heads * size)
     observed = np.zeros(size)
     observed[numbers] = 1
     later = np.cumsum(observed[::-1])[::-1]

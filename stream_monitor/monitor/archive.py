@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from prometheus_client import Histogram
 
@@ -31,7 +31,10 @@ from stream_monitor.monitor.trace import RequestTrace
 from stream_monitor.v1alpha1 import monitor_pb2
 
 SAVE_SECONDS = 0.2
-"""How often traces that changed are handed to the recorder."""
+"""How often traces that are due are handed to the recorder."""
+FINDING_SECONDS = 5.0
+"""After which a running trace is stored for a finding: to make a trace ready takes time that grows with it, and more
+findings follow, or its end."""
 RETENTION_SECONDS = 60.0
 PAGE = 500
 """Findings read at a time for a subscriber that resumes."""
@@ -44,6 +47,13 @@ T = TypeVar("T")
 
 class StoreUnavailable(Exception):
     """The store cannot be read or written now; one line."""
+
+
+class _Change(NamedTuple):
+    """A trace to be stored, and when, by the clock that does not jump."""
+
+    trace: RequestTrace
+    due: float
 
 
 class Archive:
@@ -69,7 +79,7 @@ class Archive:
         self._events = events
         self._traces = traces
         self._graveyard = graveyard
-        self._changed: dict[TraceKey, RequestTrace] = {}
+        self._changed: dict[TraceKey, _Change] = {}
         self._reader: Database | None = None
         self._reading = ThreadPoolExecutor(1, "stream-monitor-store-reader")
         self._tasks: list[asyncio.Task[None]] = []
@@ -146,9 +156,14 @@ class Archive:
         )
 
     def mark(self, trace: RequestTrace) -> None:
-        """Store a trace, within `SAVE_SECONDS`: it began, has a new finding, or ended."""
+        """Store a trace: within `SAVE_SECONDS` as it began or ended, or `FINDING_SECONDS` after the first finding since
+        it was stored."""
         if self.recorder is not None:
-            self._changed[trace.instance, trace.request_id] = trace
+            key = (trace.instance, trace.request_id)
+            waits = trace.stored and not trace.finished
+            due = time.monotonic() + FINDING_SECONDS if waits else 0.0
+            held = self._changed.get(key)
+            self._changed[key] = _Change(trace, min(held.due, due) if held and held.trace is trace else due)
         elif self.unstored is not None and trace.finished:
             self.unstored(_stored(trace, going=False))
 
@@ -236,19 +251,22 @@ class Archive:
             assert self.recorder is not None
             self.recorder.call(lambda database: database.bury(buried))
             for trace in self._traces.newest_first():
+                trace.stored = False
                 self.mark(trace)
 
     async def _save(self) -> None:
-        """Hand over traces that changed, one a turn of the loop."""
+        """Hand over traces that are due, one a turn of the loop."""
         assert self.recorder is not None
         while True:
             await asyncio.sleep(SAVE_SECONDS)
-            changed, self._changed = self._changed, {}
-            for key, trace in changed.items():
-                # It may have been deleted or stored meanwhile.
-                if self._traces.get(*key) is trace:
+            now = time.monotonic()
+            for key in [key for key, change in self._changed.items() if change.due <= now]:
+                # It may have been deleted, or stored as it left the memory, meanwhile.
+                change = self._changed.pop(key, None)
+                if change is not None and self._traces.get(*key) is change.trace:
                     try:
-                        self.recorder.put_trace(_stored(trace, going=False))
+                        self.recorder.put_trace(_stored(change.trace, going=False))
+                        change.trace.stored = True
                     except Exception:
                         self.recorder.lost["trace", "error"] += 1
                         log.exception("store: a trace was not stored")

@@ -4,7 +4,7 @@ Many sentences at once, of whatever requests: numpy spends as much on finding ou
 rows of one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import NamedTuple, TypeVar
@@ -16,7 +16,6 @@ from stream_monitor.anchors.heads import Head, HeadShares
 from stream_monitor.anchors.matrix import Positions, SentenceStarts, SparseMass, distinct
 from stream_monitor.monitor.request_heads import MAX_HEADS, RequestHeads
 from stream_monitor.monitor.rows import Row
-from stream_monitor.monitor.sentence_row import NO_ROW, SentenceRow
 
 _MOST_ENTRIES = 1 << 15
 """Of rows that are folded at once, about, so that their tables stay in the processor's caches."""
@@ -60,7 +59,7 @@ class Folded:
         ordered = sorted(parts, key=lambda part: part[0].position)
         return cls(
             [row for row, _, _ in ordered],
-            _edges(len(columns) for _, columns, _ in ordered),
+            edges_of(len(columns) for _, columns, _ in ordered),
             np.concatenate([_NO_KEYS, *(columns for _, columns, _ in ordered)]),
             np.concatenate([_NO_MASS, *(mass for _, _, mass in ordered)]),
         )
@@ -98,16 +97,11 @@ class Fold(NamedTuple):
 
 def fold(sentences: Iterable[Unfolded]) -> list[Fold]:
     """Fold the rows of each of these sentences."""
-    return [found for batch in _batches(sentences, _entries) for found in _fold(batch)]
+    return [found for batch in batches(sentences, _entries) for found in _fold(batch)]
 
 
 def _entries(sentence: Unfolded) -> int:
     return sum(len(row.keys) for row in sentence.rows)
-
-
-def matrix_rows(sentences: Sequence[Folded]) -> list[SentenceRow]:
-    """The row of the sentence matrix that each is: the mean over heads of each of its rows, then over the rows."""
-    return [found for batch in _batches(sentences, lambda each: len(each.columns)) for found in _matrix_rows(batch)]
 
 
 class _Sums(NamedTuple):
@@ -137,7 +131,7 @@ class _Table:
 
     def __init__(self, firsts: Positions, groups: list[int]) -> None:
         owners = np.repeat(np.arange(len(groups)), groups)
-        self.of_sentence = _edges(groups)
+        self.of_sentence = edges_of(groups)
         self._begins = np.concatenate([[0], np.cumsum(np.diff(firsts)[owners])])
         self.shifts = self._begins[:-1] - firsts[owners]
 
@@ -154,8 +148,8 @@ def _fold(sentences: list[Unfolded]) -> Iterator[Fold]:
     keys = np.concatenate([_NO_KEYS, *(row.keys for row in rows)])
     mass = np.concatenate([_NO_MASS, *(row.mass for row in rows)])
     # What may be read is numbered through: the sentences of the first one's request, then those of the second one's.
-    columns, begins = np.empty(len(keys), np.int64), _edges(len(each.starts) for each in sentences)
-    for each, begin, (low, high) in zip(sentences, begins, pairwise(_edges(map(_entries, sentences))), strict=False):
+    columns, begins = np.empty(len(keys), np.int64), edges_of(len(each.starts) for each in sentences)
+    for each, begin, (low, high) in zip(sentences, begins, pairwise(edges_of(map(_entries, sentences))), strict=False):
         np.add(each.starts.of(keys[low:high]), begin, out=columns[low:high])
     found, places = distinct(columns)
     firsts = found.searchsorted(begins)
@@ -222,37 +216,7 @@ def _shifts(table: _Table, heads: list[list[NDArray[np.int64]]]) -> Positions:
     return np.concatenate(found)
 
 
-def _matrix_rows(sentences: list[Folded]) -> Iterator[SentenceRow]:
-    rows = [row for each in sentences for row in each.rows]
-    columns = np.concatenate([_NO_KEYS, *(each.columns for each in sentences)])
-    mass = np.concatenate([_NO_MASS, *(each.mass for each in sentences)])
-    sizes = [len(each.columns) for each in sentences]
-    begins = np.array(_edges(int(each.columns.max(initial=0)) + 1 for each in sentences))
-    # Of ranks without watched heads there is nothing to average.
-    heads = np.array([max(1, row.heads) for row in rows], np.float32)
-    entries = [high - low for each in sentences for low, high in pairwise(each.edges)]
-    sums = np.bincount(columns + np.repeat(begins[:-1], sizes), mass / np.repeat(heads, entries), begins[-1])
-    used = sums.nonzero()[0]
-    edges = used.searchsorted(begins)
-    read = (used - np.repeat(begins[:-1], np.diff(edges))).astype(np.uint32)
-    for place, each in enumerate(sentences):
-        counted = [row for row in each.rows if row.heads]
-        if not counted:
-            yield NO_ROW
-            continue
-        mine, count = slice(edges[place], edges[place + 1]), len(counted)
-        yield SentenceRow(
-            columns=read[mine],
-            shares=sums[used[mine]] / count,
-            unobserved=sum(row.unobserved / row.heads for row in counted) / count,
-            rows=count,
-            sink=sum(row.sink / row.heads for row in counted) / count,
-            lags=np.array([row.lag for row in counted], np.int64),
-            lag_shares=np.array([row.lag_mass / row.heads for row in counted]),
-        )
-
-
-def _batches(sentences: Iterable[_Some], size: Callable[[_Some], int]) -> Iterator[list[_Some]]:
+def batches(sentences: Iterable[_Some], size: Callable[[_Some], int]) -> Iterator[list[_Some]]:
     """The same in parts of about `_MOST_ENTRIES`, or of one sentence."""
     batch: list[_Some] = []
     entries = 0
@@ -266,6 +230,6 @@ def _batches(sentences: Iterable[_Some], size: Callable[[_Some], int]) -> Iterat
         yield batch
 
 
-def _edges(sizes: Iterable[int]) -> list[int]:
+def edges_of(sizes: Iterable[int]) -> list[int]:
     """Where parts of these sizes begin, and where the last one ends."""
     return [0, *accumulate(sizes)]

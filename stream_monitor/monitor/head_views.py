@@ -33,11 +33,12 @@ def add_heads(trace: RequestTrace, response: monitor_pb2.GetTraceResponse, with_
     if with_matrix:
         opening = trace.heads.opening
         kept = [*([opening] if opening else []), *trace.heads.sentences()]
+        heads, read, given = joined([found for _, found in kept])
         numbers = np.array([index for index, _ in kept], "<u4")
-        response.head_row = np.repeat(numbers, [len(found.columns) for _, found in kept]).astype("<u4").tobytes()
-        response.head_column = b"".join(found.columns.astype("<u4").tobytes() for _, found in kept)
-        response.head_index = b"".join(found.heads.tobytes() for _, found in kept)
-        response.head_share = b"".join(found.shares.astype("<f4").tobytes() for _, found in kept)
+        response.head_row = np.repeat(numbers, [len(found.columns) for _, found in kept]).tobytes()
+        response.head_column = read.astype("<u4", copy=False).tobytes()
+        response.head_index = heads.tobytes()
+        response.head_share = given.astype("<f4", copy=False).tobytes()
 
 
 def _receiver_matrix(trace: RequestTrace) -> tuple[Numbers, Numbers, Mass, NDArray[np.bool_]]:

@@ -10,14 +10,14 @@ from stream_monitor.monitor import views
 from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.calibration import Calibration, capture_id
 from stream_monitor.monitor.events import EventLog
-from stream_monitor.monitor.folding import Fold, fold, matrix_rows
+from stream_monitor.monitor.folding import Fold, fold
 from stream_monitor.monitor.graveyard import Graveyard
 from stream_monitor.monitor.identity import TraceKey
 from stream_monitor.monitor.merge import MergedStep
 from stream_monitor.monitor.metrics import Metrics, SentenceTally, exemplar
 from stream_monitor.monitor.outcomes import ENGINE_QUOTA, known_request
 from stream_monitor.monitor.ranks import Labels
-from stream_monitor.monitor.sentence_row import SentenceRow
+from stream_monitor.monitor.sentence_matrix import Captured
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import NOT_SENT, TokenText, Vocabularies
 from stream_monitor.monitor.trace import RequestTrace
@@ -164,23 +164,21 @@ class Pipeline:
         failure: Exception | None = None
         settled = [(trace, index) for trace in touched for index in trace.settle()]
         folds = fold(trace.unfolded(index) for trace, index in settled)
-        rows = matrix_rows(
-            [trace.rows.keep(index, found.folded) for (trace, index), found in zip(settled, folds, strict=True)]
-        )
-        for (trace, index), found, row in zip(settled, folds, rows, strict=True):
+        for (trace, index), found in zip(settled, folds, strict=True):
+            captured = Captured.of(trace.rows.keep(index, found.folded).rows)
             tally = tallies.get(trace.labels)
             if tally is None:
                 tally = tallies[trace.labels] = SentenceTally(named=exemplar(trace.identity.external_id))
             try:
-                self._score(trace, index, found, row, tally)
+                self._score(trace, index, found, captured, tally)
             except Exception as error:
                 # The others are settled, and would not come here again.
                 failure = failure or error
         return failure
 
-    def _score(self, trace: RequestTrace, index: int, found: Fold, row: SentenceRow, tally: SentenceTally) -> None:
+    def _score(self, trace: RequestTrace, index: int, found: Fold, captured: Captured, tally: SentenceTally) -> None:
         now = trace.last_seen_ns
-        seen = trace.observation(index, row, found)
+        seen = trace.observation(index, captured, found)
         if found.telling:
             put = trace.heads.put_opening if seen.opening else trace.heads.put
             put(index, found.shares)
@@ -191,10 +189,10 @@ class Pipeline:
             trace.top_anchor = mass.heaviest()
             tally.sentences += 1
             tally.anchor_mass += np.bincount(seen.roles[mass.columns], mass.shares, len(tally.anchor_mass))
-            if row.rows:
-                tally.unobserved.append(row.unobserved)
+            if captured.rows:
+                tally.unobserved.append(captured.unobserved)
         for alarm in alarms:
-            finding = views.alarm_event(trace, index, alarm, found.shares, row.unobserved, now)
+            finding = views.alarm_event(trace, index, alarm, found.shares, captured.unobserved, now)
             trace.findings.append(finding)
             trace.finding_count += 1
             trace.to_store = True
@@ -206,7 +204,7 @@ class Pipeline:
         if seen.opening:
             return
         if self.log.progress_wanted:
-            self.log.publish(views.sentence_event(trace, index, mass, row.unobserved, now))
+            self.log.publish(views.sentence_event(trace, index, mass, captured.unobserved, now))
         else:
             self.log.publish(views.sentence_closed(trace, index), quietly=True)
 

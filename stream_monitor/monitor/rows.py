@@ -44,7 +44,6 @@ class Row:
         unobserved: mass the search did not observe, summed over heads.
         heads: (layer, head) pairs summed.
         sources: who reported it: (rank, heads), the unit of the ledger.
-        sink: mass on the first token, summed over heads: the attention sink.
         lag, lag_mass: tokens back to the key at least `MIN_LAG` back that got most mass, the first tokens aside, and
             that mass; 0 if there is none. Of two ranks' shares of a row the heavier one's.
         by_head: whether keys and mass stand as said; else they were summed over heads before.
@@ -59,7 +58,6 @@ class Row:
     unobserved: float
     heads: int
     sources: tuple[tuple[Any, int], ...]
-    sink: float = 0.0
     lag: int = 0
     lag_mass: float = 0.0
     by_head: bool = True
@@ -85,7 +83,6 @@ class Row:
             self.unobserved + other.unobserved,
             self.heads + other.heads,
             self.sources + other.sources,
-            self.sink + other.sink,
             *max((self.lag, self.lag_mass), (other.lag, other.lag_mass), key=lambda far: far[1]),
             self.by_head and other.by_head,
         )
@@ -170,7 +167,6 @@ def decode(
         keys,
         mass,
         rest.sum(axis=(1, 2)).tolist(),
-        np.einsum("rn,rn->r", mass, keys == 0, dtype=np.float32).tolist(),
         _landmarks(keys, mass, positions),
         strict=True,
     )
@@ -186,10 +182,9 @@ def decode(
             unobserved_mass,
             heads,
             sources,
-            sink,
             *landmark,
         )
-        for request_id, position, attempt, token, row_keys, row_mass, unobserved_mass, sink, landmark in of_row
+        for request_id, position, attempt, token, row_keys, row_mass, unobserved_mass, landmark in of_row
     )
     return [list(islice(decoded, number)) for number in counts]
 

@@ -14,7 +14,7 @@ from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.ranks import Labels, Rank
 from stream_monitor.monitor.request_heads import RequestHeads
 from stream_monitor.monitor.rows import Row, discard
-from stream_monitor.monitor.sentence_row import SentenceRow
+from stream_monitor.monitor.sentence_matrix import Captured, SentenceMatrix
 from stream_monitor.monitor.text import TokenText
 from stream_monitor.monitor.trace_rows import TraceRows
 from stream_monitor.records import Role
@@ -32,8 +32,8 @@ _TRACE_BYTES, _SPAN_BYTES = 4096, 136
 class RequestTrace:
     """State of one request; `instance` and `request_id` are its key.
 
-    `to_store` says that it has news for the store: it is new, has a finding, or has ended; `cut`, that its engine went
-    away while it ran.
+    `to_store` says that it has news for the store: it is new, has a finding, or has ended; `stored`, that the store has
+    something of it; `cut`, that its engine went away while it ran.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class RequestTrace:
         self.finished = False
         self.cut = False
         self.to_store = True
+        self.stored = False
         self.prompt_tokens = 0
         self.prompt_sentences = 0
         self.output_tokens = 0
@@ -166,9 +167,9 @@ class RequestTrace:
             self._settled += 1
         return [*opening, *range(first, self._settled)]
 
-    def matrix_rows(self) -> list[SentenceRow]:
-        """Rows of the sentence matrix, each averaged over the heads of its rows, then over the rows."""
-        return self.rows.matrix_rows(self.spans)
+    def matrix(self) -> SentenceMatrix:
+        """The sentence matrix."""
+        return self.rows.matrix(self.spans)
 
     def unfolded(self, index: int) -> Unfolded:
         """The rows of a settled sentence, to be folded, once."""
@@ -178,9 +179,9 @@ class RequestTrace:
         """When the step ran that closed sentence `index`: Unix time in nanoseconds, by the engine host's clock."""
         return self._closed_ns[index]
 
-    def observation(self, index: int, row: SentenceRow, fold: Fold) -> Observation:
-        """What detectors are shown of sentence `index`: its row of the matrix, and what its rows said when folded. Of
-        the prompt's last sentence, that is the opening alone."""
+    def observation(self, index: int, captured: Captured, fold: Fold) -> Observation:
+        """What detectors are shown of sentence `index`: of all its rows, and what they said when folded. Of the
+        prompt's last sentence, that is the opening alone."""
         opening = index < self.prompt_sentences
         return Observation(
             index=index,
@@ -188,9 +189,9 @@ class RequestTrace:
             # A copy: what is lent out could not grow.
             roles=np.frombuffer(self._roles, np.uint8)[: index + 1].copy(),
             starts=self._starts.positions[: index + 1],
-            rows=fold.telling if opening else row.rows,
-            lags=row.lags,
-            lag_shares=row.lag_shares,
+            rows=fold.telling if opening else captured.rows,
+            lags=captured.lags,
+            lag_shares=captured.lag_shares,
             untrusted=self._by_untrusted_heads(fold.shares),
             opening=opening,
         )

@@ -5,10 +5,10 @@ import numpy as np
 from stream_monitor.anchors.heads import Head
 from stream_monitor.anchors.matrix import SentenceStarts
 from stream_monitor.anchors.sentences import Span
-from stream_monitor.monitor.folding import Folded, Part, Unfolded, fold, matrix_rows
+from stream_monitor.monitor.folding import Folded, Part, Unfolded, fold
 from stream_monitor.monitor.request_heads import RequestHeads
 from stream_monitor.monitor.rows import Row, discard
-from stream_monitor.monitor.sentence_row import SentenceRow
+from stream_monitor.monitor.sentence_matrix import SentenceMatrix
 
 _ROW_BYTES = 560
 """Size of a row's Python objects, by tracemalloc on 64-bit CPython 3.11, for the memory bound."""
@@ -79,14 +79,14 @@ class TraceRows:
         for index, found in zip(late, fold(late.values()), strict=True):
             self._put(index, found.folded)
 
-    def matrix_rows(self, spans: list[Span]) -> list[SentenceRow]:
-        """The rows of the matrix of the sentences, which are these, folded or not."""
+    def matrix(self, spans: list[Span]) -> SentenceMatrix:
+        """The matrix of the sentences, which are these, folded or not."""
         waiting = self._waiting_before(spans[-1].end if spans else 0)
         folded = self._folded.copy()
         for index, found in zip(waiting, fold(waiting.values()), strict=True):
             held = folded.get(index, _NOTHING)
             folded[index] = Folded.of_parts([*held.parts(), *found.folded.parts()])
-        return matrix_rows([folded.get(index, _NOTHING) for index in range(len(spans))])
+        return SentenceMatrix.of([folded.get(index, _NOTHING) for index in range(len(spans))])
 
     def pop(self, position: int) -> Row:
         """Take a row out. Of one that is folded, the first token of each sentence stands for its mass."""

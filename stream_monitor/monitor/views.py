@@ -82,21 +82,18 @@ def info(trace: RequestTrace) -> monitor_pb2.RequestInfo:
 
 def full(trace: RequestTrace, with_heads: bool = False) -> monitor_pb2.GetTraceResponse:
     """The whole trace with its matrix, and that of every head if asked for."""
-    rows = trace.matrix_rows()
-    row_index = np.repeat(np.arange(len(rows), dtype=np.uint32), [len(row.columns) for row in rows])
-    columns = np.concatenate([np.zeros(0, np.uint32), *(row.columns for row in rows)])
-    shares = np.concatenate([np.zeros(0), *(row.shares for row in rows)])
-    captured = np.array([row.rows for row in rows], "<u4")
+    matrix = trace.matrix()
+    rows, columns, shares = matrix.rows, matrix.columns, matrix.shares
     positions, attempts = trace.rows.token_row_keys()
     response = monitor_pb2.GetTraceResponse(
         info=info(trace),
         sentences=[whole_sentence(trace, index) for index in range(len(trace.spans))],
-        matrix_row=row_index.astype("<u4").tobytes(),
+        matrix_row=rows.astype("<u4").tobytes(),
         matrix_column=columns.astype("<u4").tobytes(),
         matrix_share=shares.astype("<f4").tobytes(),
-        unobserved_share=np.array([row.unobserved for row in rows], "<f4").tobytes(),
-        captured_rows=captured.tobytes(),
-        vertical_score=vertical_scores(row_index, columns, shares, captured > 0).astype("<f4").tobytes(),
+        unobserved_share=matrix.unobserved.astype("<f4").tobytes(),
+        captured_rows=matrix.captured.astype("<u4").tobytes(),
+        vertical_score=vertical_scores(rows, columns, shares, matrix.captured > 0).astype("<f4").tobytes(),
         row_positions=np.array(positions, "<u4").tobytes(),
         row_attempts=np.array(attempts, "<u4").tobytes(),
         events=trace.findings,

@@ -6,10 +6,11 @@ import pytest
 from stream_monitor.anchors.heads import Head
 from stream_monitor.anchors.matrix import SentenceStarts
 from stream_monitor.monitor import folding
-from stream_monitor.monitor.folding import Fold, Unfolded, fold, matrix_rows
+from stream_monitor.monitor.folding import Fold, Unfolded, fold
 from stream_monitor.monitor.ranks import Rank, key_of
 from stream_monitor.monitor.request_heads import MAX_HEADS, RequestHeads
 from stream_monitor.monitor.rows import Row
+from stream_monitor.monitor.sentence_matrix import Captured, SentenceMatrix
 from stream_monitor.v1alpha1 import summary_pb2
 from tests.monitor import synthetic
 
@@ -77,12 +78,14 @@ def test_together_and_one_by_one(most: int, monkeypatch: pytest.MonkeyPatch) -> 
         assert np.array_equal(mean.shares, other.mass.shares)
     assert [each.telling for each in together] == [3, 0, 6, 1, 0, 1]
     assert together[2].shares.heads.max() == len(sentences[2].heads.heads) - 1
-    rows = matrix_rows([each.folded for each in together])
-    for each, one, other in zip(sentences, alone, rows, strict=True):
-        (expected,) = matrix_rows([one.folded])
-        assert np.array_equal(expected.columns, other.columns)
-        assert np.array_equal(expected.shares, other.shares)
-        assert other.rows == sum(row.heads > 0 for row in each.rows)
-        assert other.lags.tolist() == [row.position for row in each.rows if row.heads]
+    matrix = SentenceMatrix.of([each.folded for each in together])
+    for number, (each, one) in enumerate(zip(sentences, alone, strict=True)):
+        expected, mine = SentenceMatrix.of([one.folded]), matrix.rows == number
+        assert np.array_equal(expected.columns, matrix.columns[mine])
+        assert np.array_equal(expected.shares, matrix.shares[mine])
+        captured = Captured.of(one.folded.rows)
+        assert captured.rows == matrix.captured[number] == sum(row.heads > 0 for row in each.rows)
+        assert captured.unobserved == pytest.approx(matrix.unobserved[number], nan_ok=True)
+        assert captured.lags.tolist() == [row.position for row in each.rows if row.heads]
     mass = sum(float(row.mass.sum()) for row in sentences[2].rows) / sentences[2].rows[0].heads / 6
-    assert rows[2].shares.sum() == pytest.approx(mass, rel=1e-5)
+    assert matrix.shares[matrix.rows == 2].sum() == pytest.approx(mass, rel=1e-5)

@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
+from stream_monitor.monitor import archive
 from stream_monitor.v1alpha1 import monitor_pb2
 from tests.monitor.conftest import Running, until
 from tests.monitor.process import MonitorProcess
@@ -90,7 +91,8 @@ def test_finished_traces_outlive_a_kill_and_running_ones_are_marked_as_cut(proce
     asked = monitor_pb2.GetTraceRequest(request_id="done")
     before = process.api.GetTrace(asked)
     running = process.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="found"))
-    until(lambda: stored(process.store, "SELECT count(*), sum(length(trace) > 100) FROM requests") == [(3, 2)])
+    whole = "SELECT count(*), sum(length(trace) > 100) FROM requests"
+    until(lambda: stored(process.store, whole) == [(3, 2)], seconds=30)
     process.kill()
     process.start()
     assert process.api.GetTrace(asked) == before
@@ -148,6 +150,28 @@ def test_the_files_are_the_users_alone(process: MonitorProcess) -> None:
 def start(run: Callable[..., Running], tmp_path: Path) -> Callable[..., Running]:
     """Starts monitors on one store, one after the other."""
     return lambda **settings: run(store=str(tmp_path / "store" / "monitor.db"), **settings)
+
+
+def test_a_finding_is_stored_at_once_and_the_trace_with_those_that_follow(
+    start: Callable[..., Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "FINDING_SECONDS", 3600.0)
+    monitor, file = start(), tmp_path / "store" / "monitor.db"
+    kept = "SELECT state, length(trace) > 100 FROM requests ORDER BY serial"
+    begun, ended = (monitor_pb2.REQUEST_STATE_RUNNING, 0), (monitor_pb2.REQUEST_STATE_FINISHED, 1)
+    stream = subscribe(monitor.api)
+    first, *before, end = Engine().request("found-aaaaaaaa", SHIFTING)
+    monitor.publish([first])
+    until(lambda: stored(file, kept) == [begun])
+    monitor.publish(before)
+    assert next(stream).event.external_id == "found"
+    assert stored(file, "SELECT count(*) FROM events") == [(1,)]
+    # When one that ended later is there, all was looked at that was to be stored then.
+    monitor.publish(Engine().request("later-bbbbbbbb", [FIRST] * 2))
+    until(lambda: stored(file, kept)[1:] == [ended])
+    assert stored(file, kept) == [begun, ended]
+    monitor.publish([end])
+    until(lambda: stored(file, kept) == [ended, ended])
 
 
 def test_traces_that_left_the_memory_are_read_from_the_store(start: Callable[..., Running]) -> None:

@@ -18,6 +18,7 @@ from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.pipeline import Pipeline
 from stream_monitor.monitor.ranks import RankBook
 from stream_monitor.monitor.rows import decode
+from stream_monitor.monitor.sentence_matrix import Captured
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import Vocabularies
 from stream_monitor.monitor.trace import RequestTrace
@@ -131,24 +132,21 @@ def test_the_matrix_is_the_mean_over_heads_and_rows_of_each_sentence(seed: int) 
     rows_of = defaultdict(set)
     matrix: dict[tuple[int, int], float] = defaultdict(float)
     by_head: dict[tuple[int, int, int], float] = defaultdict(float)
-    sink: dict[int, float] = defaultdict(float)
     for position, head, key, mass in entries:
         row = position // SENTENCE
         rows_of[row].add(position)
         matrix[row, key // SENTENCE] += mass
         if key:
             by_head[row, head, key // SENTENCE] += mass
-        else:
-            sink[row] += mass
     # The row of the prompt's last token lies in its last sentence, which is not scored.
     first = PROMPT // SENTENCE
-    rows = trace.matrix_rows()
+    found = trace.matrix()
     for row, positions in rows_of.items():
-        found = rows[row]
-        assert found.rows == len(positions)
+        mine = found.rows == row
+        assert found.captured[row] == len(positions)
         columns = {column: mass / heads / len(positions) for (at, column), mass in matrix.items() if at == row}
-        assert dict(zip(found.columns.tolist(), found.shares.tolist(), strict=True)) == pytest.approx(columns, rel=1e-5)
-        assert found.sink == pytest.approx(sink[row] / heads / len(positions), rel=1e-5)
+        told_of = zip(found.columns[mine].tolist(), found.shares[mine].tolist(), strict=True)
+        assert dict(told_of) == pytest.approx(columns, rel=1e-5)
         shares = trace.heads.of(row)
         told = zip(shares.heads.tolist(), shares.columns.tolist(), shares.shares.tolist(), strict=True)
         expected = {
@@ -169,10 +167,9 @@ def test_the_lag_is_that_of_the_heaviest_far_key(
     for position, _, key, mass in entries:
         if 4 <= key <= position - MIN_LAG:
             far[position][key] += mass
-    rows = trace.matrix_rows()
     for sentence in range(PROMPT // SENTENCE, (PROMPT + OUTPUT) // SENTENCE):
-        row = rows[sentence]
         positions = [position for position in POSITIONS if position // SENTENCE == sentence]
+        row = Captured.of([held for position in positions if (held := trace.rows.held(position))])
         heaviest = [max(far[position], key=lambda key: far[position][key]) for position in positions]
         assert row.lags.tolist() == [position - key for position, key in zip(positions, heaviest, strict=True)]
         shares = [far[position][key] / 6 for position, key in zip(positions, heaviest, strict=True)]

@@ -1,0 +1,102 @@
+"""The sentence matrix of a request, and what else the rows captured in a sentence say."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_monitor.anchors.matrix import Mass
+from stream_monitor.monitor.folding import Folded, batches, edges_of
+from stream_monitor.monitor.rows import Row
+
+
+class Captured(NamedTuple):
+    """Of the rows captured in one sentence, those of ranks without watched heads left out.
+
+    Attributes:
+        rows: how many.
+        unobserved: mean share the search did not observe; NaN without rows.
+        lags: int64 [rows], and lag_shares: float64 [rows], see `Row`.
+    """
+
+    rows: int
+    unobserved: float
+    lags: NDArray[np.int64]
+    lag_shares: Mass
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Captured":
+        """Of all rows of one sentence, by position."""
+        counted = [row for row in rows if row.heads]
+        if not counted:
+            return _NOTHING
+        return cls(
+            len(counted),
+            sum(row.unobserved / row.heads for row in counted) / len(counted),
+            np.array([row.lag for row in counted], np.int64),
+            np.array([row.lag_mass / row.heads for row in counted]),
+        )
+
+
+_NOTHING = Captured(0, float("nan"), np.zeros(0, np.int64), np.zeros(0))
+
+
+class SentenceMatrix(NamedTuple):
+    """Each row of the matrix is the mean over heads of each row captured in a sentence, then over these rows.
+
+    Attributes:
+        rows, columns: uint32 [n], sentences that read and that are read, in order. shares: float64 [n].
+        captured: int64 [sentences], rows of each.
+        unobserved: float64 [sentences], mean share the search did not observe; NaN without rows.
+    """
+
+    rows: NDArray[np.uint32]
+    columns: NDArray[np.uint32]
+    shares: Mass
+    captured: NDArray[np.int64]
+    unobserved: Mass
+
+    @classmethod
+    def of(cls, sentences: Sequence[Folded]) -> "SentenceMatrix":
+        """Of these sentences, the first of which is number 0."""
+        parts = [_NO_ROWS]
+        for batch in batches(sentences, lambda each: len(each.columns)):
+            first = sum(len(part.captured) for part in parts)
+            made = _made(batch)
+            parts.append(made._replace(rows=made.rows + np.uint32(first)))
+        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+_NO_ROWS = SentenceMatrix(
+    np.zeros(0, np.uint32), np.zeros(0, np.uint32), np.zeros(0), np.zeros(0, np.int64), np.zeros(0)
+)
+
+
+def _made(sentences: list[Folded]) -> SentenceMatrix:
+    rows = [row for each in sentences for row in each.rows]
+    of_row = np.repeat(np.arange(len(sentences)), [len(each.rows) for each in sentences])
+    heads = np.array([row.heads for row in rows], np.int64)
+    captured = np.bincount(of_row, heads > 0, len(sentences)).astype(np.int64)
+    # Of ranks without watched heads there is nothing to average.
+    divisors = np.maximum(heads, 1)
+    unobserved = np.full(len(sentences), np.nan)
+    total = np.bincount(of_row, np.array([row.unobserved for row in rows]) / divisors, len(sentences))
+    np.divide(total, captured, out=unobserved, where=captured > 0)
+
+    columns = np.concatenate([each.columns for each in sentences])
+    mass = np.concatenate([each.mass for each in sentences])
+    begins = np.array(edges_of(int(each.columns.max(initial=0)) + 1 for each in sentences))
+    entries = [high - low for each in sentences for low, high in pairwise(each.edges)]
+    places = columns + np.repeat(begins[:-1], [len(each.columns) for each in sentences])
+    sums = np.bincount(places, mass / np.repeat(divisors.astype(np.float32), entries), begins[-1])
+    used = sums.nonzero()[0]
+    read_by = np.repeat(np.arange(len(sentences)), np.diff(used.searchsorted(begins)))
+    return SentenceMatrix(
+        read_by.astype(np.uint32),
+        (used - begins[read_by]).astype(np.uint32),
+        sums[used] / captured[read_by],
+        captured,
+        unobserved,
+    )
