@@ -1,7 +1,7 @@
 """Steps of many requests with many heads, through the real search, estimator, publisher and monitor."""
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,18 +20,21 @@ from stream_monitor.engine.estimator import Estimator
 from stream_monitor.engine.ledger import count
 from stream_monitor.engine.requests import RowLabel
 from stream_monitor.engine.steps import Job
+from stream_monitor.monitor import front
 from stream_monitor.publisher.launch import PublisherProcess
 from stream_monitor.records import EngineInfo, Geometry, Ledger, Phase, RequestFinished, RequestStarted, TokenRun
 from stream_monitor.ring import RingWriter
 from stream_monitor.target import Target
 from stream_monitor.v1alpha1 import monitor_pb2
-from tests.monitor.conftest import until
+from tests.monitor.conftest import Running, starter, until
 from tests.monitor.fleet.processes import metric
 from tests.monitor.process import MonitorProcess
 from tests.monitor.synthetic import SENTENCE
 
-LAYERS, HEADS, DIM, PAGE, PAGES, PROMPT = 24, 16, 16, 32, 4, 36
+LAYERS, HEADS, DIM, PAGE, PAGES, PROMPT = 24, 16, 16, 32, 12, 36
 WIDE = LAYERS * HEADS
+TAIL = "-aaaaaaaa"
+"""Of internal request ids."""
 CONFIG = SearchConfig(strategy="exact", top_k=8)
 REQUESTS = 200
 """186 rows of 384 heads are the most that 4 MiB hold."""
@@ -103,73 +106,124 @@ class WideEngine:
 class Told:
     """What a monitor made of an engine's run."""
 
-    def __init__(self, monitor: MonitorProcess) -> None:
-        self._monitor = monitor
+    def __init__(self, monitor: MonitorProcess | Running) -> None:
+        self._http = monitor.http if isinstance(monitor, MonitorProcess) else monitor.server.http_address
+        self._api = monitor.api
 
     def metric(self, name: str, **labels: str) -> float:
-        return metric(self._monitor.http, f"stream_monitor_{name}", **labels)
+        return metric(self._http, f"stream_monitor_{name}", **labels)
+
+    def wait(self, rows_of: dict[str, int], refused: Collection[str] = ()) -> None:
+        """Until all is said: of some all rows were refused for their size, of the others none was lost."""
+        lost = sum(3 * rows_of[name] * WIDE for name in refused)
+        expected = 3 * sum(rows_of.values()) * WIDE
+        account = {
+            ("rows_expected_total", ""): expected,
+            ("rows_total", "captured"): expected - lost,
+            ("rows_total", "refused"): lost,
+        }
+        told = dict.fromkeys(account, -1.0)
+
+        def true() -> bool:
+            for name, outcome in account:
+                told[name, outcome] = self.metric(name, **({"outcome": outcome} if outcome else {}))
+            # Of a request whose messages were refused nothing is known.
+            ended = self.metric("requests_finished_total")
+            return told == account and ended == len(rows_of) - len(refused)
+
+        until(true, 60)
+        assert self.metric("rows_total", reason="monitor_resource_exhausted") == lost
+        assert self.metric("messages_lost_total") <= 3 * len(refused)
 
     def trace(self, name: str) -> monitor_pb2.GetTraceResponse:
-        return self._monitor.api.GetTrace(monitor_pb2.GetTraceRequest(request_id=name, with_heads=True), timeout=20)
+        external = name.removesuffix(TAIL)
+        return self._api.GetTrace(monitor_pb2.GetTraceRequest(request_id=external, with_heads=True), timeout=20)
 
 
 @contextmanager
-def told(folder: Path, rows_of: dict[str, int], instance: str = "", **settings: object) -> Iterator[Told]:
-    """A monitor to which an engine told all that it did with requests of so many rows a step."""
-    folder.mkdir()
-    folder.chmod(0o700)
-    monitor = MonitorProcess(folder, **settings)
-    engine = WideEngine(monitor.ingest, instance or str(uuid.uuid4()))
+def told(monitor: MonitorProcess | Running, rows_of: dict[str, int], instance: str = "") -> Iterator[Told]:
+    """What a monitor makes of an engine that did this."""
+    address = monitor.ingest if isinstance(monitor, MonitorProcess) else monitor.server.ingest_address
+    engine = WideEngine(address, instance or str(uuid.uuid4()))
     try:
         engine.run(rows_of)
-        asked = Told(monitor)
-        expected = 3 * sum(rows_of.values()) * WIDE
-        until(lambda: asked.metric("rows_total") == expected, 60)
-        assert asked.metric("rows_expected_total") == expected
-        yield asked
+        yield Told(monitor)
     finally:
         engine.close()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., MonitorProcess]]:
+    """Starts monitors in processes of their own."""
+    running: list[MonitorProcess] = []
+
+    def start(**settings: object) -> MonitorProcess:
+        folder = tmp_path / str(len(running))
+        folder.mkdir(mode=0o700)
+        running.append(MonitorProcess(folder, **settings))
+        return running[-1]
+
+    yield start
+    for monitor in running:
         monitor.kill()
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Starts monitors in this process."""
+    yield from starter(tmp_path)
+
+
+MANY = {f"r{number}{TAIL}": 1 for number in range(REQUESTS)}
+ONE, LARGE, TWO = f"one{TAIL}", f"large{TAIL}", f"two{TAIL}"
+
+
 def test_what_is_sent_in_parts_arrives_as_if_it_were_one(
-    compiled_search: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiled_search: None, serve: Callable[..., MonitorProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows_of = {f"r{number}-aaaaaaaa": 1 for number in range(REQUESTS)}
     instance = str(uuid.uuid4())
-    with told(tmp_path / "parts", rows_of, instance) as parts:
-        assert parts.metric("rows_total", outcome="captured") == 3 * REQUESTS * WIDE
-        assert parts.metric("messages_total", outcome="accepted") > 4
-        assert parts.metric("messages_lost_total") == 0
+    with told(serve(), MANY, instance) as parts:
+        parts.wait(MANY)
+        # 4.4 MB of rows in each of three steps, and the end.
+        assert parts.metric("messages_total") == parts.metric("messages_total", outcome="accepted") == 3 * 3 + 1
         assert parts.metric("steps_total") == 3
         monkeypatch.setattr(splitting, "MESSAGE_BYTES", 1 << 30)
-        with told(tmp_path / "whole", rows_of, instance, max_message_bytes=64 << 20) as whole:
-            assert whole.metric("messages_total", outcome="accepted") == 4
-            for name in rows_of:
-                external = name.removesuffix("-aaaaaaaa")
-                trace = parts.trace(external)
+        with told(serve(max_message_bytes=64 << 20), MANY, instance) as whole:
+            whole.wait(MANY)
+            assert whole.metric("messages_total", outcome="accepted") == 3 + 1
+            for name in MANY:
+                trace = parts.trace(name)
                 assert (trace.info.rows_kept, trace.info.state) == (3, monitor_pb2.REQUEST_STATE_FINISHED)
-                assert trace == whole.trace(external)
+                assert trace == whole.trace(name)
 
 
 def test_unsplit_the_same_steps_are_refused(
-    compiled_search: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiled_search: None, serve: Callable[..., MonitorProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(splitting, "MESSAGE_BYTES", 1 << 30)
-    with told(tmp_path / "whole", {f"r{number}-aaaaaaaa": 1 for number in range(REQUESTS)}) as whole:
-        refused = whole.metric("rows_total", outcome="refused", reason="monitor_resource_exhausted")
-        assert refused == 3 * REQUESTS * WIDE
+    with told(serve(), MANY) as whole:
+        refused = 3 * REQUESTS * WIDE
+        until(lambda: whole.metric("rows_total", reason="monitor_resource_exhausted") == refused, 60)
+        assert whole.metric("messages_total", outcome="invalid", reason="oversized") >= 3
 
 
 def test_a_request_that_is_too_large_alone_is_refused_and_its_neighbours_are_not(
-    compiled_search: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiled_search: None, serve: Callable[..., MonitorProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(splitting, "MESSAGE_BYTES", 50_000)
-    rows_of = {"one-aaaaaaaa": 1, "large-aaaaaaaa": 4, "two-aaaaaaaa": 1}
-    with told(tmp_path / "parts", rows_of, max_message_bytes=1 << 16) as parts:
-        assert parts.metric("rows_total", outcome="captured") == 3 * 2 * WIDE
-        refused = parts.metric("rows_total", outcome="refused", reason="monitor_resource_exhausted")
-        assert refused == 3 * 4 * WIDE
+    rows_of = {ONE: 1, LARGE: 4, TWO: 1}
+    with told(serve(max_message_bytes=1 << 16), rows_of) as parts:
+        parts.wait(rows_of, refused=[LARGE])
         assert parts.metric("messages_total", outcome="invalid", reason="oversized") >= 3
-        for name in ("one", "two"):
-            assert parts.trace(name).info.rows_kept == 3
+        assert [parts.trace(name).info.rows_kept for name in (ONE, TWO)] == [3, 3]
+
+
+def test_what_the_transport_refuses_is_in_the_account_all_the_same(
+    compiled_search: None, run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(splitting, "MESSAGE_BYTES", 50_000)
+    monkeypatch.setattr(front, "TRANSPORT_BYTES", 0)  # so that it is four times the monitor's own
+    rows_of = {ONE: 1, LARGE: 16, TWO: 1}
+    with told(run(max_message_bytes=1 << 16), rows_of) as parts:
+        parts.wait(rows_of, refused=[LARGE])
+        assert parts.metric("messages_total", reason="oversized") == 0, "nobody told the monitor"
