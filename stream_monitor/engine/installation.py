@@ -27,6 +27,7 @@ from stream_monitor.engine.estimator import Estimator
 from stream_monitor.engine.governor import Governor
 from stream_monitor.engine.hooks import install_runner_hooks, install_worker_hooks
 from stream_monitor.engine.ledger import merged
+from stream_monitor.engine.marks import Marks
 from stream_monitor.engine.plan import CapturePlan, make_plan, target_refusals
 from stream_monitor.engine.requests import RequestTable
 from stream_monitor.engine.search_settings import search_config
@@ -302,11 +303,12 @@ class Installation:
 
     def _request_table(self) -> RequestTable:
         settings, config = self._settings, self._worker.vllm_config
-        flags, roles, channels = None, None, None
+        flags, roles, channels, marks = None, None, None, None
         if parallel.sends_tokens() and (tokenizer := compat.load_tokenizer(config)) is not None:
             flags = token_flags(tokenizer, config.model_config.get_vocab_size())
             roles = PromptRoles.from_tokenizer(tokenizer)
             channels = Channels.from_tokenizer(tokenizer)
+            marks = Marks.from_tokenizer(tokenizer)
         return RequestTable(
             settings.stride,
             settings.max_requests,
@@ -315,6 +317,7 @@ class Installation:
             roles,
             settings.send_token_ids,
             channels,
+            marks,
             settings.tenant_argument,
         )
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from stream_monitor.engine.channels import Channels
 from stream_monitor.engine.compat.schedule import NewRequest, ScheduledRequest
+from stream_monitor.engine.marks import Marks, Reading
 from stream_monitor.engine.policy import RequestPolicy, decide
 from stream_monitor.engine.vocabulary import PromptRoles, overlay_untrusted
 from stream_monitor.records import Phase, RequestFinished, RequestStarted, TokenRun
@@ -67,6 +68,7 @@ class _Tracked:
     stopped: bool = False
     pending_first: int = 0
     last_token: int = -1
+    reading: Reading = field(default_factory=Reading)
     pending_flags: bytearray = field(default_factory=bytearray)
     pending_ids: list[int] = field(default_factory=list)
 
@@ -82,6 +84,7 @@ class RequestTable:
         roles: finds the role spans of a prompt.
         send_token_ids: whether token ids go along.
         channels: of the model's chats; None where it has none.
+        marks: of sentence ends that no single token shows.
         tenant_argument: entry of the request's arguments in which the gateway says whose it is; empty for none.
     """
 
@@ -94,6 +97,7 @@ class RequestTable:
         roles: PromptRoles | None,
         send_token_ids: bool,
         channels: Channels | None = None,
+        marks: Marks | None = None,
         tenant_argument: str = "",
     ) -> None:
         self._stride = stride
@@ -108,6 +112,7 @@ class RequestTable:
         self._roles = roles
         self._send_ids = send_token_ids
         self._channels = channels
+        self._marks = marks or Marks({})
         self._tenant_argument = tenant_argument
         self._tracked: dict[str, _Tracked] = {}
         self._captured = 0
@@ -138,7 +143,7 @@ class RequestTable:
             tracked.last_token = new.prompt_token_ids[-1]
         self._tracked[new.request_id] = tracked
         self._captured += not reason
-        return None if reason == ID_TOO_LONG else self._announce(new, policy, reason)
+        return None if reason == ID_TOO_LONG else self._announce(new, policy, tracked)
 
     def _refusal(self, new: NewRequest, policy: RequestPolicy) -> str:
         if len(new.request_id) > MAX_ID:
@@ -149,7 +154,8 @@ class RequestTable:
             return NO_PROMPT_IDS
         return REQUEST_LIMIT if self._captured >= self._max_requests else ""
 
-    def _announce(self, new: NewRequest, policy: RequestPolicy, reason: str) -> RequestStarted:
+    def _announce(self, new: NewRequest, policy: RequestPolicy, tracked: _Tracked) -> RequestStarted:
+        reason = tracked.refused_reason
         started = RequestStarted(new.request_id, new.prompt_tokens, b"", b"", b"", refused_reason=reason)
         started.tenant = policy.tenant
         if reason or self._flags is None or self._roles is None or new.prompt_token_ids is None:
@@ -160,7 +166,7 @@ class RequestTable:
             starts, roles = overlay_untrusted(starts, roles, list(policy.untrusted), new.prompt_tokens)
         started.role_starts = np.asarray(starts, "<u4").tobytes()
         started.roles = np.asarray(roles, np.uint8).tobytes()
-        started.prompt_flags = self._flags_of(ids).tobytes()
+        started.prompt_flags = self._marks.revise(tracked.reading, new.prompt_token_ids, self._flags_of(ids).tobytes())
         if self._send_ids and len(ids) <= MAX_PROMPT_IDS:
             started.prompt_token_ids = ids.astype("<u4").tobytes()
         return started
@@ -224,12 +230,13 @@ class RequestTable:
         if self._channels is None:
             # One token as a rule, on the runner thread: arrays would take ten times as long.
             known = len(self._flag_of)
-            tracked.pending_flags += bytes(self._flag_of[token] if token < known else 0 for token in token_ids)
+            flags = bytes(self._flag_of[token] if token < known else 0 for token in token_ids)
         else:
             ids = np.asarray(token_ids, np.int64)
-            flags = self._flags_of(ids)
-            self._channels.add_flags(flags, ids, tracked.last_token)
-            tracked.pending_flags += flags.tobytes()
+            named = self._flags_of(ids)
+            self._channels.add_flags(named, ids, tracked.last_token)
+            flags = named.tobytes()
+        tracked.pending_flags += self._marks.revise(tracked.reading, token_ids, flags)
         if token_ids:
             tracked.last_token = token_ids[-1]
         if self._send_ids:

@@ -12,12 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from stream_monitor.records import Role, TokenFlag
 
-_CJK_STOPS = "。？！．｡"
+CJK_STOPS = "。？！．｡"
 _CLOSERS = r"""["'”’»)\]}）】》」』*_`]*"""
-_ENDS = re.compile(rf"[.?!{_CJK_STOPS}]{_CLOSERS}\Z")
+_ENDS = re.compile(rf"[.?!{CJK_STOPS}]{_CLOSERS}\Z")
 # CJK text has no white space after a full stop: the sentence ends there whatever follows, if only the end of the token.
 # A code fence ends what is before the code, and the code.
-_BREAKS = re.compile(rf"[.?!]{_CLOSERS}\s|\n[ \t\r]*\n|[{_CJK_STOPS}]|```")
+_BREAKS = re.compile(rf"[.?!]{_CLOSERS}\s|\n[ \t\r]*\n|[{CJK_STOPS}]|```")
 # <think>, </think>, [THINK], ◁think▷, <seed:think>, <|begin_of_thought|>, <|end_of_thinking|>, <reasoning>, ...
 _REASONING = re.compile(
     r"[<\[◁]\|?(?P<close>/|end_of_)?(?:begin_of_|start_of_)?(?:seed:)?(?:think(?:ing)?|thoughts?|reasoning)\|?[>\]▷]",
@@ -37,7 +37,7 @@ def token_flags(tokenizer: Any, vocab_size: int) -> NDArray[np.uint8]:
     flags = np.zeros(vocab_size, np.uint8)
     texts = _texts(tokenizer, min(vocab_size, len(tokenizer)))
     for token, text in enumerate(texts):
-        flags[token] = _flags(text)
+        flags[token] = text_flags(text)
     template = _template(tokenizer)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     for token, text in enumerate(texts):
@@ -52,7 +52,8 @@ def token_flags(tokenizer: Any, vocab_size: int) -> NDArray[np.uint8]:
     return flags
 
 
-def _flags(text: str) -> int:
+def text_flags(text: str) -> int:
+    """`TokenFlag`s of a token with this text."""
     if text.lstrip(" ").isalnum():  # most of a vocabulary; saves half the time
         return TokenFlag.BEGINS_SPACE if text[0] == " " else 0
     flags = 0

@@ -6,7 +6,6 @@ it begins. Special tokens are part of the text, as the tokenizer writes them.
 """
 
 import json
-import re
 from array import array
 from bisect import bisect_right
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.records import TokenFlag
+from stream_monitor.token_bytes import BYTE_TOKEN, byte_level
 
 UNKNOWN = "\ufffd".encode()
 """Stands for positions and ids that nothing is known of."""
@@ -26,7 +26,6 @@ _MISFITS = 0.05
 """Part of them that may disagree before the tokenizer is taken for another model's: at random, about half would."""
 _RUN_BYTES = 120
 """Of the Python objects of a run of tokens."""
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _COMPARED = TokenFlag.BEGINS_SPACE | TokenFlag.ENDS_NEWLINE | TokenFlag.BEGINS_NEWLINE
 
 
@@ -70,8 +69,8 @@ class Vocabulary(dict[int, bytes]):
         if name is None:
             return UNKNOWN  # Not kept: ids from outside must not make the table grow.
         if self._byte_level:
-            piece = _byte_level(name)
-        elif (byte := _BYTE_TOKEN.fullmatch(name)) and token not in self._added:
+            piece = byte_level(name)
+        elif (byte := BYTE_TOKEN.fullmatch(name)) and token not in self._added:
             piece = bytes.fromhex(byte[1])
         else:
             piece = self._decode([*self._letter, token]).removeprefix(self._before).encode()
@@ -229,21 +228,3 @@ def shortened(text: str, longest: int) -> str:
 def one_line(text: str, longest: int) -> str:
     """The beginning of a text for a terminal: one line, and no character that a terminal would obey."""
     return shortened("".join(c if c.isprintable() else UNKNOWN.decode() for c in " ".join(text.split())), longest)
-
-
-def _byte_level(name: str) -> bytes:
-    """The bytes of a token's name in a byte-level vocabulary; what has other characters stands for itself."""
-    try:
-        return bytes(_BYTES[letter] for letter in name)
-    except KeyError:
-        return name.encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable characters that stand for the 256 bytes (GPT-2): themselves, the others from 256 on in order."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in set(plain)]
-    return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()

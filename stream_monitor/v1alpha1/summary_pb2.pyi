@@ -375,8 +375,9 @@ class TokenRun(_message.Message):
     flags: _builtins.bytes
     """uint8[n], the sum of: 1 the text ends with a sentence terminator (. ? ! and their CJK forms, closing quotes and
     brackets allowed after it); 2 the text begins with white space; 4 a sentence ends inside the token (a terminator,
-    then white space; a blank line; a CJK terminator anywhere; a code fence); 8 the text ends with a newline; 16 opens a reasoning
-    span (such as <think>); 32 closes it; 64 special token (not text); 128 begins with a newline.
+    then white space; a blank line; a CJK terminator anywhere, of several tokens in the last; a code fence), neither of
+    them in display math but by a blank line; 8 the text ends with a newline; 16 opens a reasoning span (such as
+    <think>); 32 closes it; 64 special token (not text); 128 begins with a newline.
     """
     token_ids: _builtins.bytes
     """uint32[n]; empty unless the operator asked for token ids."""
