@@ -46,8 +46,8 @@ QUIET = 1.0
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Each has a block of every kind.")] = 6,
-    seconds: Annotated[float, typer.Option(min=4.0, help="Of a block: the slow one must lose in it.")] = 6.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Each has a block of every kind.")] = 7,
+    seconds: Annotated[float, typer.Option(min=4.0, help="Of a block: the slow one must lose in it.")] = 5.0,
     queue: Annotated[int, typer.Option(min=1, help="The monitor's setting subscriber_queue.")] = 64,
     seed: Annotated[int, typer.Option(help="Of the rows.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="Four times as many rounds.")] = False,
@@ -78,10 +78,10 @@ def main(
         os.sched_setaffinity(0, {cores[-1]})
         publisher = Publisher(running, Traffic(Shape(layers=1, heads=32, tokens=256), seed))
         publisher.send(WARM_SECONDS, ROWS_PER_SECOND)
+        reading.heard(quiet=QUIET)
         for number in range(count):
             # In another order each time: what drifts falls on all alike.
             for arm in np.roll(ARMS, number).tolist():
-                reading.heard(quiet=QUIET)
                 before, lost_before = running.resident_bytes, running.metrics()[LOST]
                 with _slow(arm, running.grpc) as slow:
                     sent = publisher.send(seconds, ROWS_PER_SECOND)
