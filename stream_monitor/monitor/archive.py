@@ -32,7 +32,7 @@ from stream_monitor.v1alpha1 import monitor_pb2
 
 SAVE_SECONDS = 0.2
 """How often traces that are due are handed to the recorder."""
-FINDING_SECONDS = 5.0
+FINDING_SECONDS = 10.0
 """After which a running trace is stored for a finding: to make a trace ready takes time that grows with it, and more
 findings follow, or its end."""
 RETENTION_SECONDS = 60.0

@@ -138,7 +138,8 @@ class _Table:
     def sums(self, cells: Positions, mass: NDArray[np.float32]) -> _Sums:
         """Of entries in these cells."""
         dense = np.bincount(cells, mass, self._begins[-1]).astype(np.float64, copy=False)
-        used = dense.nonzero()[0]
+        # Of booleans, which takes a fourth of the time.
+        used = (dense != 0).nonzero()[0]
         edges = used.searchsorted(self._begins)
         return _Sums(edges, used - np.repeat(self.shifts, np.diff(edges)), dense[used])
 
