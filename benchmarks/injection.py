@@ -231,11 +231,13 @@ def _profile(groups: dict[str, list[Read]]) -> tuple[Profile, str]:
 def _score(one: Read, profile: Profile) -> Scored:
     """From the rows before the first token of the model's own."""
     trace, plain = one.show(profile), one.show()
+    panel = trace.panel
     return Scored(
         template=f"{one.prompt.group} {one.prompt.template}",
         score=_highest(trace),
         all_heads=_highest(plain),
-        raised=trace.panel.highest[Kind.UNTRUSTED_ANCHOR].score > trace.panel.untrusted.threshold,
+        raised=panel.highest[Kind.UNTRUSTED_ANCHOR].score > panel.untrusted.threshold
+        or panel.opening.score > panel.untrusted.opening_threshold,
         span_mass=_span_mass(plain, one.prompt),
         span_tokens=one.prompt.span[1] - one.prompt.span[0],
         text_match=sum(word in one.prompt.text.lower() for word in _ATTACK_WORDS),

@@ -23,7 +23,7 @@ from stream_monitor.anchors.heads import (
     weights_of,
 )
 from stream_monitor.anchors.matrix import Mass
-from stream_monitor.anchors.panel import Kind, Observation, Panel
+from stream_monitor.anchors.panel import OPENING, Kind, Observation, Panel
 from stream_monitor.anchors.profile import Profile, make_profile
 from stream_monitor.anchors.reference import Moments, Stratum, measure
 from stream_monitor.records import Role
@@ -112,10 +112,10 @@ def calibrated(
     usual = make_profile(model_name, capture, made_unix, {}, max(1, len(requests)), receivers=receivers)
     references = _references(requests, usual)
     draft = replace(usual, references=references, untrusted_heads=untrusted_heads)
-    highest: dict[str, list[float]] = {kind.value: [] for kind in Kind}
+    highest: dict[str, list[float]] = {name: [] for name in (*(kind.value for kind in Kind), OPENING)}
     for request in requests:
-        for kind, score in _highest(request, draft).items():
-            highest[kind.value].append(score)
+        for name, score in _highest(request, draft).items():
+            highest[name].append(score)
     made = make_profile(model_name, capture, made_unix, highest, len(requests), trim, receivers, references)
     return replace(made, untrusted_heads=untrusted_heads)
 
@@ -131,11 +131,13 @@ def _references(requests: Sequence[Served], profile: Profile) -> dict[str, dict[
     return {kind.value: measure(found) for kind, found in values.items()}
 
 
-def _highest(request: Served, profile: Profile) -> dict[Kind, float]:
+def _highest(request: Served, profile: Profile) -> dict[str, float]:
     panel = Panel(profile)
     for seen in request.observations(profile.receivers, profile.untrusted_heads):
         panel.update(seen)
-    found = {kind: highest.score for kind, highest in panel.highest.items() if highest.sentence >= 0}
+    found = {kind.value: highest.score for kind, highest in panel.highest.items() if highest.sentence >= 0}
+    if panel.opening.sentence >= 0:
+        found[OPENING] = panel.opening.score
     if request.lock is not None:
-        found[Kind.ANCHOR_LOCK] = request.lock
+        found[Kind.ANCHOR_LOCK.value] = request.lock
     return found

@@ -33,6 +33,10 @@ class Kind(StrEnum):
     __hash__ = str.__hash__
 
 
+OPENING = "untrusted_anchor_opening"
+"""What a profile has the scores of openings under: where a question is answered from a document, the model looks the
+answer up there, and reads the document more than any sentence does. They are judged among themselves."""
+
 TOLERATED = 0.5
 """Rise of a standardised statistic's mean that is tolerated, standard deviations."""
 _LOOKED_BACK = 64
@@ -140,7 +144,8 @@ class Panel:
 
     Without a profile each has a threshold of its own, chosen by hand, and no p-value. With one, a finding is raised
     where so high a score is rarer than the rate divided among the kinds that were not raised yet (Holm's procedure);
-    kinds that cannot be raised, by the profile or because the request has nothing untrusted, take no part of it.
+    kinds that cannot be raised, by the profile or because the request has nothing untrusted, take no part of it. The
+    opening counts as a kind of its own there.
     A request's highest scores are kept apart from the alarms, which begin some detectors anew.
 
     Args:
@@ -151,7 +156,8 @@ class Panel:
         verdicts: of the newest sentence.
         values: of the newest sentence, what the detectors that a profile has references for were shown, with its
             stratum.
-        highest: of the request so far.
+        highest: of the request's sentences so far.
+        opening: score of its opening.
     """
 
     def __init__(self, profile: Profile | None = None, rate: float = 0.01) -> None:
@@ -170,10 +176,11 @@ class Panel:
         self.verdicts: dict[Kind, Verdict] = {}
         self.values: dict[Kind, tuple[Stratum, float]] = {}
         self.highest = {kind: Highest() for kind in Kind}
+        self.opening = Highest()
         # Until the first alarm these are the detectors above: nothing else tells them apart.
         self._unbroken_shift: AnchorShift | None = None
         self._unbroken_detachment: PromptDetachment | None = None
-        self._raised: set[Kind] = set()
+        self._raised: set[str] = set()
         self._prompt: _Prompt | None = None
         self._begins = {kind: _Begins() for kind in Kind}
         self._set_thresholds()
@@ -195,7 +202,7 @@ class Panel:
     def update(self, seen: Observation) -> list[Alarm]:
         """Take in one sentence, or the opening before the first; what it raised, most telling first.
 
-        The opening is shown to UNTRUSTED_ANCHOR alone, and to no detector by a profile whose scores are without it.
+        The opening is shown to UNTRUSTED_ANCHOR alone.
         """
         if seen.opening:
             return self._open(seen)
@@ -229,9 +236,7 @@ class Panel:
         return self._raise(seen, far, near)
 
     def _open(self, seen: Observation) -> list[Alarm]:
-        self.verdicts, self.values = {}, {}
-        if self.profile is not None and not self.profile.openings:
-            return []
+        self.values = {}
         near = seen.rivals() if (seen.roles == Role.UNTRUSTED).any() else _NOTHING
         verdict = self.untrusted.update(*Rivals.of(near, seen.roles), seen.rows, opening=True)
         self.verdicts = {Kind.UNTRUSTED_ANCHOR: verdict}
@@ -244,10 +249,10 @@ class Panel:
             if verdict is Verdict.INSUFFICIENT:
                 continue
             self._begins[kind].scored.append(seen.index)
-            self._note(kind, seen.index)
+            self._note(kind, seen)
             if verdict is Verdict.ALARM:
                 alarms.append(self._alarm(kind, seen, far, near))
-                self._raised.add(kind)
+                self._raised.add(OPENING if seen.opening else kind)
         if alarms:
             self._set_thresholds()
         return alarms
@@ -270,14 +275,18 @@ class Panel:
             self._set_thresholds()
         return self._prompt
 
-    def _note(self, kind: Kind, index: int) -> None:
+    def _note(self, kind: Kind, seen: Observation) -> None:
+        if seen.opening:
+            self.opening = Highest(self.untrusted.score, seen.index)
+            return
         unbroken = {Kind.ANCHOR_SHIFT: self._unbroken_shift, Kind.PROMPT_DETACHMENT: self._unbroken_detachment}
         score = (unbroken.get(kind) or self._detectors[kind]).score
         if score > self.highest[kind].score:
-            self.highest[kind] = Highest(score, index)
+            self.highest[kind] = Highest(score, seen.index)
 
     def _alarm(self, kind: Kind, seen: Observation, far: SparseMass, near: SparseMass) -> Alarm:
         detector = self._detectors[kind]
+        name = OPENING if seen.opening else kind
         back, before, now, detail = 0, _NOTHING, far, ""
         if kind is Kind.ANCHOR_SHIFT:
             back, before = self.shift.began, self.shift.before
@@ -293,8 +302,8 @@ class Panel:
         return Alarm(
             kind=kind,
             score=detector.score,
-            threshold=detector.threshold,
-            p_value=None if self.profile is None else self.profile.p_value(kind, detector.score),
+            threshold=self.untrusted.opening_threshold if seen.opening else detector.threshold,
+            p_value=None if self.profile is None else self.profile.p_value(name, detector.score),
             began=self._begins[kind].back(back),
             before=before,
             now=now,
@@ -304,9 +313,10 @@ class Panel:
     def _set_thresholds(self) -> None:
         if self.profile is None:
             return
-        possible = {kind for kind in Kind if self.profile.can_raise(kind)}
+        possible = {name for name in (*Kind, OPENING) if self.profile.can_raise(name)}
         if self._prompt is not None and not self._prompt.untrusted:
-            possible -= {Kind.UNTRUSTED_ANCHOR}
-        left = max(1, len(possible - self._raised))
+            possible -= {Kind.UNTRUSTED_ANCHOR, OPENING}
+        rate = self.rate / max(1, len(possible - self._raised))
         for kind in Kind:
-            self._detectors[kind].threshold = self.profile.threshold(kind, self.rate / left)
+            self._detectors[kind].threshold = self.profile.threshold(kind, rate)
+        self.untrusted.opening_threshold = self.profile.threshold(OPENING, rate)

@@ -15,10 +15,9 @@ from pathlib import Path
 from stream_monitor.anchors.heads import NO_RECEIVERS, Head, Receivers
 from stream_monitor.anchors.reference import Moments, Reference
 
-VERSION = 4
-READABLE = (2, 3, 4)
-"""Versions that this program reads; those before 3 name no heads for UNTRUSTED_ANCHOR, those before 4 were made without
-openings."""
+VERSION = 3
+READABLE = (2, 3)
+"""Versions that this program reads; those before 3 name no heads for UNTRUSTED_ANCHOR."""
 
 
 class ProfileError(ValueError):
@@ -35,14 +34,14 @@ class Profile:
         made_unix: seconds, when the profile was made.
         requests: n, requests it was made from.
         trimmed: highest scores left out per detector, as live traffic may hold what is looked for.
-        highest: detector to the requests' highest scores, ascending, at most n.
+        highest: detector to the requests' highest scores, ascending, at most n; the scores of openings are apart from
+            those of sentences (`panel.OPENING`).
         receivers: (layer, query head) of the receiver heads, most peaked first; the scores are of these heads alone.
             Empty: of all heads alike.
         reliability: of the heads' kurtosis between two halves of the requests, see `heads.Receivers`; None if unknown.
         references: detector to stratum to (number, mean, standard deviation) of its statistic, see `reference.py`.
         untrusted_heads: (layer, query head) of the heads that UNTRUSTED_ANCHOR is scored by, see
             `untrusted_heads.py`. Empty: of those that the other scores are of.
-        openings: whether UNTRUSTED_ANCHOR's scores are those of openings too; else none may be compared with them.
     """
 
     model_name: str
@@ -55,7 +54,6 @@ class Profile:
     reliability: float | None = None
     references: Mapping[str, Mapping[str, Moments]] = field(default_factory=dict)
     untrusted_heads: tuple[Head, ...] = ()
-    openings: bool = True
 
     def reference(self, kind: str) -> Reference | None:
         """What this detector's statistic is compared with; None where it is taken as it is."""
@@ -103,12 +101,11 @@ class Profile:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content.pop("version")
             if version not in READABLE:
-                readable = f"{READABLE[0]} to {READABLE[-1]}"
+                readable = " and ".join(map(str, READABLE))
                 raise ProfileError(f"{path} is a profile of version {version}; this program reads {readable}")
             highest = {kind: tuple(map(float, scores)) for kind, scores in content.pop("highest").items()}
             receivers = _heads(content.pop("receivers"))
             untrusted_heads = _heads(content.pop("untrusted_heads") if version >= 3 else ())
-            openings = content.pop("openings") if version >= 4 else False
             references = {
                 kind: {
                     name: (int(count), float(mean), float(deviation))
@@ -121,7 +118,6 @@ class Profile:
                 receivers=receivers,
                 references=references,
                 untrusted_heads=untrusted_heads,
-                openings=openings,
                 **content,
             )
             found._check_content(path)
@@ -139,7 +135,7 @@ class Profile:
         few = all(len(scores) <= self.requests - self.trimmed for scores in self.highest.values())
         moments = [one for known in self.references.values() for one in known.values()]
         numbers &= all(math.isfinite(mean) and 0 <= deviation < math.inf for _, mean, deviation in moments)
-        named = isinstance(self.model_name, str) and isinstance(self.capture, str) and isinstance(self.openings, bool)
+        named = isinstance(self.model_name, str) and isinstance(self.capture, str)
         if not (ordered and numbers and few and named and 0 <= self.trimmed <= self.requests):
             raise ProfileError(f"{path} was changed by hand: its numbers do not fit each other")
 

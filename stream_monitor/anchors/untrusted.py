@@ -56,6 +56,8 @@ class UntrustedAnchor:
     ----------
     threshold
         Alarm when the score passes it, once until it falls below again. 0: the untrusted one is the heavier.
+    opening_threshold
+        The same for the opening.
     min_rows
         Captured rows a sentence needs; the opening is a single row, and needs that.
     min_mass
@@ -77,8 +79,11 @@ class UntrustedAnchor:
     <Verdict.ALARM: 'alarm'>
     """
 
-    def __init__(self, threshold: float = 0.0, min_rows: int = 2, min_mass: float = 0.02) -> None:
+    def __init__(
+        self, threshold: float = 0.0, opening_threshold: float = 0.0, min_rows: int = 2, min_mass: float = 0.02
+    ) -> None:
         self.threshold = threshold
+        self.opening_threshold = opening_threshold
         self.min_rows = min_rows
         self.min_mass = min_mass
         self.score = -math.inf
@@ -99,7 +104,7 @@ class UntrustedAnchor:
         if rows < (1 if opening else self.min_rows) or total < self.min_mass:
             return Verdict.INSUFFICIENT
         self.score = math.log(max(untrusted, _LEAST_MASS) / max(other, _LEAST_MASS))
-        above = self.score > self.threshold
+        above = self.score > (self.opening_threshold if opening else self.threshold)
         self.drift_detected = above and not self._above
         self._above = above
         return Verdict.ALARM if self.drift_detected else Verdict.STEADY

@@ -158,11 +158,13 @@ class _Judge:
 
 
 def score(request: Served, heads: Sequence[Head]) -> float:
-    """The request's highest of UNTRUSTED_ANCHOR by these heads, by all alike if there are none; -inf without one."""
+    """The highest of UNTRUSTED_ANCHOR over the request's sentences by these heads, by all alike if there are none; -inf
+    without one."""
     detector, highest = UntrustedAnchor(), -math.inf
     for seen in request.observations((), heads):
-        shown = Rivals.of(seen.rivals(), seen.roles)
-        if detector.update(*shown, seen.rows, seen.opening) is not Verdict.INSUFFICIENT:
+        if seen.opening:
+            continue
+        if detector.update(*Rivals.of(seen.rivals(), seen.roles), seen.rows) is not Verdict.INSUFFICIENT:
             highest = max(highest, detector.score)
     return highest
 

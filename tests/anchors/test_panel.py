@@ -13,7 +13,7 @@ from stream_monitor.anchors.detachment import PromptDetachment
 from stream_monitor.anchors.heads import Receivers
 from stream_monitor.anchors.lock import AnchorLock
 from stream_monitor.anchors.matrix import SparseMass
-from stream_monitor.anchors.panel import Kind, Observation, Panel
+from stream_monitor.anchors.panel import OPENING, Kind, Observation, Panel
 from stream_monitor.anchors.profile import Profile, ProfileError, make_profile
 from stream_monitor.anchors.untrusted import UntrustedAnchor
 from stream_monitor.anchors.verdict import Verdict
@@ -156,7 +156,8 @@ def test_the_opening_raises_once_and_is_no_sentence() -> None:
     panel, seen = Panel(), [observation(PROMPT + place, {2: 0.3, 5: 0.2}) for place in range(3)]
     assert run(panel, [opening({2: 0.3, 5: 0.2})]) == [(PROMPT - 1, Kind.UNTRUSTED_ANCHOR)]
     assert panel.verdicts == {Kind.UNTRUSTED_ANCHOR: Verdict.ALARM}
-    assert panel.highest[Kind.UNTRUSTED_ANCHOR].sentence == PROMPT - 1
+    assert panel.opening.sentence == PROMPT - 1
+    assert panel.highest[Kind.UNTRUSTED_ANCHOR].sentence == -1
     assert run(panel, seen) == [], "it goes on as it began"
     alone = Panel()
     run(alone, seen)
@@ -172,15 +173,20 @@ def test_what_the_opening_reads_of_its_own_sentence_is_no_sign_of_distrust() -> 
     roles[-1] = Role.UNTRUSTED
     panel = Panel()
     assert run(panel, [replace(seen, roles=roles)]) == []
-    assert panel.highest[Kind.UNTRUSTED_ANCHOR].score == pytest.approx(math.log(0.5))
+    assert panel.opening.score == pytest.approx(math.log(0.5))
 
 
-def test_no_opening_is_compared_with_scores_without_any() -> None:
-    made = profile({"untrusted_anchor": [-1.0] * 9}, 9)
-    assert run(Panel(made, 0.2), [opening({2: 0.3, 5: 0.2})]) == [(PROMPT - 1, Kind.UNTRUSTED_ANCHOR)]
-    older = Panel(replace(made, openings=False), 0.2)
-    assert run(older, [opening({2: 0.3, 5: 0.2})]) == []
-    assert (older.verdicts, older.highest[Kind.UNTRUSTED_ANCHOR].sentence) == ({}, -1)
+def test_openings_are_judged_among_themselves() -> None:
+    """Where documents are asked about, what is usual at an opening would hide what is not in a sentence."""
+    seen, sentence = opening({2: 0.3, 5: 0.2}), observation(PROMPT, {2: 0.3, 5: 0.2})
+    sentences, openings = {"untrusted_anchor": [-1.0] * 19}, {OPENING: [-1.0] * 18 + [0.0]}
+    alarms = Panel(profile(sentences | openings, 19), 0.2).update(seen)
+    assert [(alarm.kind, alarm.threshold, alarm.p_value) for alarm in alarms] == [(Kind.UNTRUSTED_ANCHOR, -1.0, 0.05)]
+    usual = Panel(profile(sentences | {OPENING: [9.0] * 19}, 19), 0.2)
+    assert run(usual, [seen, sentence]) == [(PROMPT, Kind.UNTRUSTED_ANCHOR)]
+    without = Panel(profile(sentences, 19), 0.2)
+    assert run(without, [seen, sentence]) == [(PROMPT, Kind.UNTRUSTED_ANCHOR)]
+    assert without.untrusted.opening_threshold == math.inf
 
 
 def test_p_values_are_the_conformal_ones() -> None:
@@ -268,14 +274,13 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         ("nonsense", "is not a profile; `stream-monitor calibrate` makes one"),
         ("[]", "is not a profile"),
         ('{"version": 2}', "is not a profile"),
-        ('{"version": 1}', "is a profile of version 1; this program reads 2 to 4"),
+        ('{"version": 1}', "is a profile of version 1; this program reads 2 and 3"),
         ('{"version": 3}', "is not a profile"),
         ({"untrusted_heads": [[1, 2, 3]]}, "is not a profile"),
         ({"requests": 1}, "was changed by hand"),
         ({"highest": {"anchor_shift": [2.0, 1.0]}}, "was changed by hand"),
         ({"highest": {"anchor_shift": [math.nan]}}, "was changed by hand"),
         ({"references": {"anchor_shift": {"all": [30, math.inf, 1.0]}}}, "was changed by hand"),
-        ({"openings": "yes"}, "was changed by hand"),
         ({"receivers": [1, 2]}, "is not a profile"),
         ({"surprise": 1}, "is not a profile"),
     ],
@@ -296,8 +301,8 @@ def test_a_profile_from_before_heads_were_chosen_goes_on_working(tmp_path: Path)
     made = profile({"untrusted_anchor": [0.1] * 9}, 9)
     made.write(path)
     content = json.loads(path.read_text()) | {"version": 2}
-    del content["untrusted_heads"], content["openings"]
+    del content["untrusted_heads"]
     path.write_text(json.dumps(content))
-    assert Profile.read(path) == replace(made, openings=False)
+    assert Profile.read(path) == made
     taken = [observation(PROMPT + place, {2: 0.3, 5: 0.2}) for place in range(3)]
     assert run(Panel(Profile.read(path), 0.2), taken) == [(PROMPT, Kind.UNTRUSTED_ANCHOR)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from stream_monitor.anchors.calibration import calibrated
-from stream_monitor.anchors.panel import Kind
+from stream_monitor.anchors.panel import OPENING, Kind
 from stream_monitor.monitor.calibrate import served
 from stream_monitor.monitor.folding import fold
 from stream_monitor.monitor.ranks import Rank, key_of
@@ -21,6 +21,7 @@ from tests.monitor.test_findings import UNTRUSTED, labelled, run
 PROMPT, LAST = 48, 47
 """Tokens of a prompt, and its last one."""
 USER = 28
+UNTRUSTED_KIND = monitor_pb2.EVENT_KIND_UNTRUSTED_ANCHOR
 CHUNK, END = summary_pb2.PHASE_PREFILL_CHUNK, summary_pb2.PHASE_PREFILL_END
 
 Summaries = list[summary_pb2.StepSummary]
@@ -200,19 +201,16 @@ def test_the_sentence_matrix_and_its_scores_are_without_it(monitor: Running) -> 
 
 
 def test_calibration_scores_what_was_scored_live(monitor: Running) -> None:
-    """The highest of a request may be its opening's."""
     rank = Engine()
     for number, share in enumerate(np.linspace(0.1, 0.8, 8)):
         name = f"r{number}"
         monitor.publish([*opened(rank, name, Look(name, LAST, UNTRUSTED, share, phase=END)), *ended(rank, name)])
     traces = [trace_of(monitor, f"r{number}") for number in range(8)]
-    highest = [
-        score
-        for trace in traces
-        for score in trace.info.scores
-        if score.kind == monitor_pb2.EVENT_KIND_UNTRUSTED_ANCHOR
-    ]
-    assert 7 in {score.sentence for score in highest}, "the prompt's last sentence"
+    raised = [event.score for trace in traces for event in trace.events]
+    assert raised
     profile = calibrated("tiny", "c", 1, [served(trace) for trace in traces])
-    assert profile.openings
-    assert profile.highest[Kind.UNTRUSTED_ANCHOR] == pytest.approx(sorted(score.highest for score in highest))
+    assert len(profile.highest[OPENING]) == 8
+    assert profile.highest[OPENING][-len(raised) :] == pytest.approx(sorted(raised))
+    sentences = [score for trace in traces for score in trace.info.scores if score.kind == UNTRUSTED_KIND]
+    assert profile.highest[Kind.UNTRUSTED_ANCHOR] == pytest.approx(sorted(score.highest for score in sentences))
+    assert 7 not in {score.sentence for score in sentences}, "the prompt's last sentence"
