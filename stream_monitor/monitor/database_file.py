@@ -16,6 +16,8 @@ APPLICATION = 0x53744D6F
 WAL_BYTES = 16 << 20
 """The write-ahead log is cut back to this after a checkpoint."""
 BUSY_SECONDS = 5.0
+_META = {"epoch": str, "salt": bytes, "newest": int, "forgotten": int}
+"""Entries of the table `meta`."""
 
 _TABLES = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -108,7 +110,11 @@ class DatabaseFile:
         ):
             run(f"PRAGMA {pragma}")
         meta = dict(run("SELECT name, value FROM meta").fetchall())
-        self.epoch, self.keys = str(meta["epoch"]), Keys(bytes(meta["salt"]))
+        kinds = {name: type(meta.get(name)) for name in _META}
+        if kinds != _META:
+            # A page that is damaged may still read as one, with nothing or other things on it.
+            raise sqlite3.DatabaseError(f"database disk image is malformed: meta holds {kinds}")
+        self.epoch, self.keys = meta["epoch"], Keys(meta["salt"])
 
     def _create(self, salt: bytes) -> None:
         script = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {SCHEMA};"

@@ -13,7 +13,8 @@ from stream_monitor.monitor.database_file import StoreRefused
 CHECKED_BYTES = 64 << 20
 """Files up to this size are read whole when they are opened, in some tenths of a second; of larger ones only what is
 needed, so that the monitor is ready at once. Damage that is met later is handled alike."""
-_CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_CORRUPT = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_TOOBIG)
+"""The last where a damaged page gives a length beyond what SQLite takes: nothing we write comes near that."""
 _BY_CODE = {
     sqlite3.SQLITE_FULL: "disk_full",
     sqlite3.SQLITE_READONLY: "read_only",

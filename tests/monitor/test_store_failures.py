@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import grpc
 import pytest
@@ -18,6 +19,7 @@ from stream_monitor.monitor import events, recorder
 from stream_monitor.monitor.database import Database, EventPage
 from stream_monitor.monitor.database_file import StoreRefused
 from stream_monitor.monitor.events import CursorGone, EventLog, Subscriber
+from stream_monitor.monitor.recovery import open_store
 from stream_monitor.monitor.server import MonitorServer
 from stream_monitor.v1alpha1 import monitor_pb2
 from tests.monitor.conftest import Running, until
@@ -55,6 +57,39 @@ def status(call: Callable[[], object]) -> grpc.StatusCode:
     with pytest.raises(grpc.RpcError) as error:
         call()
     return error.value.code()  # type: ignore[no-any-return]
+
+
+def test_any_page_may_be_damaged(run: Callable[..., Running], store: Path) -> None:
+    """Of random bytes SQLite does not always say that they are malformed: that a text is too big, or nothing at all."""
+    monitor = run(store=str(store))
+    monitor.publish(Engine().request("before-aaaaaaaa", SHIFTING))
+    monitor.stop()
+    whole = store.read_bytes()
+    for seed in range(300):
+        content = bytearray(whole)
+        content[4096 + 8 :] = Random(seed).randbytes(len(content) - 4096 - 8)
+        store.write_bytes(content)
+        database, aside = open_store(store)
+        database.close()
+        assert aside is not None, seed
+        aside.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM meta WHERE name = 'salt'",
+        "UPDATE meta SET value = 'text' WHERE name = 'salt'",
+        "UPDATE meta SET value = NULL WHERE name = 'newest'",
+    ],
+)
+def test_a_file_without_its_salt_or_counts_is_damaged(store: Path, damage: str) -> None:
+    database, _ = open_store(store)
+    database.run(damage)
+    database.close()
+    database, aside = open_store(store)
+    database.close()
+    assert aside is not None
 
 
 @pytest.mark.parametrize("damage", ["head", "page", "no database"])
