@@ -13,7 +13,7 @@ from benchmarks.recall.product import Product, unobserved_share
 from benchmarks.recall.truth import Judge, Truth
 from stream_kernels.search import SearchConfig
 
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 30, 32, 60, 64, 128, 256)
 """Candidates per block kept, of every method that re-ranks; 256 is the most the product takes."""
 
 NARROW_BOXES = (2, 4, 8, 16, 32)
@@ -66,8 +66,9 @@ def _product_settings(config: SearchConfig) -> Iterator[tuple[str, str, SearchCo
     fixed = [(width, share) for width in WIDTHS for share in ((0.25, 0.5, 1.0) if width > 3 else OUTLIER_SHARES)]
     swept += [replace(config, width=width, min_gain=0.0, outlier_share=share) for width, share in fixed]
     two = [replace(wide, min_gain=gain, outlier_share=share) for share in (0.5, 1.0) for gain in GAINS if gain < 5e-4]
-    two += [replace(config, width=width, min_gain=0.0, outlier_share=1.0) for width in WIDTHS if width > 3]
-    swept += [replace(own, outlier_keys=2) for own in two]
+    full = [replace(config, width=width, min_gain=0.0, outlier_share=1.0) for width in WIDTHS if width > 3]
+    swept += [replace(own, outlier_keys=2) for own in two + full]
+    swept += [replace(own, outlier_keys=3) for own in full]
     for box in NARROW_BOXES:
         narrow = replace(config, box_width=box, outlier_share=0.0)
         swept += [replace(narrow, width=width, min_gain=0.0) for width in (1, 2, 3)]
