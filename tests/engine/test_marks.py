@@ -60,7 +60,7 @@ def model(request: pytest.FixtureRequest, model_dir: Path) -> Model:
     if request.param == "SmolLM2":
         return Model(model_dir)
     if not (folder := os.environ.get("QWEN05")):
-        pytest.skip("QWEN05 names no folder of a Qwen2.5 model")
+        pytest.skip("a clone has SmolLM2 alone, with which the same is tested; QWEN05 names a folder of Qwen2.5's")
     return Model(Path(folder))
 
 

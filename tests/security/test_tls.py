@@ -25,15 +25,19 @@ EXPIRY = "stream_monitor_tls_expiry_timestamp_seconds"
 RELOADS = "stream_monitor_access_reloads_total"
 
 
-TURNED_AWAY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
-"""Of a connection whose handshake failed. Under TLS 1.3 the client's part ends before the server looks at its
-certificate, and rarely gRPC's client then waits for its deadline."""
-
-
 def listed(monitor: Guarded, **how: object) -> grpc.StatusCode:
     with monitor.open(**how) as channel:  # type: ignore[arg-type]
         stub = monitor_pb2_grpc.MonitorServiceStub(channel)
         return code_of(lambda: stub.ListRequests(monitor_pb2.ListRequestsRequest(), timeout=TIMEOUT))
+
+
+def turned_away(call: Callable[[], grpc.StatusCode]) -> None:
+    """The connection gets no handshake. Under TLS 1.3 the client's part ends before the server looks at its
+    certificate, and rarely gRPC's client then waits for its deadline: that is no answer, and it is asked again."""
+    codes = [call()]
+    while codes[-1] is grpc.StatusCode.DEADLINE_EXCEEDED and len(codes) < 4:
+        codes.append(call())
+    assert codes[-1] is grpc.StatusCode.UNAVAILABLE, codes
 
 
 def serial(address: str, alpn: str) -> int:
@@ -70,7 +74,7 @@ def test_plaintext_to_a_tls_port_gets_nothing_and_others_are_served(
     with grpc.insecure_channel(monitor.server.grpc_address, [("grpc.enable_http_proxy", 0)]) as channel:
         stub = monitor_pb2_grpc.MonitorServiceStub(channel)
         refused = code_of(lambda: stub.ListRequests(monitor_pb2.ListRequestsRequest(), timeout=TIMEOUT))
-        assert refused in TURNED_AWAY
+        assert refused is grpc.StatusCode.UNAVAILABLE
     with pytest.raises(httpx.HTTPError):
         httpx.get(f"http://{monitor.server.http_address}/api/requests", trust_env=False, timeout=TIMEOUT)
     wait_until(lambda: monitor.refused("http", "handshake") == 1)
@@ -106,8 +110,10 @@ def test_mutual_tls_wants_a_certificate_that_holds(
         "good": ca.issue_cert("engine@example.org"),
     }[shown]
     monitor = start(files=files, mutual=True)
-    expected = (grpc.StatusCode.OK,) if shown == "good" else TURNED_AWAY
-    assert listed(monitor, client=client) in expected
+    if shown == "good":
+        assert listed(monitor, client=client) is grpc.StatusCode.OK
+    else:
+        turned_away(lambda: listed(monitor, client=client))
     assert listed(monitor, client=ca.issue_cert("another@example.org")) is grpc.StatusCode.OK
     assert monitor.metric(EXPIRY, file="client_ca") > 0
 
@@ -201,7 +207,7 @@ def test_a_client_ca_that_is_taken_away_lets_nobody_in_any_more(
     assert monitor.get("/api/requests", client=tmp_path / "me").status_code == 200
     files.put(ca.issue_cert("localhost"), client_ca=other_ca)
     wait_until(lambda: monitor.metric(RELOADS, file="certificate", outcome="done") == 1)
-    assert listed(monitor, client=leaf) in TURNED_AWAY
+    turned_away(lambda: listed(monitor, client=leaf))
     with pytest.raises(httpx.HTTPError):
         monitor.get("/api/requests", client=tmp_path / "me")
     assert listed(monitor, client=other_ca.issue_cert("me@example.org")) is grpc.StatusCode.OK
