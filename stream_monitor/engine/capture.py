@@ -155,6 +155,7 @@ class Capture:
         slot = self._acquire(sampled, drafts)
         fresh = [request for request in step.requests if request.fresh]
         self._current = _CurrentStep(self.steps, positions, sampled, slot, drafts, fresh)
+        self._estimator.step_begun()
 
     def _govern(self) -> None:
         assert self._estimator is not None

@@ -26,6 +26,9 @@ from stream_monitor.ring import RingWriter
 
 log = logging.getLogger("vllm.stream_monitor")
 
+STEP_SECONDS = 0.02
+"""How long a search waits for the engine's next step, see `Estimator.step_begun`. After the last one there is none."""
+
 
 class Estimator:
     """Owns the search, the ring's writing end and the counts of what became of submitted rows.
@@ -35,7 +38,8 @@ class Estimator:
         heads_per_row: watched (layer, head) pairs, the ledger's unit.
         head_key_bytes: bytes of one key of one KV head.
         audit_every: recompute one (layer, row, head) exactly every so many searched steps; 0 never.
-        cpus: CPUs to run on; empty leaves the affinity alone.
+        cpus: CPUs to run on; empty leaves the affinity alone. Where it is a single one, the engine's core is on it too,
+            and what it does between two steps is waited for by everybody: the search then waits for the next step.
         release: called with a slot once its content is not needed.
         on_fault: called with a reason when a step could not be worked on.
         after_job: called after each job; keeps the publisher alive.
@@ -67,18 +71,27 @@ class Estimator:
         self._unfinished = 0
         self._given_up = False
         self._idle = threading.Condition()
+        self._yields = len(cpus) == 1
+        self._step_begun = threading.Event()
         self._random = np.random.default_rng(0)
         self._thread = threading.Thread(target=self._run, name="stream-monitor-estimator", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
+        # Compiled (or loaded) here: that holds the interpreter lock.
+        pack_rows(self._search.summary, [], [])
         self._thread.start()
 
     def submit(self, job: Job) -> None:
         """Hand over a step; returns at once."""
+        self._step_begun.clear()
         with self._idle:
             self._unfinished += 1
         self._jobs.put(job)
+
+    def step_begun(self) -> None:
+        """The engine's next forward pass begins: its core has nothing to do but wait for it."""
+        self._step_begun.set()
 
     @property
     def shares_cpus(self) -> bool:
@@ -120,6 +133,9 @@ class Estimator:
                 log.warning("Stream Monitor: estimator thread keeps the engine's CPUs %s: %s", self._cpus, error)
         while (job := self._jobs.get()) is not None and not self._given_up:
             try:
+                # A thread that is behind has no time to lose.
+                if self._yields and job.slot is not None and self._unfinished == 1:
+                    self._step_begun.wait(STEP_SECONDS)
                 self._work(job)
                 self._after_job()
             except Exception as error:
@@ -151,8 +167,8 @@ class Estimator:
         status = self._search.run(slot)
         self._ledger.estimate_seconds += time.perf_counter() - begin
         self._ledger.estimates += 1
-        summary = self._search.summary.first_rows(rows)
-        keys = summary.keys_read.sum(dtype=np.float64) * summary.unobserved_lse.shape[2]
+        summary = self._search.summary
+        keys = summary.keys_read[:, :rows].sum(dtype=np.float64) * summary.unobserved_lse.shape[2]
         self._ledger.key_bytes += int(keys) * self._head_key_bytes
         raced = [labels[row] for row in range(rows) if status[row] == ROW_RACED]
         invalid = [labels[row] for row in range(rows) if status[row] == ROW_INVALID]

@@ -57,6 +57,9 @@ class Estimator:
         if job.slot is not None and self._frees:
             self._capture.release(job.slot)
 
+    def step_begun(self) -> None:
+        pass
+
     def drain(self, timeout: float) -> bool:
         return True
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from stream_kernels import reference
-from stream_kernels.search import BlockSummary, SearchConfig
+from stream_kernels.search import NO_BLOCK, BlockSummary, SearchConfig
 from stream_monitor.engine.packing import pack_rows
 from stream_monitor.engine.requests import RowLabel
 from stream_monitor.monitor.rows import decode
@@ -27,6 +27,41 @@ def test_block_ids_take_16_bits_where_all_that_are_sent_fit(highest: int, width:
     ids = np.frombuffer(packed.narrow_block_ids or packed.block_ids, f"<u{width}")
     assert ids.tolist() == [highest, *[(1 << 8 * width) - 1] * 3]
     assert not (packed.narrow_block_ids and packed.block_ids)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_rows_are_packed_as_numpy_would(sinks: bool) -> None:
+    draw = np.random.default_rng(0)
+    summary = BlockSummary.allocate(3, 5, 4, SearchConfig(top_k=4))
+    for array in vars(summary).values():
+        array[...] = draw.uniform(0, 40, array.shape)
+    summary.block_ids[draw.random(summary.block_ids.shape) < 0.3] = NO_BLOCK
+    summary.block_lse[summary.block_ids == NO_BLOCK] = -np.inf
+    summary.unobserved_lse[:, 1] = -np.inf
+    if not sinks:
+        summary.learned_sink_lse[...] = -np.inf
+    keep = [4, 1, 2]
+    packed = pack_rows(summary, [RowLabel(f"r{n}", n, 0, Phase.DECODE, "", True) for n in range(5)], keep)
+    total = summary.total_lse()[..., None]
+    expected = {
+        "narrow_block_ids": (summary.block_ids, "<u2", 0.0),
+        "block_log_share": (summary.block_lse - total, "<f2", 2e-3),
+        "block_strongest": (summary.strongest, "u1", 0.0),
+        "forced_log_share": (summary.forced_lse - total, "<f2", 2e-3),
+        "forced_strongest": (summary.forced_strongest, "u1", 0.0),
+        "unobserved_log_share": (summary.unobserved_lse - total[..., 0], "<f2", 2e-3),
+        "total_lse": (total[..., 0], "<f4", 1e-6),
+        "keys_read": (summary.keys_read, "<f4", 0.0),
+        "learned_sink_log_share": (summary.learned_sink_lse - total[..., 0], "<f2", 2e-3),
+    }
+    if not sinks:
+        assert packed.learned_sink_log_share == b""
+        del expected["learned_sink_log_share"]
+    for name, (array, kind, tolerance) in expected.items():
+        wanted = array[:, keep].swapaxes(0, 1).astype(kind)
+        found = np.frombuffer(getattr(packed, name), kind).reshape(wanted.shape)
+        assert found == pytest.approx(wanted, rel=tolerance), name
+    assert packed.request_ids == ["r4", "r1", "r2"]
 
 
 @pytest.mark.parametrize("sinks", [False, True])

@@ -192,6 +192,9 @@ class Worker:
     # What the capture sees of the device and of the estimator thread.
     backlog, shares_cpus, seconds, waits = 0, False, 0.0, 0
 
+    def step_begun(self) -> None:
+        """Nothing waits for it."""
+
     def follow(self, step: ScheduledStep) -> None:
         """Generations say all."""
 
