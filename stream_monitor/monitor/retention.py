@@ -12,8 +12,9 @@ log = logging.getLogger(__name__)
 
 JUMP_NS = 3600 * 10**9
 """By so much the wall clock may gain on the time that passes before its word on ages is not taken."""
-REQUESTS, EVENTS = 100, 1000
-"""How many go in one transaction: none takes so long that findings wait for it."""
+REQUESTS, EVENTS, TRACE_BYTES = 100, 1000, 4 << 20
+"""How many go in one transaction, and after how many bytes of traces no further one does: none takes so long that
+findings wait for it. What goes is overwritten (`secure_delete`), at the pace of the disk."""
 
 Removed = Counter[tuple[str, str]]
 """Rows that went, by record (`trace`, `event`) and reason (`age`, `size`, `deleted`)."""
@@ -68,14 +69,19 @@ def housekeep(database: Database, before_ns: int, now_ns: int) -> None:
 
 def _let_go(database: Database, before_ns: int, reason: str) -> Removed:
     """The oldest of what was stored before a time."""
-    keys = {
-        key
-        for (key,) in database.run(
-            "DELETE FROM requests WHERE serial IN "
-            "(SELECT serial FROM requests WHERE stored_ns < ? ORDER BY stored_ns LIMIT ?) RETURNING key",
-            (before_ns, REQUESTS),
-        ).fetchall()
-    }
+    keys = set()
+    size = 0
+    for serial, key, stored_ns, own in database.run(
+        "SELECT serial, key, stored_ns, length(trace) FROM requests WHERE stored_ns < ? ORDER BY stored_ns LIMIT ?",
+        (before_ns, REQUESTS),
+    ).fetchall():
+        database.run("DELETE FROM requests WHERE serial = ?", (serial,))
+        keys.add(key)
+        size += own
+        if size >= TRACE_BYTES:
+            # The rest has its turn in the next transaction, and so have the findings of that time.
+            before_ns = stored_ns + 1
+            break
     removed = Removed({("trace", reason): len(keys)} if keys else {})
     # Findings go from the oldest on without a gap, so that one number says which cursors still hold.
     last = 0

@@ -11,7 +11,7 @@ import pytest
 from stream_monitor.monitor import archive
 from stream_monitor.monitor.database import Database, StoredEvent, StoredTrace
 from stream_monitor.monitor.recovery import let_go_aside
-from stream_monitor.monitor.retention import EVENTS, REQUESTS, Removed, housekeep, let_go_some
+from stream_monitor.monitor.retention import EVENTS, REQUESTS, TRACE_BYTES, Removed, housekeep, let_go_some
 from stream_monitor.v1alpha1 import monitor_pb2
 from tests.monitor.conftest import Running, until
 from tests.monitor.synthetic import Engine
@@ -59,6 +59,18 @@ def test_what_is_too_old_goes_with_its_names(database: Database) -> None:
     assert held(database) == (list(range(251, 256)), list(range(251, 256)), 5)
     assert database.meta("forgotten") == 250
     assert not let_go(database, 2000)
+
+
+def test_of_large_traces_few_go_at_a_time(database: Database) -> None:
+    for number in range(1, 11):
+        fill(database, range(number, number + 1), now_ns=number, size=TRACE_BYTES // 3)
+    rest = list(range(1, 11))
+    for _ in range(3):
+        assert let_go_some(database, 11, 1 << 40) == {("trace", "age"): 3, ("event", "age"): 3}
+        rest = rest[3:]
+        assert held(database) == (rest, rest, len(rest))
+    assert let_go(database, 11) == {("trace", "age"): 1, ("event", "age"): 1}
+    assert held(database) == ([], [], 0)
 
 
 @pytest.mark.parametrize("days", [30, -30])
