@@ -17,6 +17,7 @@ from benchmarks.paging import paged
 from stream_kernels.cpu import CpuSearch
 from stream_kernels.search import BlockSummary
 from stream_monitor.config import CaptureSettings
+from stream_monitor.engine.marks import Marks, Reading
 from stream_monitor.engine.packing import pack_rows
 from stream_monitor.engine.plan import LayerFacts, make_plan
 from stream_monitor.engine.requests import RowLabel
@@ -41,8 +42,8 @@ INSTANCE = "00000000-0000-0000-0000-000000000000"
 REQUEST = "replay"
 _MOST_ROWS = 64
 """Rows searched in one call."""
-_FORMAT = 1
-"""Of a recording; another one does not read those on disk."""
+_FORMAT, _CONTINUATION_FORMAT = 2, 1
+"""Of a recording, and of a continuation; another one does not read those on disk."""
 
 Recording = list[bytes]
 """Serialised `PublishRequest`s of one request, in order."""
@@ -62,7 +63,8 @@ class Recorder:
     def __init__(self, model: TracedModel, settings: CaptureSettings | None = None) -> None:
         self.model = model
         self.settings = settings or CaptureSettings()
-        self.flags = token_flags(model.tokenizer, len(model.tokenizer))
+        self._flags = token_flags(model.tokenizer, len(model.tokenizer))
+        self._marks = Marks.from_tokenizer(model.tokenizer)
         self._roles = PromptRoles.from_tokenizer(model.tokenizer)
         facts = [
             LayerFacts(str(layer), layer, "Attention", "-", model.query_heads, 1, 0, 0.0, True, sliding_window=window)
@@ -73,6 +75,10 @@ class Recorder:
         self.heads = list(watched[0].query_heads)
         self._pass = _Pass(model, self.layers)
         self._sequence = 0
+
+    def flags_of(self, ids: Sequence[int]) -> bytes:
+        """One byte of boundary flags a token, as the engine sends them of a text that begins here."""
+        return self._marks.revise(Reading(), ids, self._flags[np.asarray(ids, np.int64)].tobytes())
 
     def record(self, ids: Sequence[int], prompt_tokens: int, untrusted: Sequence[int] = ()) -> Recording:
         """A request with this prompt and this output, from its start to its end.
@@ -96,7 +102,7 @@ class Recorder:
 
     def continuation(self, ids: Sequence[int], count: int) -> list[int]:
         """The `count` tokens with which the model goes on greedily; the end of a text does not stop it."""
-        text = json.dumps([_FORMAT, "continuation", self.model.name, list(map(int, ids)), count])
+        text = json.dumps([_CONTINUATION_FORMAT, "continuation", self.model.name, list(map(int, ids)), count])
         path = CACHE / f"continuation-{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
         if path.exists():
             return list(json.loads(path.read_text(encoding="utf-8")))
@@ -110,7 +116,7 @@ class Recorder:
             p for p in range(prompt_tokens - 1, len(ids) - 1) if (p + 1 - prompt_tokens) % self.settings.stride == 0
         ]
         queries, keys, scale = self._pass.over(ids, positions)
-        flags = self.flags[np.asarray(ids)].tobytes()
+        flags = self.flags_of(ids)
         starts, roles = self._roles.spans(ids[:prompt_tokens])
         if untrusted:
             starts, roles = overlay_untrusted(starts, roles, untrusted, prompt_tokens)

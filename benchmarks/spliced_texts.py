@@ -4,8 +4,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from benchmarks.recording import Recorder
 from stream_monitor.anchors.sentences import SentenceBuilder, Span
 from stream_monitor.records import TokenFlag
@@ -101,14 +99,16 @@ def _traces(recorder: Recorder, texts: Sequence[Text]) -> Iterator[_Trace]:
 
 def _sentences(recorder: Recorder, ids: list[int]) -> list[Span]:
     builder = SentenceBuilder(0)
-    return [*builder.extend(0, recorder.flags[np.array(ids)].tobytes()), *builder.finish(len(ids))]
+    return [*builder.extend(0, recorder.flags_of(ids)), *builder.finish(len(ids))]
 
 
 def _tail(recorder: Recorder, other: _Trace, draw: random.Random, count: int) -> list[int]:
     """So many sentences of another trace, from one that begins with white space, so that it stays a sentence."""
     begins = TokenFlag.BEGINS_SPACE | TokenFlag.BEGINS_NEWLINE
     firsts = [
-        place for place in range(len(other.sentences) - count + 1) if recorder.flags[other.sentences[place][0]] & begins
+        place
+        for place in range(len(other.sentences) - count + 1)
+        if recorder.flags_of(other.sentences[place][:1])[0] & begins
     ]
     first = draw.choice(firsts)
     return _joined(other.sentences[first : first + count])
