@@ -22,8 +22,8 @@ from tests.fuzz.attacks import ATTACKS
 from tests.fuzz.files import READERS, attack, attack_ring
 from tests.fuzz.target import GROWTH_BYTES, Target
 
-WARM_UP_SECONDS = 5.0
-"""Of each attack before memory is measured."""
+WARM_UP_SECONDS = 15.0
+"""Of each attack before memory is measured: what broken connections leave levels off in about ten."""
 SERVED_SECONDS = 5.0
 """In which others must be served meanwhile."""
 _SHOWN = 5
