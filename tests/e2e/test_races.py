@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.e2e.conftest import OfflineResult, ledger
+from tests.e2e.conftest import OfflineResult, ledger, vllm_before
 from tests.e2e.offline_engine import Spec
-from tests.e2e.test_same_answers import requests
+from tests.e2e.test_same_answers import SEEDED, requests
 
 pytestmark = pytest.mark.engine
 
@@ -34,12 +34,15 @@ def late(offline: Callable[..., OfflineResult], model_dir: Path, dtype: str) -> 
 def test_late_rows_are_raced_or_right(late):
     in_time, slow = late.runs
     assert in_time["schedule"] == slow["schedule"]
-    assert in_time["tokens"] == slow["tokens"]
+    # Its CPU runner samples a seeded request otherwise when it is asked again: that one is then another request.
+    unlike = SEEDED if vllm_before("0.29") else ""
+    for name, tokens in in_time["tokens"].items():
+        assert name == unlike or tokens == slow["tokens"][name], name
     assert slow["preempted"], "no request was preempted"
     rows = {(row.request_id, row.position, row.attempt, row.phase): row for row in late.rows}
     compared = 0
     for (request_id, *place), row in rows.items():
-        if not request_id.endswith("@1"):
+        if not request_id.endswith("@1") or (unlike and unlike in request_id):
             continue
         same = rows.get((request_id.removesuffix("@1"), *place))
         if same is None:  # lost in the first run: counted there
