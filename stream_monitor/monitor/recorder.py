@@ -9,9 +9,8 @@ import sqlite3
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -201,17 +200,8 @@ class Recorder(threading.Thread):
         self._outcomes.opened(database)
 
     def _write_batch(self, database: Database) -> None:
-        """Findings first, in a commit of their own: they are waited for, and to write traces takes longer."""
         with self._changed:
             events = [self._events.popleft() for _ in range(min(BATCH_EVENTS, len(self._events)))]
-            missing = self._missing
-        if events:
-            try:
-                self._write_events(database, events, missing)
-            except Exception:
-                self._put_back(events, [])
-                raise
-        with self._changed:
             traces: list[StoredTrace] = []
             size = 0
             while self._traces and size < BATCH_BYTES:
@@ -219,37 +209,32 @@ class Recorder(threading.Thread):
                 size += trace.size
                 traces.append(trace)
             self._trace_bytes -= size
-        if traces:
-            try:
-                with self._commit(database):
-                    database.put_traces(filter(self._wanted, traces), time.time_ns())
-            except Exception:
-                self._put_back([], traces)
-                raise
-            self.written["trace"] += len(traces)
-        elif self.trouble and not events:
-            with database.transaction():  # Whether it can be written again.
-                database.set_meta("newest", database.meta("newest"))
-
-    def _write_events(self, database: Database, events: list[StoredEvent], missing: int) -> None:
-        with self._commit(database):
-            if missing:
-                database.add_loss(events[0].sequence, missing)
-            database.add_events(filter(self._wanted, events), time.time_ns())
-        self.written["event"] += len(events)
-        self._newest = events[-1].sequence
-        with self._changed:
-            self._missing -= missing
-        self._outcomes.committed(self._newest)
-
-    @contextmanager
-    def _commit(self, database: Database) -> Iterator[None]:
-        """A transaction whose time is told."""
+            missing = self._missing
+        if not events and not traces:
+            if self.trouble:
+                with database.transaction():  # Whether it can be written again.
+                    database.set_meta("newest", database.meta("newest"))
+            return
         begun = time.monotonic()
-        with database.transaction():
-            yield
+        try:
+            now = time.time_ns()
+            with database.transaction():
+                if events and missing:
+                    database.add_loss(events[0].sequence, missing)
+                database.add_events(filter(self._wanted, events), now)
+                database.put_traces(filter(self._wanted, traces), now)
+        except Exception:
+            self._put_back(events, traces)
+            raise
         if self._commits is not None:
             self._commits.observe(time.monotonic() - begun)
+        self.written["event"] += len(events)
+        self.written["trace"] += len(traces)
+        if events:
+            self._newest = events[-1].sequence
+            with self._changed:
+                self._missing -= missing
+            self._outcomes.committed(self._newest)
 
     def _wanted(self, record: StoredEvent | StoredTrace) -> bool:
         """Whether its request was not deleted since."""
