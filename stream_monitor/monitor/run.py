@@ -18,7 +18,7 @@ does by default takes a twentieth of the processor time. All objects are looked 
 connections and calls that end by an error leave cycles, and those must not gather."""
 SWITCH_SECONDS = 0.0005
 """How long a thread that wants the interpreter waits for one that does not let go. The store's thread wants it after
-each statement, and findings wait for its commit: with Python's 5 ms the slowest hundredth waited half as long again."""
+each statement, and findings wait for its commit: at Python's 5 ms a hundred statements may take half a second."""
 
 
 class GoneWhileWrittenTo(logging.Filter):

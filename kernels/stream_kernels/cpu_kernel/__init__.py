@@ -6,6 +6,7 @@ per unit, in a tile [head_dim, tokens] that stays in the first-level cache, and 
 
 `rows` finds and builds a row's nodes (`nodes`, `summaries`), then calls `unit`, which calls `descent`, or `beam` and
 its `reading`; all read through `keys`, `logits` and `selection`. `prompt` calls `beam` for a block of rows at a time.
+`packing` writes what was found as it is sent; it is for the results of GPUs too.
 """
 
 from stream_kernels.cpu_kernel.beam_structures import Beam, BeamScratch
