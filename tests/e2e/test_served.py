@@ -212,21 +212,25 @@ def test_every_generated_token_is_accounted_for(product, conversation):
 
 
 def test_also_when_the_monitor_is_dead_for_five_seconds(product, conversation):
-    before = total(product.engine_http, "vllm:generation_tokens_total")
+    def generated_tokens() -> float:
+        return total(product.engine_http, "vllm:generation_tokens_total")
+
+    before = generated_tokens()
 
     async def with_a_dead_monitor() -> list[Answer]:
         running = asyncio.create_task(ask_all(product, "second", 100))
-        await asyncio.sleep(2)
+        assert await asyncio.to_thread(eventually, lambda: generated_tokens() > before, 60), "no request began"
         await asyncio.to_thread(product.kill_monitor)
-        assert total(product.engine_http, "vllm:num_requests_running") > 0
+        at_death = generated_tokens()
         await asyncio.sleep(5)
+        assert generated_tokens() > at_death, "no token was generated while the monitor was dead"
         await asyncio.to_thread(product.start_monitor)
         return await running
 
     answers = asyncio.run(with_a_dead_monitor())
     assert all(answer.text for answer in answers)
     drained(product)
-    generated = total(product.engine_http, "vllm:generation_tokens_total")
+    generated = generated_tokens()
     assert generated - before == sum(answer.output_tokens for answer in answers)
     expected, became = account(product)
     assert expected == generated * heads(product)
