@@ -16,6 +16,7 @@ from stream_monitor.tracing.attention import (
     dense_attention,
     register,
 )
+from stream_monitor.tracing.chunks import chunk_feed_forward
 from stream_monitor.tracing.errors import TracingError
 
 _PROBE_TOKENS = 48
@@ -194,6 +195,7 @@ def load(name: str, device: str = "cpu", linear: torch.dtype = torch.float32) ->
         raise TracingError(f"cannot load {name}: {error}") from error
     decoder.eval().to(device)
     windows, query_heads = _probe(decoder, config)
+    chunk_feed_forward(decoder)
     limit = getattr(config, "max_position_embeddings", None)
     return TracedModel(name, decoder, tokenizer, windows, query_heads, limit, linear)
 

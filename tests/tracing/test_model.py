@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+from stream_monitor.tracing import chunks
 from stream_monitor.tracing.attention import LayerInputs, dense_attention
 from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.model import load, read_messages, read_prompt
@@ -48,6 +49,38 @@ def test_hidden_states_and_logits_are_the_models_own(
     model.run(ids[:200], dense_attention, cache)
     last = [model.run([token], dense_attention, cache) for token in ids[200:]]
     torch.testing.assert_close(model.logits(torch.cat(last)), expected[200:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "inner"),
+    [("llama", {}, "mlp.down_proj"), ("gpt2", {"n_layer": 3, "n_head": 4, "n_embd": 64}, "mlp.c_proj")],
+)
+def test_feed_forward_layers_take_a_long_prompt_in_parts(
+    kind: str, changes: dict[str, Any], inner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(str(tiny.save(tmp_path, kind, **changes)))
+    whole = model.run(tiny.tokens(300), dense_attention)
+    taken: list[int] = []
+    for name, module in model.decoder.named_modules():
+        if name.endswith(inner):
+            module.register_forward_hook(lambda _, args, out: taken.append(out.shape[1]))
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 128)
+    torch.testing.assert_close(model.run(tiny.tokens(300), dense_attention), whole, atol=1e-5, rtol=1e-5)
+    assert taken == 3 * [128, 128, 44]
+
+
+def test_what_is_more_than_one_tensor_is_not_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_TOKENS", 2)
+
+    class Routed(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, int]:
+            return 2 * hidden, hidden.shape[1]
+
+    layer = torch.nn.ModuleDict({"mlp": Routed()})
+    chunks.chunk_feed_forward(layer)
+    out, tokens = layer["mlp"](torch.ones(1, 5, 3))
+    assert tokens == 5
+    assert (out == 2).all()
 
 
 def test_linear_layers_in_half_precision_leave_all_else_in_float32(tmp_path: Path) -> None:

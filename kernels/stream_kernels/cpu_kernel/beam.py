@@ -13,13 +13,13 @@ from stream_kernels.cpu_kernel.logits import (
     cap_logits,
     exp_below_zero,
     largest,
-    largest_weighted,
     log_of,
     raise_to,
     weight_above,
     weighted_sum,
 )
 from stream_kernels.cpu_kernel.nodes import FANOUT_BITS, NodeIndex
+from stream_kernels.cpu_kernel.projection import project_nodes
 from stream_kernels.cpu_kernel.reading import READ, read_on
 from stream_kernels.cpu_kernel.selection import kth_largest, sort_key
 from stream_kernels.cpu_kernel.structures import MINUS_INFINITY, ZERO, Floats, Geometry, Pages, Plan, Scratch
@@ -29,10 +29,12 @@ from stream_kernels.cpu_kernel.summaries import (
     mean_address,
     node_blocks,
     outlier_offset,
-    project_nodes,
     spread_limit,
     spread_scale,
 )
+
+_NOTHING = np.float32(-1e30)
+"""Log mass of what was read, where the rest is summed: low, and finite, so that a slope of 0 times it is 0."""
 
 
 @jit()
@@ -89,14 +91,16 @@ def search_nodes(
     candidates = read_on(g, plan, s, beam.min_gain, beam.first_lot, b, heads, layer, address, pages, count)
     unread = b.node_spread  # no longer needed for spreads
     for i in range(count):
-        unread[i] = ZERO if s.work[i] == READ else np.float32(1)
+        unread[i] = np.float32(1)
+        if s.work[i] == READ:
+            unread[i] = ZERO
+            for h in range(heads):
+                b.centre[h, i] = _NOTHING
     for h in range(heads):
         centre_x, centre_y = b.line[h, 0], b.line[h, 1]
         slope, residual = b.line[h, 2], b.line[h, 3]
-        origin = max(
-            largest_weighted(b.centre[h], unread, count), largest_weighted(b.left_estimate[h], b.left_blocks, left)
-        )
-        if origin > MINUS_INFINITY:
+        origin = max(largest(b.centre[h], count), largest(b.left_estimate[h], left))
+        if origin > _NOTHING:
             weight = weighted_sum(b.centre[h], unread, count, np.float32(slope), origin)
             weight += weighted_sum(b.left_estimate[h], b.left_blocks, left, np.float32(slope), origin)
             add_mass(s.left, h, np.float32(centre_y + slope * (origin - centre_x) + 0.5 * residual), weight)
@@ -119,7 +123,8 @@ def _estimate(
 ) -> None:
     """b.centre = estimated log mass of one block of each node in `b.front`, on average, per head, outliers aside."""
     slots = b.slots[index.row_offset[level] :]
-    project_nodes(mean_address(g, m, layer, 0, kv_head), slots, b.front, count, g.head_dim, s.query, heads, b.centre)
+    means = mean_address(g, m, layer, 0, kv_head)
+    project_nodes(means, slots, b.front, count, g.head_dim, s.query, heads, s.tile, b.centre)
     spreads = m.spreads[layer, kv_head]
     for i in range(count):
         b.node_spread[i] = spreads[slots[b.front[i]]]
@@ -135,8 +140,8 @@ def _estimate(
     for h in range(heads):
         for i in range(short):
             tokens = g.block_size * node_blocks(level, b.front[i], g.sink_blocks)
-            log_mean_exp(b.centre[h], b.spread[h], i, 1, spread_limit(tokens), softcap)
-        log_mean_exp(b.centre[h], b.spread[h], short, count - short, full, softcap)
+            log_mean_exp(b.centre[h, i:], b.spread[h, i:], 1, spread_limit(tokens), softcap)
+        log_mean_exp(b.centre[h, short:], b.spread[h, short:], count - short, full, softcap)
         for i in range(count):
             b.centre[h, i] += block
 
@@ -212,7 +217,7 @@ def _look_at_outliers(
     outlier = mean_address(g, m, layer, 0, kv_head)
     for _ in range(1, len(m.node)):
         outlier += outlier_offset(g, m)
-        project_nodes(outlier, slots, b.again_node, found, g.head_dim, s.query, heads, b.spread)
+        project_nodes(outlier, slots, b.again_node, found, g.head_dim, s.query, heads, s.tile, b.spread)
         if softcap > ZERO:
             cap_logits(b.spread, heads, found, softcap)
         for h in range(heads):
@@ -234,8 +239,8 @@ def _take_in(b: BeamScratch, h: int, count: int) -> None:
     mass, outside = b.spread[h], b.norm[h]
     for i in range(count):
         mass[i] = b.centre[h, i] + b.log_blocks[i]
-    peak = max(outside, largest(mass, 0, count))
-    b.norm[h] = peak + np.float32(math.log(weight_above(mass, 0, count, peak) + exp_below_zero(outside - peak)))
+    peak = max(outside, largest(mass, count))
+    b.norm[h] = peak + np.float32(math.log(weight_above(mass, count, peak) + exp_below_zero(outside - peak)))
 
 
 @jit()

@@ -23,12 +23,12 @@ def read_candidate(
         load_keys(g, address, page_stride, pages, first, g.block_size, s.tile, 0)
         score_keys(s, heads, g.block_size, g.head_dim, softcap)
     for h in range(heads):
-        peak = largest(s.logits[h], 0, g.block_size)
+        peak = largest(s.logits[h], g.block_size)
         s.peak[h, candidate] = peak
-        s.weight[h, candidate] = weight_above(s.logits[h], 0, g.block_size, peak)
+        s.weight[h, candidate] = weight_above(s.logits[h], g.block_size, peak)
 
 
 @jit()
 def note_strongest(logits: Floats, peaks: Floats, strongest: NDArray[np.uint8], candidate: int, count: int) -> None:
     """A head's part of `s.strongest`, while its `logits` are still those of the candidate."""
-    strongest[candidate] = first_equal(logits, 0, count, peaks[candidate])
+    strongest[candidate] = first_equal(logits, count, peaks[candidate])

@@ -64,12 +64,13 @@ def _score_branches(
         score_keys(s, heads, count * probes, g.head_dim, plan.softcap[layer])
         for h in range(heads):
             for b in range(count):
-                peak = largest(s.logits[h], b * probes, probes)
+                logits = s.logits[h, b * probes :]
+                peak = largest(logits, probes)
                 s.peak[h, first + b] = peak
-                s.weight[h, first + b] = weight_above(s.logits[h], b * probes, probes, peak)
+                s.weight[h, first + b] = weight_above(logits, probes, peak)
     s.score[:branches] = MINUS_INFINITY
     for h in range(heads):
-        best = largest(s.peak[h], 0, branches)
+        best = largest(s.peak[h], branches)
         for b in range(branches):
             s.score[b] = max(s.score[b], s.peak[h, b] - best)
     return branches * probes

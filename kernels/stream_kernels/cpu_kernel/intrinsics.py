@@ -65,6 +65,19 @@ def float_as_int(typing_context: Any, value: Any) -> Any:
     return types.int32(value), generate
 
 
+@intrinsic
+def larger(typing_context: Any, one: Any, other: Any) -> Any:
+    """The larger of two float32, neither a NaN. The largest of many vectorises by it, which it does not by `max`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), ir.FloatType()])
+        return builder.call(
+            builder.module.declare_intrinsic("llvm.maxnum", [ir.FloatType()], kind), args, fastmath=("nnan", "nsz")
+        )
+
+    return types.float32(one, other), generate
+
+
 LANES = 8
 """Float32 lanes handled at a time: one AVX2 register; wider and narrower machines split or join them."""
 

@@ -9,13 +9,11 @@ import math
 import numpy as np
 
 from stream_kernels.cpu_kernel.compiling import jit
-from stream_kernels.cpu_kernel.intrinsics import LANES, dot_columns, float_as_int, int_as_float
+from stream_kernels.cpu_kernel.intrinsics import LANES, dot_columns, float_as_int, int_as_float, larger
 from stream_kernels.cpu_kernel.structures import MINUS_INFINITY, ZERO, Floats, Scratch
 
 # Sums may be reordered, so that they vectorise; infinities keep their meaning.
 _REORDER = {"reassoc", "contract", "nsz"}
-# For the largest of many logits: no comparison has to order a NaN, which no finite key can give.
-_REORDER_NO_NAN = _REORDER | {"nnan"}
 
 _dot_32_columns_of_two = dot_columns(4, 2)
 _dot_32_columns = dot_columns(4, 1)
@@ -126,30 +124,21 @@ def cap_logits(logits: Floats, heads: int, count: int, cap: np.float32) -> None:
             logits[h, t] = math.copysign(cap * m / (np.float32(2) + m), logits[h, t])
 
 
-@jit(fastmath=_REORDER_NO_NAN)
-def largest(values: Floats, first: int, count: int) -> np.float32:
-    """The largest of the `count` values from `first` on."""
-    peak: np.float32 = values[first]
-    for t in range(count):
-        peak = max(peak, values[first + t])
-    return peak
-
-
-@jit(fastmath=_REORDER_NO_NAN)
-def largest_weighted(values: Floats, weights: Floats, count: int) -> np.float32:
-    """The largest of the first `count` values whose weight is not 0; -inf if there is none."""
+@jit()
+def largest(values: Floats, count: int) -> np.float32:
+    """The largest of the first `count` values, -inf if there is none; no finite key gives a NaN."""
     peak = MINUS_INFINITY
-    for i in range(count):
-        peak = max(peak, values[i] if weights[i] > ZERO else MINUS_INFINITY)
+    for t in range(count):
+        peak = larger(peak, values[t])
     return peak
 
 
 @jit(fastmath=_REORDER)
-def weight_above(values: Floats, first: int, count: int, peak: np.float32) -> np.float32:
-    """Sum of exp(value - peak) over the `count` values from `first` on."""
+def weight_above(values: Floats, count: int, peak: np.float32) -> np.float32:
+    """Sum of exp(value - peak) over the first `count` values."""
     total = ZERO
     for t in range(count):
-        total += exp_below_zero(values[first + t] - peak)
+        total += exp_below_zero(values[t] - peak)
     return total
 
 
@@ -166,11 +155,11 @@ def add_mass(left: Floats, head: int, peak: np.float32, weight: np.float32) -> N
 
 
 @jit()
-def first_equal(values: Floats, first: int, count: int, wanted: np.float32) -> int:
-    """Offset from `first` of the first of the `count` values that is `wanted`; without a branch it vectorises."""
+def first_equal(values: Floats, count: int, wanted: np.float32) -> int:
+    """Place of the first of the first `count` values that is `wanted`; without a branch it vectorises."""
     found = np.int32(count)
     for t in range(count):
-        found = min(found, np.int32(t) if values[first + t] == wanted else np.int32(count))
+        found = min(found, np.int32(t) if values[t] == wanted else np.int32(count))
     return int(found) if found < count else 0
 
 

@@ -13,23 +13,13 @@ from numba import types
 from numpy.typing import NDArray
 
 from stream_kernels.cpu_kernel.compiling import jit
-from stream_kernels.cpu_kernel.intrinsics import LANES, bfloat16_to_float, dot_bfloat16, float_as_int, pointer, prefetch
+from stream_kernels.cpu_kernel.intrinsics import bfloat16_to_float, float_as_int, pointer
 from stream_kernels.cpu_kernel.keys import load_keys
 from stream_kernels.cpu_kernel.nodes import FANOUT_BITS, NodeIndex
 from stream_kernels.cpu_kernel.structures import FLOAT32, ZERO, Floats, Geometry, Ints, Pages, Plan, Scratch
 
 _REORDER = {"reassoc", "contract", "nsz"}
 _HALF = np.float32(0.5)
-_AHEAD = 8
-"""Vectors asked for before they are needed: about as many as a memory access takes to arrive."""
-
-# The usual numbers of query heads per KV head; sums of eight and a vector fit the registers of a machine with AVX2.
-_dot_eight = dot_bfloat16(8)
-_dot_seven = dot_bfloat16(7)
-_dot_five = dot_bfloat16(5)
-_dot_four = dot_bfloat16(4)
-_dot_three = dot_bfloat16(3)
-_dot_one = dot_bfloat16(1)
 
 
 class Summaries(NamedTuple):
@@ -234,92 +224,26 @@ def _square_distance(one: Floats, other: Floats) -> np.float32:
 
 
 @jit()
-def project_nodes(
-    first: int,
-    slots: NDArray[np.int32],
-    nodes: Ints,
-    count: int,
-    head_dim: int,
-    queries: Floats,
-    heads: int,
-    products: Floats,
-) -> None:
-    """Products of `heads` queries [n, D] with one vector of each of the first `count` of `nodes`, in `products` [n, C].
-
-    `first` is the address of that vector in slot 0 of the layer's KV head, `slots` the slots of the level's nodes. Only
-    arrays and numbers are handed over: a named tuple of arrays costs a call as much as a node does.
-    """
-    row_bytes = 4 * products.shape[1]
-    query_bytes = 4 * queries.shape[1]
-    # Addresses are unsigned to numba, and an unsigned and a signed number add up to a float.
-    query: Any
-    out: Any
-    query, out = np.int64(queries.ctypes.data), np.int64(products.ctypes.data)
-    for i in range(count):
-        if i + _AHEAD < count:
-            coming: Any = first + 2 * head_dim * np.int64(slots[nodes[i + _AHEAD]])
-            for line in range(0, 2 * head_dim, 64):
-                prefetch(coming + line)
-        vector: Any = first + 2 * head_dim * np.int64(slots[nodes[i]])
-        if head_dim % LANES == 0:
-            _project(vector, query, query_bytes, heads, head_dim, out + 4 * i, row_bytes)
-            continue
-        stored = numba.carray(pointer(vector, types.uint16), (head_dim,))
-        for h in range(heads):
-            products[h, i] = ZERO
-            for c in range(head_dim):
-                products[h, i] += queries[h, c] * bfloat16_to_float(stored[c])
-
-
-@jit()
-def _project(vector: int, query: int, query_bytes: int, heads: int, head_dim: int, out: int, out_bytes: int) -> None:
-    """Products of the bfloat16 vector with `heads` queries, all at addresses."""
-    while heads > 0:
-        if heads >= 8:
-            _dot_eight(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 8
-        elif heads == 7:
-            _dot_seven(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 7
-        elif heads >= 5:
-            _dot_five(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 5
-        elif heads == 4:
-            _dot_four(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 4
-        elif heads == 3:
-            _dot_three(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 3
-        else:
-            _dot_one(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 1
-        heads -= done
-        query += done * query_bytes
-        out += done * out_bytes
-
-
-@jit()
 def spread_limit(tokens: int) -> np.float32:
     """`statistics.spread_limit`."""
     return np.float32(math.sqrt(2.0 * math.log(max(tokens / 2.0, 2.0))))
 
 
 @jit(fastmath={"contract"})
-def log_mean_exp(
-    centre: Floats, spread: Floats, first: int, count: int, limit: np.float32, softcap: np.float32
-) -> None:
-    """Turns `count` (mean, variance) of logits from `first` on into their log mean exponential, in `centre`.
+def log_mean_exp(centre: Floats, spread: Floats, count: int, limit: np.float32, softcap: np.float32) -> None:
+    """Turns the first `count` (mean, variance) of logits into their log mean exponential, in `centre`.
 
-    `statistics.log_mean_exp`, with the soft cap of `statistics.bulk_scores`.
+    `statistics.log_mean_exp`, with the soft cap of `statistics.bulk_scores`. The arrays begin with what is wanted:
+    where an index might be negative, numba looks at each, and no loop vectorises.
     """
     if softcap > ZERO:
-        for i in range(first, first + count):
+        for i in range(count):
             slope = np.float32(math.tanh(centre[i] / softcap))
             centre[i] = softcap * slope
             slope = np.float32(1) - slope * slope
             spread[i] *= slope * slope
     square = limit * limit
-    for i in range(first, first + count):
+    for i in range(count):
         variance = spread[i]
         beyond = limit * np.float32(math.sqrt(variance)) - _HALF * square
         centre[i] += _HALF * variance if variance < square else beyond

@@ -65,11 +65,11 @@ def search_unit(
         if g.strategy == BEAM and i >= g.sink_blocks:
             add_deviations(s.tile, count, beam.scratch.profile)
         for h in range(heads):
-            peak = largest(s.logits[h], 0, count)
-            weight = weight_above(s.logits[h], 0, count, peak)
+            peak = largest(s.logits[h], count)
+            weight = weight_above(s.logits[h], count, peak)
             add_mass(s.outside, h, peak, weight)
             forced_lse[layer, row, slots[h], i] = peak + np.float32(math.log(weight))
-            forced_strongest[layer, row, slots[h], i] = first_equal(s.logits[h], 0, count, peak)
+            forced_strongest[layer, row, slots[h], i] = first_equal(s.logits[h], count, peak)
 
     inner = blocks - g.sink_blocks - g.recent_blocks
     if inner <= 0:
