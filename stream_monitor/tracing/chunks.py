@@ -15,7 +15,7 @@ def chunk_feed_forward(decoder: torch.nn.Module) -> None:
     for name, module in decoder.named_modules():
         if name.rpartition(".")[2] == "mlp":
             # The instance's own, which `Module.__call__` finds before the class's.
-            module.forward = partial(_in_chunks, module.forward)  # type: ignore[method-assign]
+            module.forward = partial(_in_chunks, module.forward)
 
 
 def _in_chunks(forward: Callable[..., Any], hidden: torch.Tensor, *others: Any, **named: Any) -> Any:
