@@ -215,17 +215,25 @@ class Recorder(threading.Thread):
                 with database.transaction():  # Whether it can be written again.
                     database.set_meta("newest", database.meta("newest"))
             return
-        begun = time.monotonic()
         try:
-            now = time.time_ns()
-            with database.transaction():
-                if events and missing:
-                    database.add_loss(events[0].sequence, missing)
-                database.add_events(filter(self._wanted, events), now)
-                database.put_traces(filter(self._wanted, traces), now)
+            if events and traces and not self.trouble:
+                # Findings are waited for, and traces take longer: ahead of them, in a commit of their own. In trouble
+                # all is tried at once, so that findings are lost, if any, in one row.
+                self._commit(database, events, [], missing)
+                events = []
+            self._commit(database, events, traces, missing)
         except Exception:
             self._put_back(events, traces)
             raise
+
+    def _commit(self, database: Database, events: list[StoredEvent], traces: list[StoredTrace], missing: int) -> None:
+        """One transaction; before the first of the events so many are missing."""
+        begun, now = time.monotonic(), time.time_ns()
+        with database.transaction():
+            if events and missing:
+                database.add_loss(events[0].sequence, missing)
+            database.add_events(filter(self._wanted, events), now)
+            database.put_traces(filter(self._wanted, traces), now)
         if self._commits is not None:
             self._commits.observe(time.monotonic() - begun)
         self.written["event"] += len(events)

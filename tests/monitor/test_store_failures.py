@@ -6,7 +6,7 @@ import resource
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor import events, recorder
-from stream_monitor.monitor.database import Database, EventPage
+from stream_monitor.monitor.database import Database, EventPage, StoredTrace
 from stream_monitor.monitor.database_file import StoreRefused
 from stream_monitor.monitor.events import CursorGone, EventLog, Subscriber
 from stream_monitor.monitor.recovery import open_store
@@ -252,6 +252,25 @@ def test_what_found_no_room_is_counted_and_told_on_resumption(
     responses = [next(resumed) for _ in range(len(every) - lost)]
     assert [response.event.external_id for response in responses] == every[: -3 - lost] + every[-3:]
     assert [response.lost for response in responses[-3:]] == [lost, 0, 0]
+
+
+def test_findings_do_not_wait_for_the_traces_that_came_with_them(
+    run: Callable[..., Running], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "BATCH_SECONDS", 0.5)
+    committed: list[list[tuple[int]]] = []
+    put_traces = Database.put_traces
+
+    def look_first(database: Database, traces: Iterable[StoredTrace], now_ns: int) -> None:
+        given = list(traces)
+        if given:
+            committed.append(stored(store, "SELECT count(*) FROM events"))
+        put_traces(database, given, now_ns)
+
+    monkeypatch.setattr(Database, "put_traces", look_first)
+    run(store=str(store)).publish(Engine().request("a-aaaaaaaa", SHIFTING))
+    until(lambda: stored(store, "SELECT count(*) FROM requests WHERE state = 2") == [(1,)])
+    assert committed[0] == [(1,)]
 
 
 def test_a_fault_of_our_own_is_told_and_overcome(
