@@ -2,7 +2,8 @@
 
 Every text is read once; then its highest anchors by the kept blocks, those by exact attention, and their controls are
 hidden one after another (see `stream_monitor/tracing/causal.py`). Beside the anchors stand rankings that need no
-attention, over the same pairs; and the same question is asked of the shifts that the live detector would report.
+attention, over the same pairs; and a like question is asked of what the live detector scores highest as a shift
+(`causal_shifts.py`).
 """
 
 import time
@@ -23,10 +24,12 @@ from stream_monitor.tracing.causal_statistics import (
     figure,
     handicapped_share,
     higher_share,
+    interactions,
     median_interaction,
     median_ratio,
     outcomes,
     pairs,
+    positive_share,
     share_of_exact,
     trivial_share,
 )
@@ -64,7 +67,7 @@ def main(
     for number, text in enumerate(chosen):
         began = time.monotonic()
         found.append(measure_text(traced, *text.tokens(traced, longest)))
-        print(f"\n{number}: {text.name}, {time.monotonic() - began:.0f} s, {found[-1].shifts} shifts")
+        print(f"\n{number}: {text.name}, {time.monotonic() - began:.0f} s, {found[-1].alarms} shifts reported")
         for source in SOURCES:
             for outcome in outcomes(found[-1:], source):
                 print(_line(source, outcome), flush=True)
@@ -114,13 +117,17 @@ def _account(report: Report, texts: list[TextResult]) -> None:
     _add(report, texts, "higher_share_of_exact", share_of_exact)
     if "kept/median_log_ratio" in report.ci:
         report.figures[LOW] = report.ci["kept/median_log_ratio"][0]
-    usable = sum(len(text.interactions) for text in texts)
-    report.figures |= {"shift/reported": sum(text.shifts for text in texts), "shift/usable": usable}
-    print(f"shifts: {report.figures['shift/reported']} reported, {usable} with room for both windows")
-    if usable >= SHIFTS_NEEDED:
-        _add(report, texts, "shift/median_interaction", median_interaction)
-    else:
+    alarms = sum(one.alarm for text in texts for one in text.interactions)
+    tried = len(interactions(texts))
+    report.figures |= {"shift/reported": sum(text.alarms for text in texts), "shift/reported_tried": alarms}
+    report.figures |= {"shift/tried": tried, "shift/controls": len(interactions(texts, control=True))}
+    print(f"shifts: {tried} tried, the highest of the detector's score, {alarms} of them alarms")
+    if tried < SHIFTS_NEEDED:
         print(f"too few shifts to say anything: at least {SHIFTS_NEEDED} are needed; the must on them is not met")
+        return
+    _add(report, texts, "shift/median_interaction", median_interaction())
+    _add(report, texts, "shift/positive_share", positive_share)
+    _add(report, texts, "shift/controls/median_interaction", median_interaction(control=True))
 
 
 def _add(report: Report, texts: list[TextResult], name: str, statistic: Statistic) -> None:

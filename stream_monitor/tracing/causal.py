@@ -6,8 +6,7 @@ from the lower half of the curve. All of them are judged on one later **window**
 last of them to the end of the text; the **effect** of a sentence is the log of the mean KL divergence there. Anchors
 come from the kept blocks, and beside them from exact attention, each with controls of its own.
 
-ANCHOR_SHIFT has a test of its own: where the detector says that the reasoning went over from sentence a to sentence b,
-hiding b rather than a should weigh more behind the shift than before it.
+ANCHOR_SHIFT has a test of its own (`causal_shifts.py`).
 """
 
 import math
@@ -20,10 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from stream_kernels.search import SearchConfig
-from stream_monitor.anchors.matrix import ANCHOR_GAP, SparseMass
-from stream_monitor.anchors.shift import AnchorShift
-from stream_monitor.anchors.verdict import Verdict
+from stream_monitor.anchors.matrix import ANCHOR_GAP
 from stream_monitor.tracing.attention import LayerInputs, dense_attention
+from stream_monitor.tracing.causal_shifts import Interaction, choose_shifts, interaction, score_sentences
 from stream_monitor.tracing.layer import TraceOptions, search_layer
 from stream_monitor.tracing.model import TracedModel
 from stream_monitor.tracing.pruning import PairCount, count_pairs
@@ -36,7 +34,7 @@ from stream_monitor.tracing.sentences import (
     token_counts,
     token_texts,
 )
-from stream_monitor.tracing.suppression import FreePass, divergences, free_pass
+from stream_monitor.tracing.suppression import FreePass, divergences, effect, free_pass
 from stream_monitor.tracing.thought_anchors import (
     Anchors,
     Scores,
@@ -56,10 +54,6 @@ LENGTH_TOLERANCE = 0.25
 """Most that a control's tokens may differ from its anchor's, relative to the latter."""
 SHORTEST_WINDOW = 100
 """Tokens that a window has at least."""
-SHIFT_SENTENCES, SHIFT_TOKENS = 8, 16
-"""Most sentences of a window before or behind a shift, and the tokens it has at least."""
-KL_FLOOR = 1e-9
-"""Added to a mean KL before its logarithm, nats (thought-anchors): a sentence may be out of every layer's reach."""
 
 _WORD = re.compile(r"\w+")
 
@@ -98,17 +92,6 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Shift:
-    """A reported shift at `sentence` from anchor `old` to anchor `new`; windows are tokens [start, end)."""
-
-    sentence: int
-    old: int
-    new: int
-    before: tuple[int, int]
-    after: tuple[int, int]
-
-
-@dataclass(frozen=True)
 class Measured:
     """What a sentence did when it was hidden, and what trivial rankings go by.
 
@@ -139,15 +122,15 @@ class TextResult:
 
     Attributes:
         kept, exact: trials of the anchors from the kept blocks, and from all of the attention.
-        interactions: of the shifts that could be tried, see `interaction`.
-        shifts: that the detector reported.
+        interactions: of the shifts that were tried, and of their controls.
+        alarms: shifts that the detector reported.
         pairs: of blocks that the masks kept.
     """
 
     kept: tuple[Outcome, ...]
     exact: tuple[Outcome, ...]
-    interactions: tuple[float, ...]
-    shifts: int
+    interactions: tuple[Interaction, ...]
+    alarms: int
     pairs: PairCount
 
 
@@ -163,8 +146,8 @@ def measure_text(model: TracedModel, ids: list[int], prompt: int, options: Trace
     reading = read_text(model, ids, prompt, options)
     trials = {"kept": choose_trials(reading.kept, reading.sentences)}
     trials["exact"] = choose_trials(reading.exact, reading.sentences)
-    reported = find_shifts(reading.mass, reading.kept.candidates, token_counts(reading.sentences))
-    shifts = [shift for one in reported if (shift := place_shift(*one, reading.sentences)) is not None]
+    scored = score_sentences(reading.mass, reading.kept.candidates, token_counts(reading.sentences))
+    shifts = choose_shifts(scored, reading.sentences)
 
     every = [*trials["kept"], *trials["exact"]]
     hidden = {sentence for trial in every for sentence in (trial.anchor, *trial.controls)}
@@ -177,7 +160,7 @@ def measure_text(model: TracedModel, ids: list[int], prompt: int, options: Trace
         kept=tuple(_outcome(trial, kl, reading.sentences) for trial in trials["kept"]),
         exact=tuple(_outcome(trial, kl, reading.sentences) for trial in trials["exact"]),
         interactions=tuple(interaction(kl[shift.old], kl[shift.new], shift) for shift in shifts),
-        shifts=len(reported),
+        alarms=sum(one.alarm for one in scored),
         pairs=reading.pairs,
     )
 
@@ -266,65 +249,6 @@ def _window(last: int, sentences: Sequence[Sentence]) -> int | None:
     if first >= len(sentences) or sentences[-1].end - sentences[first].start < SHORTEST_WINDOW:
         return None
     return sentences[first].start
-
-
-def find_shifts(
-    mass: Scores, candidates: NDArray[np.bool_], tokens: NDArray[np.int64]
-) -> list[tuple[int, int | None, int | None]]:
-    """Where the live detector reports a shift: the sentence, and the anchors it went from and to, None without any.
-
-    Args:
-        mass: float64 [S, S], each sentence's attention on each. Only what lies on candidates is fed, or the attention
-            sink would be the anchor of every sentence.
-        candidates: bool [S], which sentences may be anchors; these are also the sentences that are watched.
-        tokens: int64 [S], tokens of each.
-    """
-    detector = AnchorShift()
-    found: list[tuple[int, int | None, int | None]] = []
-    for sentence in np.flatnonzero(candidates).tolist():
-        size = max(0, sentence - ANCHOR_GAP + 1)
-        row = SparseMass.of(np.where(candidates[:size], mass[sentence, :size], 0.0))
-        if detector.update(row, size, int(tokens[sentence])) is Verdict.ALARM:
-            found.append((sentence, _top(detector.before), _top(row)))
-    return found
-
-
-def _top(mass: SparseMass) -> int | None:
-    return int(mass.columns[mass.shares.argmax()]) if len(mass.columns) else None
-
-
-def place_shift(sentence: int, old: int | None, new: int | None, sentences: Sequence[Sentence]) -> Shift | None:
-    """The windows of a reported shift, both behind both anchors; None where there is no room, or one anchor only."""
-    if old is None or new is None or old == new:
-        return None
-    first = max(sentence - SHIFT_SENTENCES, max(old, new) + ANCHOR_GAP)
-    if first >= sentence:
-        return None
-    last = min(sentence + SHIFT_SENTENCES, len(sentences)) - 1
-    before = sentences[first].start, sentences[sentence].start
-    after = sentences[sentence].start, sentences[last].end
-    if any(end - start < SHIFT_TOKENS for start, end in (before, after)):
-        return None
-    return Shift(sentence, old, new, before, after)
-
-
-def interaction(old: Scores, new: Scores, shift: Shift) -> float:
-    """How much more the new anchor weighs against the old one behind a shift than before it, nats of log KL.
-
-    Args:
-        old, new: float64 [T], KL at every token when the anchor is hidden.
-        shift: with its windows.
-    """
-    return float(
-        (effect(new, *shift.after) - effect(old, *shift.after))
-        - (effect(new, *shift.before) - effect(old, *shift.before))
-    )
-
-
-def effect(kl: Scores, start: int, end: int | None = None) -> float:
-    """Log of the mean of `kl`, float64 [T] in nats, over tokens [start, end)."""
-    # Rounding can leave a divergence of nothing just below 0.
-    return math.log(max(0.0, float(kl[start:end].mean())) + KL_FLOOR)
 
 
 def _outcome(trial: Trial, kl: dict[int, Scores], sentences: Sequence[Sentence]) -> Outcome:

@@ -111,10 +111,24 @@ def trivial_share(name: str, source: Source = "kept") -> Statistic:
     return statistic
 
 
-def median_interaction(texts: Sequence[TextResult]) -> float:
-    """Median over the shifts that could be tried."""
-    found = [value for text in texts for value in text.interactions]
-    return median(found) if found else math.nan
+def interactions(texts: Sequence[TextResult], control: bool = False) -> list[float]:
+    """Of the shifts that were tried, or of their controls."""
+    return [one.value for text in texts for one in text.interactions if one.control == control]
+
+
+def median_interaction(control: bool = False) -> Statistic:
+    """Median of `interactions`."""
+
+    def statistic(texts: Sequence[TextResult]) -> float:
+        found = interactions(texts, control)
+        return median(found) if found else math.nan
+
+    return statistic
+
+
+def positive_share(texts: Sequence[TextResult]) -> float:
+    """Share of the tried shifts whose interaction is positive."""
+    return _mean([float(value > 0) for value in interactions(texts)])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -5,6 +5,7 @@ for rows behind the sentence (thought-anchors' suppression). The sentence itself
 ever; so a suppressed pass begins behind the sentence, on the keys that the unsuppressed one left.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 
 from stream_monitor.tracing.attention import Attend, dense_attention
 from stream_monitor.tracing.model import TracedModel
+
+_KL_FLOOR = 1e-9
+"""Added to a mean KL before its logarithm, nats (thought-anchors): a sentence may be out of every layer's reach."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +85,9 @@ def divergences(
                 kl = torch.linalg.vecdot(share[some], expected[some] - suppressed)
                 found[number, first:stop] = kl.cpu().numpy()
     return found
+
+
+def effect(kl: NDArray[np.float64], start: int, end: int | None = None) -> float:
+    """Log of the mean of `kl`, float64 [T] in nats, over tokens [start, end)."""
+    # Rounding can leave a divergence of nothing just below 0.
+    return math.log(max(0.0, float(kl[start:end].mean())) + _KL_FLOOR)

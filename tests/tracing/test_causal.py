@@ -18,21 +18,25 @@ from stream_monitor.tracing.attention import IMPLEMENTATION, dense_attention
 from stream_monitor.tracing.causal import (
     Measured,
     Outcome,
-    Shift,
     TextResult,
     choose_trials,
-    effect,
-    find_shifts,
-    interaction,
     measure_text,
-    place_shift,
     read_text,
     reasoning_candidates,
+)
+from stream_monitor.tracing.causal_shifts import (
+    Interaction,
+    Scored,
+    Shift,
+    choose_shifts,
+    interaction,
+    place_shift,
+    score_sentences,
 )
 from stream_monitor.tracing.model import TracedModel
 from stream_monitor.tracing.pruning import PairCount
 from stream_monitor.tracing.sentences import Sentence, SentenceRole, sentence_of_tokens, token_counts
-from stream_monitor.tracing.suppression import divergences, free_pass, suppressed_hidden
+from stream_monitor.tracing.suppression import divergences, effect, free_pass, suppressed_hidden
 from stream_monitor.tracing.texts import Text, evenly, read_texts
 from stream_monitor.tracing.thought_anchors import Anchors
 from stream_monitor.tracing.validation import result
@@ -194,23 +198,27 @@ def test_the_interaction_is_what_the_new_anchor_gains_on_the_old() -> None:
     old = np.r_[np.zeros(10), 0.2, 0.2, 0.05, 0.05]
     new = np.r_[np.zeros(10), 0.1, 0.1, 0.4, 0.4]
     # Before, the new weighs half of the old; behind, eight times as much.
-    assert interaction(old, new, shift) == pytest.approx(math.log(8) - math.log(0.5), abs=1e-6)
-    assert interaction(new, old, shift) == pytest.approx(-math.log(16), abs=1e-6)
+    assert interaction(old, new, shift).value == pytest.approx(math.log(8) - math.log(0.5), abs=1e-6)
+    assert interaction(new, old, shift).value == pytest.approx(-math.log(16), abs=1e-6)
+
+
+def place(sentence: int, old: int | None, new: int | None, text: list[Sentence]) -> Shift | None:
+    return place_shift(Scored(sentence, 1.0, False, old, new), text)
 
 
 def test_a_shift_has_its_windows_behind_both_anchors() -> None:
     text = sentences([10] * 40)
-    assert place_shift(30, 2, 20, text) == Shift(30, 2, 20, (240, 300), (300, 380))
-    assert place_shift(30, 20, 2, text) == Shift(30, 20, 2, (240, 300), (300, 380))
-    assert place_shift(30, 2, 5, text) == Shift(30, 2, 5, (220, 300), (300, 380))
-    assert place_shift(38, 2, 5, text) == Shift(38, 2, 5, (300, 380), (380, 400))
-    assert place_shift(30, 2, 26, text) is None, "no sentence lies between the new anchor and the shift"
-    assert place_shift(30, 2, 25, text) is None, "10 tokens are too few"
-    assert place_shift(30, 5, 5, text) is place_shift(30, None, 5, text) is place_shift(30, 5, None, text) is None
-    assert place_shift(39, 2, 5, text) is None
+    assert place(30, 2, 20, text) == Shift(30, 2, 20, (240, 300), (300, 380))
+    assert place(30, 20, 2, text) == Shift(30, 20, 2, (240, 300), (300, 380))
+    assert place(30, 2, 5, text) == Shift(30, 2, 5, (220, 300), (300, 380))
+    assert place(38, 2, 5, text) == Shift(38, 2, 5, (300, 380), (380, 400))
+    assert place(30, 2, 26, text) is None, "no sentence lies between the new anchor and the shift"
+    assert place(30, 2, 25, text) is None, "10 tokens are too few"
+    assert place(30, 5, 5, text) is place(30, None, 5, text) is place(30, 5, None, text) is None
+    assert place(39, 2, 5, text) is None
 
 
-def test_shifts_are_the_detectors_without_the_sink() -> None:
+def test_scores_are_the_detectors_without_the_sink() -> None:
     count = 40
     mass = np.zeros((count, count))
     mass[:, 0] = 0.6
@@ -218,10 +226,29 @@ def test_shifts_are_the_detectors_without_the_sink() -> None:
         mass[number, 2 if number < 24 else 15] = 0.3
     candidates = np.arange(count) > 0
     tokens = np.full(count, 10)
-    assert find_shifts(mass, candidates, tokens) == [(24, 2, 15)]
+    scored = score_sentences(mass, candidates, tokens)
+    assert [(one.sentence, one.old, one.new) for one in scored if one.alarm] == [(24, 2, 15)]
+    assert max(scored, key=lambda one: one.score).sentence == 24
+    assert scored[0].sentence > 8, "the detector warms up before"
     steady = np.zeros_like(mass)
     steady[:, 0] = steady[:, 2] = 0.3
-    assert find_shifts(steady, candidates, tokens) == []
+    assert not any(one.alarm for one in score_sentences(steady, candidates, tokens))
+
+
+def test_the_highest_are_tried_and_the_lowest_are_their_controls() -> None:
+    text = sentences([10] * 100)
+    scores = {30: 0.9, 33: 0.8, 50: 0.7, 60: 0.05, 64: 0.02, 70: 0.6, 80: 0.01, 90: 0.5}
+    scored = [Scored(number, score, score > 0.85, 2, 5) for number, score in scores.items()]
+    scored.append(Scored(40, 1.0, True, 5, 5))  # It went nowhere.
+    shifts = choose_shifts(scored, text)
+    assert [(one.sentence, one.alarm, one.control) for one in shifts] == [
+        (30, True, False),
+        (50, False, False),
+        (70, False, False),
+        (80, False, True),
+        (60, False, True),
+        (90, False, True),
+    ]
 
 
 def a_text(
@@ -233,7 +260,9 @@ def a_text(
         controls = tuple(Measured(3, -gain, 20, 0.1) for gain in lower)
         return Outcome(Measured(5, 0.0, 20 if lower[0] < 0 else 21, 0.3), controls)
 
-    return TextResult(tuple(map(outcome, gains)), (outcome(exact),), shifts, len(shifts), PairCount(1, 2, 3))
+    tried = tuple(Interaction(value, alarm=False, control=False) for value in shifts)
+    controls = tuple(Interaction(-value, alarm=False, control=True) for value in shifts)
+    return TextResult(tuple(map(outcome, gains)), (outcome(exact),), (*tried, *controls), 0, PairCount(1, 2, 3))
 
 
 def test_figures_of_pairs() -> None:
@@ -247,7 +276,10 @@ def test_figures_of_pairs() -> None:
     assert causal_statistics.handicapped_share("kept")([*texts, other]) == 0.5
     assert "nearer to what is predicted: 50%" in result("m", [other], 0)
     assert causal_statistics.share_of_exact(texts) == pytest.approx(3 / 6 / (3 / 4))
-    assert causal_statistics.median_interaction(texts) == 1.0
+    assert causal_statistics.median_interaction()(texts) == 1.0
+    assert causal_statistics.median_interaction(control=True)(texts) == -1.0
+    assert causal_statistics.positive_share(texts) == 1.0
+    assert math.isnan(causal_statistics.median_interaction()([a_text((1.0, 1.0))]))
     shares = {name: causal_statistics.trivial_share(name)(texts) for name in causal_statistics.TRIVIAL}
     assert shares == pytest.approx(
         # By length the two pairs of the second anchor are ties.
