@@ -127,6 +127,9 @@ def _account(report: Report, texts: list[TextResult]) -> None:
         return
     _add(report, texts, "shift/median_interaction", median_interaction())
     _add(report, texts, "shift/positive_share", positive_share)
+    for name, nearer in (("new_anchor_nearer", True), ("new_anchor_farther", False)):
+        report.figures[f"shift/{name}"] = len(interactions(texts, nearer=nearer))
+        _add(report, texts, f"shift/{name}/median_interaction", median_interaction(nearer=nearer))
     _add(report, texts, "shift/controls/median_interaction", median_interaction(control=True))
 
 

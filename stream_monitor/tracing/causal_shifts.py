@@ -3,7 +3,8 @@ hiding b rather than a should weigh more behind the shift than before it.
 
 Few texts raise an alarm at the detector's own threshold; so a text's sentences are tried in the order of its score,
 alarms first. That a sentence's new anchor is what it reads most would alone favour it there and behind. So the same is
-tried, as controls, where the score is lowest.
+tried, as controls, where the score is lowest. What is near weighs more and loses more of that with every token: a new
+anchor nearer than the old one has that against it, a farther one for it, which is why both are told apart.
 """
 
 from collections.abc import Sequence
@@ -51,11 +52,19 @@ class Shift:
 
 @dataclass(frozen=True)
 class Interaction:
-    """How much more the new anchor weighs against the old one behind a shift than before it, nats of log KL."""
+    """How much more the new anchor weighs against the old one behind a shift than before it, nats of log KL.
+
+    Attributes:
+        value: it.
+        alarm: whether the detector reported the shift.
+        control: whether its score was among the lowest.
+        nearer: whether the new anchor is the later of the two.
+    """
 
     value: float
     alarm: bool
     control: bool
+    nearer: bool
 
 
 def score_sentences(mass: Scores, candidates: NDArray[np.bool_], tokens: NDArray[np.int64]) -> list[Scored]:
@@ -122,4 +131,4 @@ def interaction(old: Scores, new: Scores, shift: Shift) -> Interaction:
     """
     behind = effect(new, *shift.after) - effect(old, *shift.after)
     before = effect(new, *shift.before) - effect(old, *shift.before)
-    return Interaction(behind - before, shift.alarm, shift.control)
+    return Interaction(behind - before, shift.alarm, shift.control, nearer=shift.new > shift.old)

@@ -111,16 +111,21 @@ def trivial_share(name: str, source: Source = "kept") -> Statistic:
     return statistic
 
 
-def interactions(texts: Sequence[TextResult], control: bool = False) -> list[float]:
-    """Of the shifts that were tried, or of their controls."""
-    return [one.value for text in texts for one in text.interactions if one.control == control]
+def interactions(texts: Sequence[TextResult], control: bool = False, nearer: bool | None = None) -> list[float]:
+    """Of the shifts that were tried, or of their controls; of those whose new anchor is the nearer, or is not."""
+    return [
+        one.value
+        for text in texts
+        for one in text.interactions
+        if one.control == control and nearer in (None, one.nearer)
+    ]
 
 
-def median_interaction(control: bool = False) -> Statistic:
+def median_interaction(control: bool = False, nearer: bool | None = None) -> Statistic:
     """Median of `interactions`."""
 
     def statistic(texts: Sequence[TextResult]) -> float:
-        found = interactions(texts, control)
+        found = interactions(texts, control, nearer)
         return median(found) if found else math.nan
 
     return statistic

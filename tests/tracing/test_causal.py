@@ -200,6 +200,7 @@ def test_the_interaction_is_what_the_new_anchor_gains_on_the_old() -> None:
     # Before, the new weighs half of the old; behind, eight times as much.
     assert interaction(old, new, shift).value == pytest.approx(math.log(8) - math.log(0.5), abs=1e-6)
     assert interaction(new, old, shift).value == pytest.approx(-math.log(16), abs=1e-6)
+    assert interaction(old, new, shift).nearer
 
 
 def place(sentence: int, old: int | None, new: int | None, text: list[Sentence]) -> Shift | None:
@@ -260,8 +261,8 @@ def a_text(
         controls = tuple(Measured(3, -gain, 20, 0.1) for gain in lower)
         return Outcome(Measured(5, 0.0, 20 if lower[0] < 0 else 21, 0.3), controls)
 
-    tried = tuple(Interaction(value, alarm=False, control=False) for value in shifts)
-    controls = tuple(Interaction(-value, alarm=False, control=True) for value in shifts)
+    tried = tuple(Interaction(value, alarm=False, control=False, nearer=value > 1) for value in shifts)
+    controls = tuple(Interaction(-value, alarm=False, control=True, nearer=True) for value in shifts)
     return TextResult(tuple(map(outcome, gains)), (outcome(exact),), (*tried, *controls), 0, PairCount(1, 2, 3))
 
 
@@ -278,6 +279,8 @@ def test_figures_of_pairs() -> None:
     assert causal_statistics.share_of_exact(texts) == pytest.approx(3 / 6 / (3 / 4))
     assert causal_statistics.median_interaction()(texts) == 1.0
     assert causal_statistics.median_interaction(control=True)(texts) == -1.0
+    assert causal_statistics.median_interaction(nearer=True)(texts) == 2.0
+    assert causal_statistics.median_interaction(nearer=False)(texts) == 0.75
     assert causal_statistics.positive_share(texts) == 1.0
     assert math.isnan(causal_statistics.median_interaction()([a_text((1.0, 1.0))]))
     shares = {name: causal_statistics.trivial_share(name)(texts) for name in causal_statistics.TRIVIAL}
