@@ -88,10 +88,11 @@ protos-check: $(INSTALLED) ## fail if protos/ breaks what is deployed, or the co
 protos-baseline: $(INSTALLED) ## at a release: what protos/ holds now may not be broken any more
 	$(BIN)/buf build --exclude-source-info -o protos/baseline.binpb
 
-docs: $(INSTALLED) ## write the pages and the dashboard anew that are made from code and protos
+docs: $(INSTALLED) ## write the pages and the dashboards anew that are made from code and protos
 	$(BIN)/python docs/configuration.py > docs/configuration.md
 	$(BIN)/python docs/metrics.py > docs/metrics.md
 	$(BIN)/python deploy/grafana/dashboard.py > deploy/grafana/stream-monitor.json
+	$(BIN)/python deploy/grafana/fleet_dashboard.py > deploy/grafana/fleet/stream-monitor-fleet.json
 	$(BIN)/python docs/wire.py > docs/wire.md
 
 manifests: $(INSTALLED) ## write deploy/kubernetes/base/prometheusrule.yaml anew from deploy/prometheus

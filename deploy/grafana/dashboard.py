@@ -3,30 +3,13 @@
 import json
 
 from grafana_foundation_sdk.builders import dashboard
-from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard as models
 from health import cost, seeing
-from panels import OURS, SOURCE, runbook
+from panels import OURS, SOURCE, plain, runbook, variable
 from reasoning import anchored, shifts
 
 RUNBOOK = "https://example.com/docs/runbook.md"
 """Default of the variable `runbook`: where the pages of docs/ are published is yours to say."""
-
-
-def variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
-    """A choice of label values, several or all."""
-    return (
-        dashboard.QueryVariable(name)
-        .label(label)
-        .datasource(SOURCE)
-        .query({"query": query, "refId": name})
-        .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
-        .sort(models.VariableSort.ALPHABETICAL_ASC)
-        .multi(True)
-        .include_all(True)
-        .all_value(".*")
-        .current(models.VariableOption(selected=True, text="All", value="$__all"))
-    )
 
 
 def annotations() -> list[dashboard.AnnotationQuery]:
@@ -78,11 +61,9 @@ def build() -> dict:
         board.with_row(dashboard.Row(title))
         for panel in panels:
             board.with_panel(panel)
-    content = json.loads(json.dumps(board.build(), cls=JSONEncoder))
+    content = plain(board)
     for annotation in content["annotations"]["list"]:
         annotation["titleFormat"] = ANNOTATION_TEXT[annotation["name"]]
-    for number_, panel in enumerate(content["panels"], 1):
-        panel["id"] = number_
     return content
 
 

@@ -1,12 +1,14 @@
-"""Panels and expressions, as this dashboard makes them.
+"""Panels and expressions, as these dashboards make them.
 
 Rates go over `$__rate_interval`, nothing is divided by what may be 0, and all is filtered by the variables. Metrics of
 the monitor are filtered by `$job`, too; vLLM's come from another job and are joined by model and engine.
 """
 
+import json
 from dataclasses import dataclass
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, table, timeseries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as common_models
 from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import prometheus as prometheus_models
@@ -156,3 +158,27 @@ def runbook(alert: str) -> dashboard.DashboardLink:
         .url(f"${{runbook}}#{alert.lower()}")
         .target_blank(True)
     )
+
+
+def variable(name: str, label: str, query: str) -> dashboard.QueryVariable:
+    """A choice of label values, several or all."""
+    return (
+        dashboard.QueryVariable(name)
+        .label(label)
+        .datasource(SOURCE)
+        .query({"query": query, "refId": name})
+        .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(models.VariableSort.ALPHABETICAL_ASC)
+        .multi(True)
+        .include_all(True)
+        .all_value(".*")
+        .current(models.VariableOption(selected=True, text="All", value="$__all"))
+    )
+
+
+def plain(board: dashboard.Dashboard) -> dict:
+    """A dashboard as plain values, its panels numbered."""
+    content: dict = json.loads(json.dumps(board.build(), cls=JSONEncoder))
+    for index, panel in enumerate(content["panels"], 1):
+        panel["id"] = index
+    return content

@@ -1,12 +1,13 @@
 """What expressions name, and what there is to be named."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from stream_monitor.monitor.metric_table import TABLE
+from stream_monitor.monitor.metric_table import TABLE, Definition
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RULES = [ROOT / "deploy/prometheus/recording.yaml", ROOT / "deploy/prometheus/alerts.yaml"]
@@ -30,14 +31,18 @@ def metrics_in(expression: str) -> set[str]:
 
 def known_metrics() -> set[str]:
     """Names of all series of a monitor, of a vLLM server, and of our recording rules."""
-    ours = {
-        f"{definition.name}{suffix}"
-        for definition in TABLE
-        for suffix in (("_bucket", "_sum", "_count") if definition.kind == "histogram" else ("",))
-    }
     process = {"process_cpu_seconds_total", "process_resident_memory_bytes", "process_open_fds"}
     recorded = {rule["record"] for rule in rules("record")}
-    return ours | process | recorded | vllm_metrics()
+    return series(TABLE) | process | recorded | vllm_metrics()
+
+
+def series(table: Iterable[Definition]) -> set[str]:
+    """Names of all series of these metrics."""
+    return {
+        f"{definition.name}{suffix}"
+        for definition in table
+        for suffix in (("_bucket", "_sum", "_count") if definition.kind == "histogram" else ("",))
+    }
 
 
 def vllm_metrics() -> set[str]:

@@ -74,6 +74,34 @@ def test_nothing_is_published_beyond_loopback_and_all_is_confined(services: dict
     assert re.fullmatch(r"nats:\d+\.\d+\.\d+", services["nats"]["image"])
 
 
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed; make tools does it")
+def test_prometheus_scrapes_the_processes_and_loads_their_alerts(services: dict[str, Any], tmp_path: Path) -> None:
+    mounted = {each["target"]: Path(each["source"]) for each in services["prometheus"]["volumes"] if "bind" in each}
+    for target, source in mounted.items():
+        staged = tmp_path / Path(target).relative_to("/etc/prometheus")
+        staged.parent.mkdir(exist_ok=True)
+        shutil.copytree(source, staged) if source.is_dir() else shutil.copy(source, staged)
+    done = subprocess.run(["promtool", "check", "config", tmp_path / "prometheus.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fleet/alerts.yaml" in done.stdout
+    jobs = yaml.safe_load((tmp_path / "prometheus.yaml").read_text())["scrape_configs"]
+    (named,) = (file for job in jobs for each in job.get("file_sd_configs", ()) for file in each["files"])
+    (found,) = yaml.safe_load((tmp_path / named).read_text())
+    wanted = {
+        f"{name}:{settings(each)['metrics'].rpartition(':')[2]}"
+        for name, each in services.items()
+        if each.get("command") == ["fleet"]
+    }
+    assert set(found["targets"]) == wanted
+
+
+def test_grafana_has_the_dashboard_of_a_fleet_beside_the_monitors(services: dict[str, Any]) -> None:
+    folder = "/etc/grafana/dashboards/"
+    mounted = {each["target"]: Path(each["source"]) for each in services["grafana"]["volumes"]}
+    boards = {json.loads(path.read_text())["uid"] for target, path in mounted.items() if target.startswith(folder)}
+    assert boards == {"stream-monitor", "stream-monitor-fleet"}
+
+
 def test_the_image_has_what_a_fleet_needs() -> None:
     assert "[fleet,page,text]" in (ROOT / "deploy" / "docker" / "monitor.Dockerfile").read_text()
 

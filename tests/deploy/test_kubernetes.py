@@ -298,6 +298,16 @@ def test_grafana_finds_the_dashboard_by_its_label(build: str) -> None:
     assert len(json.dumps(held)) < 256 << 10
 
 
+def test_grafana_finds_the_dashboard_of_a_fleet() -> None:
+    command = ["kubectl", "kustomize", KUBERNETES / "overlays" / "nats"]
+    built = subprocess.run(command, capture_output=True, text=True, check=True)
+    maps = (each for each in yaml.safe_load_all(built.stdout) if each["kind"] == "ConfigMap")
+    (held,) = (each for each in maps if each["metadata"]["name"] == "stream-monitor-fleet-dashboard")
+    assert held["metadata"]["labels"]["grafana_dashboard"] == "1"
+    name = "stream-monitor-fleet.json"
+    assert held["data"] == {name: (ROOT / "deploy" / "grafana" / "fleet" / name).read_text()}
+
+
 @pytest.mark.parametrize("build", BUILDS)
 def test_the_monitor_is_closed_to_all_but_those_who_need_it(build: str) -> None:
     templates = {
