@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from grafana_foundation_sdk.models import dashboard
 
 from stream_monitor.monitor.fleet.metric_table import FLEET_TABLE
@@ -148,6 +151,17 @@ def test_a_query_keeps_the_rules(title: str, expr: str) -> None:
     for divisor in re.findall(r" / (?:on \(\) group_left \(\) )?(.)", without_strings):
         assert divisor == "("
     assert without_strings.count(" / ") <= without_strings.count(" > 0)")
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed; make tools does it")
+def test_prometheus_can_parse_every_query(tmp_path: Path) -> None:
+    rules_ = [
+        {"record": f"query:number_{number}", "expr": re.sub(r"\$__\w+", "5m", expr)}
+        for number, (_, expr) in enumerate(QUERIES)
+    ]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules_}]}))
+    done = subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yaml"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_links_lead_to_headings_of_the_runbook() -> None:
