@@ -86,12 +86,12 @@ class AnchorShift(RiseDetector):
         self.normal = reference
         self.divergence = 0.0
         self.entering = 0.0
-        self.reference = self.before = self._current = SparseMass.of(np.zeros(0))
+        self.reference = self.before = self._compared = self._current = SparseMass.of(np.zeros(0))
         self._known = 0
         self._scored = 0
 
     def update(self, mass: SparseMass, candidates: int, rows: int, role: int = Role.REASONING) -> Verdict:
-        """Take in one sentence; `before` is the reference it was compared with.
+        """Take in one sentence; `before` is the reference as it was when the rise of the divergence began.
 
         Args:
             mass: share of the sentence's attention on each earlier sentence.
@@ -111,7 +111,7 @@ class AnchorShift(RiseDetector):
         known = both[:, : columns.searchsorted(common)]
         held, shared = np.add.reduce(known, 1).tolist()
         self.entering = 1.0 - shared
-        self.before = self.reference
+        self._compared = self.reference
         if shared < self.min_mass or held < self.min_mass:
             self._learn(columns, both)
             return Verdict.INSUFFICIENT
@@ -119,6 +119,8 @@ class AnchorShift(RiseDetector):
         stratum = Stratum.of(rows, candidates, role)
         self._test.update(self.normal.standardise(self.divergence, stratum) if self.normal else self.divergence)
         self._scored += 1
+        if not self.began:
+            self.before = self._compared
         if self.drift_detected:
             self.reference = current
             self._scored = 0
@@ -130,8 +132,8 @@ class AnchorShift(RiseDetector):
         """Right after an alarm: the same as if its threshold had not been passed, nor ever will be."""
         twin = copy(self)
         twin._test = self._test.unbroken()
-        twin.reference = self.before
-        twin._learn(*_side_by_side(self.before, self._current))
+        twin.reference = self._compared
+        twin._learn(*_side_by_side(self._compared, self._current))
         return twin
 
     def _learn(self, columns: Positions, both: NDArray[np.float64]) -> None:

@@ -28,9 +28,10 @@ SHIFT_SENTENCES, SHIFT_TOKENS = 8, 16
 
 
 class Scored(NamedTuple):
-    """What the detector says of a sentence: its score, whether that is an alarm, and the anchors before and now."""
+    """What the detector says of a sentence: where the rise of its score began, the score, whether that is an alarm, and
+    the anchors until then and now."""
 
-    sentence: int
+    began: int
     score: float
     alarm: bool
     old: int | None
@@ -39,7 +40,7 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Shift:
-    """A shift at `sentence` from anchor `old` to anchor `new`; windows are tokens [start, end)."""
+    """A shift that began at `sentence`, from anchor `old` to anchor `new`; windows are tokens [start, end)."""
 
     sentence: int
     old: int
@@ -78,13 +79,16 @@ def score_sentences(mass: Scores, candidates: NDArray[np.bool_], tokens: NDArray
     """
     detector = AnchorShift()
     found: list[Scored] = []
+    judged: list[int] = []
     for sentence in np.flatnonzero(candidates).tolist():
         size = max(0, sentence - ANCHOR_GAP + 1)
         row = SparseMass.of(np.where(candidates[:size], mass[sentence, :size], 0.0))
         verdict = detector.update(row, size, int(tokens[sentence]))
+        if verdict is not Verdict.INSUFFICIENT:
+            judged.append(sentence)
         if verdict in (Verdict.STEADY, Verdict.ALARM):
-            alarm = verdict is Verdict.ALARM
-            found.append(Scored(sentence, detector.score, alarm, _top(detector.before), _top(row)))
+            began, alarm = judged[-1 - detector.began], verdict is Verdict.ALARM
+            found.append(Scored(began, detector.score, alarm, _top(detector.before), _top(row)))
     return found
 
 
@@ -99,7 +103,7 @@ def choose_shifts(scored: Sequence[Scored], sentences: Sequence[Sentence]) -> li
         taken = 0
         for one in sorted(scored, key=lambda one: one.score if control else -one.score):
             shift = place_shift(one, sentences, control)
-            apart = all(abs(one.sentence - other.sentence) >= SHIFT_SENTENCES for other in chosen)
+            apart = all(abs(one.began - other.sentence) >= SHIFT_SENTENCES for other in chosen)
             if shift is not None and apart and taken < SHIFTS:
                 chosen.append(shift)
                 taken += 1
@@ -108,7 +112,7 @@ def choose_shifts(scored: Sequence[Scored], sentences: Sequence[Sentence]) -> li
 
 def place_shift(one: Scored, sentences: Sequence[Sentence], control: bool = False) -> Shift | None:
     """The windows of a shift, both behind both anchors; None where there is no room, or one anchor only."""
-    sentence, old, new = one.sentence, one.old, one.new
+    sentence, old, new = one.began, one.old, one.new
     if old is None or new is None or old == new:
         return None
     first = max(sentence - SHIFT_SENTENCES, max(old, new) + ANCHOR_GAP)

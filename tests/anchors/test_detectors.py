@@ -96,6 +96,20 @@ def test_warm_up_and_restart() -> None:
     assert [shown(detector, two) for _ in range(4)] == [Verdict.WARM_UP] * 3 + [Verdict.STEADY]
 
 
+def test_what_it_rested_on_before_is_from_before_the_rise_however_long_that_takes() -> None:
+    detector = AnchorShift(weight=0.05)
+    for index in range(40):
+        mass = np.zeros(index + 20)
+        mass[0], mass[5] = (0.5, 0.0) if index < 20 else (0.2, 0.3)
+        detector.update(SparseMass.of(mass), len(mass), rows=3)
+        if detector.drift_detected:
+            break
+    assert detector.drift_detected
+    assert index - detector.began == 20
+    assert index > 20, "found at once"
+    assert detector.before.columns.tolist() == [0], "the new anchor is among the old ones"
+
+
 @pytest.mark.parametrize(("mass", "rows"), [(np.full(5, 0.1), 1), (np.full(5, 0.001), 9), (np.zeros(0), 9)])
 def test_too_little_to_say_anything(mass: np.ndarray, rows: int) -> None:
     detector = AnchorShift()

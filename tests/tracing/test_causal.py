@@ -228,9 +228,9 @@ def test_scores_are_the_detectors_without_the_sink() -> None:
     candidates = np.arange(count) > 0
     tokens = np.full(count, 10)
     scored = score_sentences(mass, candidates, tokens)
-    assert [(one.sentence, one.old, one.new) for one in scored if one.alarm] == [(24, 2, 15)]
-    assert max(scored, key=lambda one: one.score).sentence == 24
-    assert scored[0].sentence > 8, "the detector warms up before"
+    assert [(one.began, one.old, one.new) for one in scored if one.alarm] == [(24, 2, 15)]
+    assert max(scored, key=lambda one: one.score).began == 24
+    assert scored[0].began > 8, "the detector warms up before"
     steady = np.zeros_like(mass)
     steady[:, 0] = steady[:, 2] = 0.3
     assert not any(one.alarm for one in score_sentences(steady, candidates, tokens))
