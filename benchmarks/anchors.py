@@ -33,7 +33,6 @@ from benchmarks.report import Must, Report, bootstrap, run
 from stream_kernels.prefill import PrefillSummary
 from stream_kernels.search import SearchConfig
 from stream_monitor.tracing.attention import LayerInputs, dense_attention
-from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.layer import TraceOptions, attend, search_layer
 from stream_monitor.tracing.model import TracedModel, load
 from stream_monitor.tracing.pruning import PairCount, count_pairs
@@ -133,7 +132,7 @@ def main(
     try:
         traced = load(str(model), device)
         rows = _read_traces(traces)
-    except (TracingError, OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, json.JSONDecodeError) as error:
         raise typer.BadParameter(str(error)) from error
     longest = (traced.limit or 10**9) if full else tokens
     chosen = rows if full else [rows[int(place)] for place in np.linspace(0, len(rows) - 1, min(count, len(rows)))]

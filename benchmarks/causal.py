@@ -33,7 +33,6 @@ from stream_monitor.tracing.causal_statistics import (
     share_of_exact,
     trivial_share,
 )
-from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.model import load
 from stream_monitor.tracing.pruning import PairCount
 from stream_monitor.tracing.texts import evenly, read_texts
@@ -58,11 +57,8 @@ def main(
 ) -> None:
     """Effects of hidden anchors and of their controls."""
     longest = tokens or (FULL_TOKENS if full else TOKENS)
-    try:
-        chosen = evenly(read_texts(traces), count or (FULL_TEXTS if full else TEXTS))
-        traced = load(str(model), device)
-    except TracingError as error:
-        raise typer.BadParameter(str(error)) from error
+    chosen = evenly(read_texts(traces), count or (FULL_TEXTS if full else TEXTS))
+    traced = load(str(model), device)
     found = []
     for number, text in enumerate(chosen):
         began = time.monotonic()

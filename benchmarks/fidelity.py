@@ -24,7 +24,6 @@ from benchmarks.report import Must, Report, bootstrap, run
 from benchmarks.texts import needle_prompt
 from stream_kernels.prefill import Reduction
 from stream_kernels.search import SearchConfig
-from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.fidelity import CONTINUATION, dense_run, divergence, search_k
 from stream_monitor.tracing.model import TracedModel, load
 
@@ -93,10 +92,7 @@ def main(
     methods = METHODS | REDUCTIONS if full else METHODS
     if dtype not in DTYPES:
         raise typer.BadParameter(f"dtype {dtype!r}; valid: {', '.join(DTYPES)}")
-    try:
-        traced = load(str(model), device, DTYPES[dtype])
-    except TracingError as error:
-        raise typer.BadParameter(str(error)) from error
+    traced = load(str(model), device, DTYPES[dtype])
     if traced.limit is not None and max(lengths) + CONTINUATION > traced.limit:
         raise typer.BadParameter(f"{max(lengths):,} tokens are beyond this model's {traced.limit:,}; see --length")
     report = Report(

@@ -37,7 +37,6 @@ from stream_monitor.monitor.calibrate import served
 from stream_monitor.monitor.calibration import Calibration
 from stream_monitor.monitor.trace import RequestTrace
 from stream_monitor.records import Role
-from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.model import load
 
 FREE = 4
@@ -105,7 +104,7 @@ def main(
     try:
         replay = Replay(load(str(model)))
         profile, told = _profile(_groups(replay, CHOOSING, wanted, seed))
-    except (ProfileError, TracingError) as error:
+    except ProfileError as error:
         raise typer.BadParameter(str(error)) from error
     read = _alike(_groups(replay, TESTED, wanted, seed))
     groups = {name: [_score(one, profile) for one in found] for name, found in read.items()}

@@ -23,7 +23,6 @@ from benchmarks.report import Report, bootstrap, run
 from benchmarks.texts import token_ids
 from stream_monitor.anchors.auroc import auroc
 from stream_monitor.anchors.panel import Kind
-from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.model import TracedModel, load
 from stream_monitor.v1alpha1 import monitor_pb2
 
@@ -53,10 +52,7 @@ def main(
     full: Annotated[bool, typer.Option("--full", help="Four times as many.")] = False,
 ) -> None:
     """AUROC of ANCHOR_LOCK."""
-    try:
-        traced = load(str(model))
-    except TracingError as error:
-        raise typer.BadParameter(str(error)) from error
+    traced = load(str(model))
     beginnings = count * (4 if full else 1)
     texts = _texts(traced, beginnings, seed, traces)
     replay = Replay(traced)

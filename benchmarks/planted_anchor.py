@@ -21,7 +21,6 @@ from benchmarks.replay import Replay
 from benchmarks.report import Report, bootstrap, run
 from stream_monitor.config import CaptureSettings
 from stream_monitor.monitor.trace import RequestTrace
-from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.model import TracedModel, load
 
 NOTES, TOP = 48, 3
@@ -56,10 +55,7 @@ def main(
     full: Annotated[bool, typer.Option("--full", help="Eight times as many.")] = False,
 ) -> None:
     """Hit rate in the top three."""
-    try:
-        traced = load(str(model))
-    except TracingError as error:
-        raise typer.BadParameter(str(error)) from error
+    traced = load(str(model))
     wanted = count * (8 if full else 1)
     settings = CaptureSettings()
     monitors = {

@@ -14,6 +14,8 @@ from typing import Any
 
 import typer
 
+from stream_monitor.tracing.errors import TracingError
+
 Must = tuple[str, float]
 """How a figure is compared, `>=` or `<=`, and with what."""
 
@@ -124,7 +126,7 @@ def bootstrap(
 def run(command: Callable[..., None]) -> None:
     """Runs `command` as the command line of its module; arguments it does not take end in one line and exit status 2.
 
-    `command` raises `typer.BadParameter` for what it finds wrong itself.
+    `command` raises `typer.BadParameter` or `TracingError` for what it finds wrong itself.
     """
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(command)
@@ -132,8 +134,12 @@ def run(command: Callable[..., None]) -> None:
         status = app(standalone_mode=False)
     except Exception as error:
         # Typer's own errors have this method; their base class has no public name.
-        if not hasattr(error, "format_message"):
+        if hasattr(error, "format_message"):
+            message = error.format_message()
+        elif isinstance(error, TracingError):
+            message = str(error)
+        else:
             raise
-        print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
     sys.exit(status or 0)

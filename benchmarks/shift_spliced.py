@@ -28,7 +28,6 @@ from stream_monitor.monitor import views
 from stream_monitor.monitor.calibrate import served
 from stream_monitor.monitor.calibration import Calibration
 from stream_monitor.monitor.trace import RequestTrace
-from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.model import load
 from stream_monitor.tracing.texts import read_texts
 from stream_monitor.v1alpha1 import monitor_pb2
@@ -63,11 +62,8 @@ def main(
     full: Annotated[bool, typer.Option("--full", help="Six stretches of each trace.")] = False,
 ) -> None:
     """Recall at the joint, and false alarms."""
-    try:
-        replay = Replay(load(str(model)))
-        texts = read_texts(traces)
-    except TracingError as error:
-        raise typer.BadParameter(str(error)) from error
+    replay = Replay(load(str(model)))
+    texts = read_texts(traces)
     found = list(families(replay, texts, 6 if full else most, seed))
     if len({family.calm.problem for family in found}) < 2:
         raise typer.BadParameter("the traces must be of two problems at least, with prompts")

@@ -20,7 +20,6 @@ from benchmarks.report import Report, bootstrap, run
 from benchmarks.ruler.tasks import TASKS, Sample, make, score
 from stream_kernels.search import SearchConfig
 from stream_monitor.tracing.attention import Attend, dense_attention
-from stream_monitor.tracing.errors import TracingError
 from stream_monitor.tracing.generation import RestrictedAttention, generate, stop_tokens
 from stream_monitor.tracing.layer import TraceOptions
 from stream_monitor.tracing.model import TracedModel, load
@@ -67,7 +66,7 @@ def main(
             for tokens in lengths
             for name in tasks
         }
-    except (TracingError, ValueError) as error:
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     search = SearchConfig(strategy="beam", top_k=top_k)
     report = Report(

@@ -7,6 +7,7 @@ import pytest
 import typer
 
 from benchmarks.report import Report, bootstrap, run
+from stream_monitor.tracing.errors import TracingError
 
 
 def a_report(value: float) -> Report:
@@ -81,3 +82,17 @@ def test_the_bootstrap_draws_whole_clusters() -> None:
     low, high = bootstrap({"a": [0.0] * 10, "b": [1.0] * 10, "c": [1.0] * 10}, seed=0)
     assert (low, high) == (0.0, 1.0)
     assert bootstrap({"a": [0.0], "b": [1.0]}, seed=5) == bootstrap({"a": [0.0], "b": [1.0]}, seed=5)
+
+
+def test_what_a_model_or_a_text_is_refused_for_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["example"])
+
+    def command() -> None:
+        raise TracingError("the prompt is too long")
+
+    with pytest.raises(SystemExit) as stopped:
+        run(command)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: the prompt is too long\n"
