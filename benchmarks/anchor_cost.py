@@ -39,6 +39,8 @@ WINDOW = 50
 GROWTH, TOKENS_PER_SECOND = 1.5, 20_000
 FLAGS = bytes([2] * (SENTENCE_TOKENS - 1) + [1])
 """Words, each after a space, and a full stop."""
+_ANY_RATE = 1 << 40
+"""Messages a second that are taken in: a monitor's own limit is for those that come over time."""
 
 
 def main(
@@ -183,7 +185,8 @@ def _monitor() -> Intake:
     calibration = Calibration()
     metrics = Metrics()
     pipeline = Pipeline(store, log, metrics, calibration, Vocabularies({}))
-    return Intake(ranks, Merger(settings.merge_deadline_seconds), pipeline, metrics, settings.max_message_bytes)
+    merger = Merger(settings.merge_deadline_seconds)
+    return Intake(ranks, merger, pipeline, metrics, settings.max_message_bytes, _ANY_RATE)
 
 
 def _growing(sizes: tuple[int, ...], seed: int) -> Iterator[tuple[int, list[float]]]:

@@ -63,7 +63,9 @@ class Recorder:
     def __init__(self, model: TracedModel, settings: CaptureSettings | None = None) -> None:
         self.model = model
         self.settings = settings or CaptureSettings()
-        self._flags = token_flags(model.tokenizer, len(model.tokenizer))
+        # A model may have more ids than its tokenizer, and sample them.
+        ids = max(len(model.tokenizer), model.decoder.get_input_embeddings().num_embeddings)
+        self._flags = token_flags(model.tokenizer, ids)
         self._marks = Marks.from_tokenizer(model.tokenizer)
         self._roles = PromptRoles.from_tokenizer(model.tokenizer)
         facts = [

@@ -44,7 +44,8 @@ def show(recording: Recording, calibration: Calibration | None = None) -> Reques
     log = EventLog(settings.event_log, settings.subscriber_queue, settings.max_subscribers)
     metrics = Metrics()
     pipeline = Pipeline(store, log, metrics, calibration, Vocabularies({}))
-    intake = Intake(ranks, Merger(settings.merge_deadline_seconds), pipeline, metrics, 1 << 30)
+    # No limit of size or rate: a recording is taken in at once.
+    intake = Intake(ranks, Merger(settings.merge_deadline_seconds), pipeline, metrics, 1 << 30, 1 << 40)
     stream = Stream()
     for message in recording:
         (answer,) = intake.take([message], stream)
