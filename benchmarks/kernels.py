@@ -70,7 +70,10 @@ def main(
             ids = token_ids(tokenizer, text, length if full else min(length, SOURCE), seed, traces)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
-        step = _step(_repeated(of_text(model, ids), length), getattr(torch, dtype), seed)
+        try:
+            step = _step(_repeated(of_text(model, ids), length), getattr(torch, dtype), seed)
+        except RuntimeError as error:  # the engine's kernels have not every head size
+            raise typer.BadParameter(f"vLLM's CPU attention does not take {model}: {error}") from error
         _measure(report, length, step, pairs)
         if length == min(tokens or BOUNDS):
             _against_reference(report, length, step)
