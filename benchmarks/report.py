@@ -31,7 +31,7 @@ class Report:
         config: what was run, JSON values only.
         seed: of the texts, keys and resamples.
         n: independent observations, said in `config` where it is not obvious.
-        figures: by name.
+        figures: by name; what is not finite, as there was nothing to measure it on, is not in the line.
         ci: 95% intervals of some of them.
         must: bounds of some of them; one that was not measured counts as missed.
     """
@@ -55,8 +55,8 @@ class Report:
             "config": self.config,
             "seed": self.seed,
             "n": self.n,
-            "figures": {name: _rounded(value) for name, value in self.figures.items()},
-            "ci": {name: [_rounded(low), _rounded(high)] for name, (low, high) in self.ci.items()},
+            "figures": {name: _rounded(value) for name, value in self.figures.items() if math.isfinite(value)},
+            "ci": {name: list(map(_rounded, ends)) for name, ends in self.ci.items() if all(map(math.isfinite, ends))},
             "must": {name: list(must) for name, must in self.must.items()},
             "pass": not self.missed(),
             "machine": machine(),
@@ -79,7 +79,7 @@ class Report:
 
 def _holds(value: float, must: Must) -> bool:
     operator, bound = must
-    return value >= bound if operator == ">=" else value <= bound
+    return math.isfinite(value) and (value >= bound if operator == ">=" else value <= bound)
 
 
 def _rounded(value: float) -> float:

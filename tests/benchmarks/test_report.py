@@ -1,6 +1,7 @@
 """The JSON line that every benchmark ends with."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -82,6 +83,20 @@ def test_the_bootstrap_draws_whole_clusters() -> None:
     low, high = bootstrap({"a": [0.0] * 10, "b": [1.0] * 10, "c": [1.0] * 10}, seed=0)
     assert (low, high) == (0.0, 1.0)
     assert bootstrap({"a": [0.0], "b": [1.0]}, seed=5) == bootstrap({"a": [0.0], "b": [1.0]}, seed=5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_could_not_be_measured_is_missed_and_not_in_the_line(
+    value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = a_report(value)
+    report.ci["recall"] = (0.1, value)
+    with pytest.raises(typer.Exit):
+        report.finish()
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(line["figures"]) == ["time_ms"]
+    assert line["ci"] == {}
+    assert line["pass"] is False
 
 
 def test_what_a_model_or_a_text_is_refused_for_is_one_line_too(
