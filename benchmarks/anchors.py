@@ -15,7 +15,6 @@ rows keep (`union`), at most 4 k blocks. Beside it stand
 Pruned shares count forced blocks as kept.
 """
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -44,6 +43,7 @@ from stream_monitor.tracing.sentences import (
     token_counts,
     token_texts,
 )
+from stream_monitor.tracing.texts import Text, evenly, read_texts
 from stream_monitor.tracing.thought_anchors import (
     Agreement,
     Scores,
@@ -129,13 +129,9 @@ def main(
     full: Annotated[bool, typer.Option("--full", help="All traces, to the model's limit: hours on a CPU.")] = False,
 ) -> None:
     """Agreement of anchors."""
-    try:
-        traced = load(str(model), device)
-        rows = _read_traces(traces)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise typer.BadParameter(str(error)) from error
+    traced, texts = load(str(model), device), read_texts(traces)
     longest = (traced.limit or 10**9) if full else tokens
-    chosen = rows if full else [rows[int(place)] for place in np.linspace(0, len(rows) - 1, min(count, len(rows)))]
+    chosen = texts if full else evenly(texts, count)
     report = Report(
         benchmark="anchors",
         config={
@@ -151,24 +147,17 @@ def main(
         must=MUSTS,
     )
     found: dict[str, dict[str, Found]] = {}
-    for number, (name, text) in enumerate(chosen):
-        for key, one in _one_trace(traced, f"{number}: {name}", text, longest).items():
-            found.setdefault(key, {})[name] = one
+    for number, text in enumerate(chosen):
+        for key, one in _one_trace(traced, number, text, longest).items():
+            found.setdefault(key, {})[text.name] = one
     _account(report, found)
     report.finish()
 
 
-def _read_traces(path: Path) -> list[tuple[str, str]]:
-    """Name and text of each trace."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines if line.strip()]
-    return [(row.get("id", str(number)), row["prompt"] + row["reasoning"]) for number, row in enumerate(rows)]
-
-
-def _one_trace(model: TracedModel, name: str, text: str, longest: int) -> dict[str, Found]:
+def _one_trace(model: TracedModel, number: int, text: Text, longest: int) -> dict[str, Found]:
     """All methods at every k, by `method/k`."""
     began = time.monotonic()
-    ids = model.tokenizer(text)["input_ids"][:longest]
+    ids, _ = text.tokens(model, longest)
     parts = split_sentences(token_texts(model.tokenizer, ids))
     sentences, counts, candidates = sentence_of_tokens(parts), token_counts(parts), anchor_candidates(parts)
     readings = {f"{name}/{k}": _Reading(method.at(k)) for name, method in METHODS.items() for k in KS}
@@ -190,7 +179,7 @@ def _one_trace(model: TracedModel, name: str, text: str, longest: int) -> dict[s
             model.run(ids, partial(read_alone, reading))
     reference = find_anchors(exact, candidates)
     print(
-        f"\n{name}: {len(ids):,} tokens, {len(parts)} sentences, {time.monotonic() - began:.0f} s\n"
+        f"\n{number}: {text.name}, {len(ids):,} tokens, {len(parts)} sentences, {time.monotonic() - began:.0f} s\n"
         f"{'method/k':<22}{'Spearman':>10}{'partial':>10}{'top 5':>8}{'receivers':>11}{'pruned of causal':>18}"
         f"{'of square':>11}"
     )

@@ -11,6 +11,8 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+from stream_monitor.tracing.texts import read_texts
+
 KINDS = ("needle", "prose", "code", "reasoning")
 
 _NAME = "wandering-otter"
@@ -70,10 +72,9 @@ def _code(seed: int) -> Iterator[str]:
 
 
 def _reasoning(traces: Path, seed: int) -> Iterator[str]:
-    rows = [json.loads(line) for line in traces.read_text(encoding="utf-8").splitlines() if line.strip()]
-    rows.sort(key=lambda row: -len(row["reasoning"]))
-    for row in _rotated(rows, seed):
-        yield row["prompt"] + row["reasoning"] + "\n\n"
+    longest_first = sorted(read_texts(traces), key=lambda text: -len(text.reasoning))
+    for text in _rotated(longest_first, seed):
+        yield text.prompt + text.reasoning + "\n\n"
 
 
 def needle_prompt(tokenizer: Any, tokens: int, seed: int, depth: float, answer_tokens: int) -> tuple[list[int], str]:
