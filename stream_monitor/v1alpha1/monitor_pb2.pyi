@@ -317,7 +317,7 @@ class Event(_message.Message):
 
     @_builtins.property
     def from_anchors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Anchor]:
-        """Heaviest first, at most 5. `from` is the running reference before the event."""
+        """Heaviest first, at most 5. `from` is the running reference as it was when the shift began."""
 
     @_builtins.property
     def to_anchors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Anchor]: ...
