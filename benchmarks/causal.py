@@ -62,7 +62,7 @@ def main(
     found = []
     for number, text in enumerate(chosen):
         began = time.monotonic()
-        found.append(measure_text(traced, *text.tokens(traced, longest)))
+        found.append(measure_text(traced, *text.tokens(traced, longest), with_shifts=True))
         print(f"\n{number}: {text.name}, {time.monotonic() - began:.0f} s, {found[-1].alarms} shifts reported")
         for source in SOURCES:
             for outcome in outcomes(found[-1:], source):

@@ -134,20 +134,23 @@ class TextResult:
     pairs: PairCount
 
 
-def measure_text(model: TracedModel, ids: list[int], prompt: int, options: TraceOptions = OPTIONS) -> TextResult:
-    """Finds the anchors and the shifts of a text, and hides them and their controls one after another.
+def measure_text(
+    model: TracedModel, ids: list[int], prompt: int, options: TraceOptions = OPTIONS, with_shifts: bool = False
+) -> TextResult:
+    """Finds the anchors of a text, and hides them and their controls one after another.
 
     Args:
         model: loaded.
         ids: the text, cut to what is to be read.
         prompt: tokens of it that came before the reasoning, where no tags tell; see `reasoning_candidates`.
         options: of the masks.
+        with_shifts: try shifts as well, which takes about as long again.
     """
     reading = read_text(model, ids, prompt, options)
     trials = {"kept": choose_trials(reading.kept, reading.sentences)}
     trials["exact"] = choose_trials(reading.exact, reading.sentences)
     scored = score_sentences(reading.mass, reading.kept.candidates, token_counts(reading.sentences))
-    shifts = choose_shifts(scored, reading.sentences)
+    shifts = choose_shifts(scored, reading.sentences) if with_shifts else []
 
     every = [*trials["kept"], *trials["exact"]]
     hidden = {sentence for trial in every for sentence in (trial.anchor, *trial.controls)}

@@ -331,6 +331,10 @@ def test_a_text_is_measured(tiny_model: TracedModel) -> None:
     assert trial.anchor == found.kept[0].anchor.sentence
     assert found.kept[0].anchor.effect == pytest.approx(math.log(kl[trial.window :].mean() + 1e-9), abs=1e-3)
     assert 0 < found.kept[0].anchor.overlap < 1
+    assert found.interactions == ()
+    tried = measure_text(tiny_model, ids, prompt, with_shifts=True)
+    assert tried.kept == found.kept
+    assert {one.control for one in tried.interactions} == {False, True}
 
 
 def lines(path: Path, *rows: object) -> Path:
