@@ -143,8 +143,11 @@ class Front:
             context = certificates.context if certificates is not None and self.access.encrypts(name) else None
             http = HttpServer(apps[name], bound, self.access, context)
             self._http.append(http)
-            self._tasks.append(asyncio.create_task(http.serve()))
+            serving = asyncio.create_task(http.serve())
+            self._tasks.append(serving)
             while not http.started:
+                if serving.done():
+                    raise ListenError(f"{name}: cannot be served: {serving.exception() or 'it ended at once'}")
                 await asyncio.sleep(0.005)
         self._refreshing = asyncio.create_task(self._refresh())
 

@@ -58,7 +58,10 @@ def prepare_unix(name: str, address: str) -> Path:
 
 
 def bind_tcp(name: str, address: str) -> socket.socket:
-    """A bound, not yet listening TCP socket."""
+    """A listening TCP socket.
+
+    Bound alone it would not keep others out: two sockets may be bound to one port, and who listens last fails.
+    """
     host, _, port = address.rpartition(":")
     try:
         family, kind, _, _, where = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)[0]
@@ -66,6 +69,7 @@ def bind_tcp(name: str, address: str) -> socket.socket:
         try:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             bound.bind(where)
+            bound.listen()
         except OSError:
             bound.close()
             raise

@@ -18,13 +18,19 @@ from stream_monitor.v1alpha1 import ingest_pb2, ingest_pb2_grpc, monitor_pb2_grp
 LOCAL = [("grpc.use_local_subchannel_pool", 1), ("grpc.initial_reconnect_backoff_ms", 50)]
 
 
+_GIVEN: set[int] = set()
+
+
 def free_port() -> int:
-    """Below those that the kernel gives to connections, one of which could take it before it is used."""
+    """Never the same twice. Below those that the kernel gives to connections, one of which could take it before it is
+    used."""
     while True:
         port = random.randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return port
+            if port not in _GIVEN:
+                _GIVEN.add(port)
+                return port
 
 
 class Served:

@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from stream_monitor.config import MonitorSettings
+from stream_monitor.monitor.http import HttpServer
 from stream_monitor.monitor.listen import ListenError, prepare_unix
 from stream_monitor.monitor.metric_table import TABLE
 from stream_monitor.monitor.run import GRPC_LOG, GoneWhileWrittenTo
@@ -154,6 +155,32 @@ def test_grpc_says_nothing_of_its_own_of_a_port_in_use(run: Callable[..., Runnin
     )
     assert done.returncode == 2
     assert done.stderr == f"stream-monitor: grpc: cannot listen on {address}: Address already in use\n"
+
+
+@pytest.mark.parametrize(("first", "second"), [("http", "grpc"), ("http", "metrics")])
+def test_one_port_for_two_things_is_one_clear_line(first: str, second: str, tmp_path: Path) -> None:
+    """Neither listened yet when the other was bound; the process then waited for ever to be up."""
+    address = f"127.0.0.1:{free_port()}"
+    settings = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0", "store": "", first: address, second: address}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "stream_monitor", "serve", *flags, "--ingest", f"unix:{tmp_path / 'ingest.sock'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"stream-monitor: {second}: cannot listen on {address}: Address already in use\n"
+
+
+def test_an_http_server_that_ends_at_once_is_told(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ends(_: HttpServer) -> None:
+        raise OSError("no more files")
+
+    monkeypatch.setattr(HttpServer, "serve", ends)
+    with pytest.raises(ListenError, match=r"^http: cannot be served: no more files"):
+        run()
 
 
 def test_a_client_that_leaves_while_it_is_written_to_is_no_fault(
