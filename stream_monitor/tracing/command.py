@@ -1,5 +1,6 @@
 """The command `stream-monitor trace`: checks what it is given, shows progress, says what came out."""
 
+import time
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,9 @@ from stream_monitor.tracing.model import TracedModel, load, read_messages, read_
 from stream_monitor.tracing.report_writer import REPORT, ReportWriter
 from stream_monitor.tracing.trace import Progress as Step
 from stream_monitor.tracing.trace import Trace, trace
+
+LINE_SECONDS = 30.0
+"""Where standard error is no terminal, as under nohup, a line says after so long how far it is."""
 
 
 def run(
@@ -44,7 +48,7 @@ def run(
 def _with_progress(
     model: TracedModel, ids: list[int], options: TraceOptions, out: Path, console: Console, report: ReportWriter
 ) -> Trace:
-    """`trace` with a progress bar of layers, tokens per second and memory."""
+    """`trace` with a progress bar of layers, tokens per second and memory; with lines of these where none can move."""
     columns = (
         TextColumn("layer {task.completed:.0f} of {task.total:.0f}"),
         BarColumn(),
@@ -54,10 +58,15 @@ def _with_progress(
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", total=model.layers, pace="")
+        told = time.monotonic()
 
         def show(step: Step) -> None:
+            nonlocal told
             pace = f"{step.tokens_per_second:,.0f} tokens/s, {_gib(step.peak_bytes)}"
             bar.update(task, completed=step.layer, pace=pace)
+            if not console.is_terminal and time.monotonic() - told >= LINE_SECONDS:
+                told = time.monotonic()
+                console.print(f"layer {step.layer} of {model.layers}, {pace}", highlight=False)
 
         return trace(model, ids, options, out, show, report)
 

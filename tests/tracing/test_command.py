@@ -1,6 +1,7 @@
 """`stream-monitor trace`, as a user types it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stream_monitor.cli import app
+from stream_monitor.tracing import command
 from stream_monitor.tracing.masks import MaskFile
 from tests.tracing import tiny
 
@@ -47,6 +49,16 @@ def test_a_prompt_is_traced(tiny_folder: Path, prompt: Path, tmp_path: Path) -> 
     names = ("strategy", "top_k", "block_size", "sink_blocks", "recent_blocks")
     assert [search[name] for name in names] == ["exact", 3, 16, 2, 1]
     assert (metadata["attention"], metadata["reduction"]) == ("dense", "union")
+
+
+def test_without_a_terminal_lines_say_how_far_it_is(
+    tiny_folder: Path, prompt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "LINE_SECONDS", 0.0)
+    _, _, progress = trace("--model", tiny_folder, "--prompt", prompt, "--out", tmp_path / "out")
+    lines = progress.splitlines()
+    assert re.fullmatch(r"layer 1 of 3, [\d,]+ tokens/s, [\d.]+ GiB", lines[0]), progress
+    assert [line.split(",")[0] for line in lines[1:3]] == ["layer 2 of 3", "layer 3 of 3"]
 
 
 def test_messages_are_traced(tiny_folder: Path, tmp_path: Path) -> None:
