@@ -125,12 +125,10 @@ class _Search:
 
 def _account(times: dict[int, list[float]], reads: dict[int, list[float]], report: Report) -> None:
     print(f"{'tokens':>10}{'keys read':>12}{'of all':>9}{'us a row and layer':>20}{'growth':>8}")
-    before = 0
+    before = None
     for length in times:
         median, read = statistics.median(times[length]), statistics.median(reads[length])
-        # Of the same queries in the same round: what slows a machine for a while slows both.
-        paired = [now / then for now, then in zip(times[length], times[before], strict=True)] if before else []
-        growth = statistics.median(paired) if paired else float("nan")
+        growth = median / before if before else float("nan")
         print(f"{length:>10,}{read:>12,.0f}{read / length:>9.2%}{1e6 * median:>20,.1f}{growth:>8.2f}")
         report.figures[f"keys_read/{length}"] = read
         report.figures[f"time_us/{length}"] = 1e6 * median
@@ -139,11 +137,8 @@ def _account(times: dict[int, list[float]], reads: dict[int, list[float]], repor
         )
         if before and length > GROWTH_FROM:
             report.figures[f"growth/{length}"] = growth
-            report.ci[f"growth/{length}"] = bootstrap(
-                {str(index): [ratio] for index, ratio in enumerate(paired)}, report.seed, statistics.median
-            )
             report.must[f"growth/{length}"] = ("<=", 1.3)
-        before = length
+        before = median
     longest = max(times)
     report.figures[f"share_read/{longest}"] = statistics.median(reads[longest]) / longest
     if longest >= LONGEST:

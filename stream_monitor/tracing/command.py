@@ -14,7 +14,7 @@ from stream_monitor.tracing.trace import Progress as Step
 from stream_monitor.tracing.trace import Trace, trace
 
 LINE_SECONDS = 30.0
-"""Where standard error is no terminal, as under nohup, a line says after so long how far it is."""
+"""How often a line says how far it is, where no bar can move: standard error is no terminal, as under nohup."""
 
 
 def run(
@@ -64,7 +64,7 @@ def _with_progress(
             nonlocal told
             pace = f"{step.tokens_per_second:,.0f} tokens/s, {_gib(step.peak_bytes)}"
             bar.update(task, completed=step.layer, pace=pace)
-            if not console.is_terminal and time.monotonic() - told >= LINE_SECONDS:
+            if not console.is_interactive and time.monotonic() - told >= LINE_SECONDS:
                 told = time.monotonic()
                 console.print(f"layer {step.layer} of {model.layers}, {pace}", highlight=False)
 

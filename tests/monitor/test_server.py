@@ -143,35 +143,32 @@ def test_a_port_in_use_is_one_clear_line(run: Callable[..., Running], key: str, 
         run(**{key: address, "ingest": f"unix:{tmp_path / 'other.sock'}"})
 
 
-def test_grpc_says_nothing_of_its_own_of_a_port_in_use(run: Callable[..., Running], tmp_path: Path) -> None:
-    address = run().server.grpc_address
-    command = [sys.executable, "-m", "stream_monitor", "serve", "--http", "127.0.0.1:0", "--grpc", address]
+def refused_start(**addresses: str) -> str:
+    """What `serve` says of itself when it ends at once with status 2; addresses that are not given are free."""
+    settings = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0", "store": "", **addresses}
     done = subprocess.run(
-        [*command, "--ingest", f"unix:{tmp_path / 'other.sock'}", "--store", ""],
+        [sys.executable, "-m", "stream_monitor", "serve", *(f"--{name}={value}" for name, value in settings.items())],
         capture_output=True,
         text=True,
         check=False,
         timeout=30,
     )
     assert done.returncode == 2
-    assert done.stderr == f"stream-monitor: grpc: cannot listen on {address}: Address already in use\n"
+    return done.stderr
+
+
+def test_grpc_says_nothing_of_its_own_of_a_port_in_use(run: Callable[..., Running], tmp_path: Path) -> None:
+    address = run().server.grpc_address
+    said = refused_start(grpc=address, ingest=f"unix:{tmp_path / 'other.sock'}")
+    assert said == f"stream-monitor: grpc: cannot listen on {address}: Address already in use\n"
 
 
 @pytest.mark.parametrize(("first", "second"), [("http", "grpc"), ("http", "metrics")])
 def test_one_port_for_two_things_is_one_clear_line(first: str, second: str, tmp_path: Path) -> None:
     """Neither listened yet when the other was bound; the process then waited for ever to be up."""
     address = f"127.0.0.1:{free_port()}"
-    settings = {"grpc": "127.0.0.1:0", "http": "127.0.0.1:0", "store": "", first: address, second: address}
-    flags = [f"--{name}={value}" for name, value in settings.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "stream_monitor", "serve", *flags, "--ingest", f"unix:{tmp_path / 'ingest.sock'}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=30,
-    )
-    assert done.returncode == 2
-    assert done.stderr == f"stream-monitor: {second}: cannot listen on {address}: Address already in use\n"
+    said = refused_start(ingest=f"unix:{tmp_path / 'ingest.sock'}", **{first: address, second: address})
+    assert said == f"stream-monitor: {second}: cannot listen on {address}: Address already in use\n"
 
 
 def test_an_http_server_that_ends_at_once_is_told(run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:

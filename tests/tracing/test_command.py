@@ -54,6 +54,8 @@ def test_a_prompt_is_traced(tiny_folder: Path, prompt: Path, tmp_path: Path) -> 
 def test_without_a_terminal_lines_say_how_far_it_is(
     tiny_folder: Path, prompt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(command, "LINE_SECONDS", 0.0)
     _, _, progress = trace("--model", tiny_folder, "--prompt", prompt, "--out", tmp_path / "out")
     lines = progress.splitlines()
