@@ -58,7 +58,7 @@ KS = (4, 8)
 TRACES, TOKENS = 4, 1_000
 """Traces read, and the tokens they are cut to, unless all is asked for."""
 
-BEAM = SearchConfig(strategy="beam", block_size=BLOCK_SIZE)
+BEAM = SearchConfig.for_prompt(block_size=BLOCK_SIZE)
 DESCENT = SearchConfig.paper(block_size=BLOCK_SIZE)
 UNION = 4
 """Most blocks of a query block under `union`, in multiples of k (`search_prompt`)."""

@@ -28,7 +28,7 @@ from stream_monitor.tracing.fidelity import CONTINUATION, dense_run, divergence,
 from stream_monitor.tracing.model import TracedModel, load
 
 BLOCK_SIZE = 32
-BEAM = SearchConfig(strategy="beam", block_size=BLOCK_SIZE)
+BEAM = SearchConfig.for_prompt(block_size=BLOCK_SIZE)
 METHODS: dict[str, tuple[SearchConfig, Reduction]] = {
     "beam": (BEAM, "max"),
     "descent r=1": (SearchConfig.paper(block_size=BLOCK_SIZE), "max"),

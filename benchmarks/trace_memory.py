@@ -49,7 +49,7 @@ def main(
     if not (model / "config.json").is_file():
         raise typer.BadParameter(f"{model} is not the folder of a model")
     try:
-        search = SearchConfig(strategy=strategy, top_k=top_k)  # type: ignore[arg-type]  # checked by SearchConfig
+        search = SearchConfig.for_prompt(strategy=strategy, top_k=top_k)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     lengths = sorted(length or (FULL_LENGTHS if full else LENGTHS))

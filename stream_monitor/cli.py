@@ -222,8 +222,8 @@ def trace(
     except ImportError as error:
         _fail(f"tracing needs more than is installed, {error.name}: pip install 'stream-monitor[trace]'")
     try:
-        search = SearchConfig(
-            strategy=strategy,  # type: ignore[arg-type]  # checked by SearchConfig
+        search = SearchConfig.for_prompt(
+            strategy=strategy,
             top_k=top_k,
             block_size=block_size,
             sink_blocks=sink_blocks,

@@ -68,7 +68,7 @@ def main(
         }
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    search = SearchConfig(strategy="beam", top_k=top_k)
+    search = SearchConfig.for_prompt(top_k=top_k)
     report = Report(
         benchmark="ruler",
         config={

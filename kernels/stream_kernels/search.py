@@ -6,7 +6,7 @@ D head size, K = `top_k`, F = `sink_blocks + recent_blocks`.
 """
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,11 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 
 NO_BLOCK = -1
 """Fills `BlockSummary.block_ids` where a row has fewer than K inner blocks."""
+
+PROMPT_MIN_GAIN = 1e-5
+"""`min_gain` for a whole prompt. A query block's rows share what is read, so that reading on costs each a 32nd of what
+it costs a decoded token, and what a row misses is missing from all that is read after it: with the 5e-4 of decoded
+tokens a model that was left the kept blocks mistook one needle for another (RULER's `niah_multikey_2`)."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,12 @@ class SearchConfig:
         return cls(
             strategy="descent", top_k=top_k, probe_keys=1, width=1, share_kv_group=False, rerank=False, **overrides
         )
+
+    @classmethod
+    def for_prompt(cls, **parameters: Any) -> "SearchConfig":
+        """Beam, or what `parameters` say, as it is for blocks of queries (`search_prefill`)."""
+        defaults: dict[str, Any] = {"strategy": "beam", "min_gain": PROMPT_MIN_GAIN}
+        return cls(**defaults | parameters)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ from stream_monitor.tracing.thought_anchors import (
     vertical_scores,
 )
 
-OPTIONS = TraceOptions(SearchConfig(strategy="beam"), "dense", "mean")
+OPTIONS = TraceOptions(SearchConfig.for_prompt(), "dense", "mean")
 """How anchors are sought: the masks of `stream-monitor trace` at its default k, laid over the unrestricted model."""
 
 ANCHORS, CONTROLS = 3, 2

@@ -172,6 +172,21 @@ def test_beam_finds_most_of_what_exact_finds_and_reads_less() -> None:
     assert (found.keys_read < 0.5 * exact.keys_read).all()
 
 
+def test_a_prompt_is_read_further_than_a_decoded_token() -> None:
+    queries, keys = drawn(1301)
+    prompt = SearchConfig.for_prompt(block_size=8, top_k=3, width=64)
+    found, decoded, exact = (
+        search_prefill(queries[-64:], keys, config, scale=SCALE, first_query=1301 - 64)
+        for config in (prompt, replace(prompt, min_gain=SearchConfig().min_gain), replace(prompt, strategy="exact"))
+    )
+
+    def right(searched: PrefillSummary) -> int:
+        return int((searched.block_ids[..., None] == exact.block_ids[..., None, :]).sum())
+
+    assert (found.keys_read > decoded.keys_read).all()
+    assert right(decoded) < right(found) <= exact.block_ids.numel()
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_chunks_of_a_prompt_give_what_the_whole_gives(name: str) -> None:
     queries, keys = drawn(1000, dtype=torch.float32)
