@@ -17,10 +17,11 @@ STRATEGIES: tuple[str, ...] = get_args(Strategy)
 NO_BLOCK = -1
 """Fills `BlockSummary.block_ids` where a row has fewer than K inner blocks."""
 
-PROMPT_MIN_GAIN = 1e-5
-"""`min_gain` for a whole prompt. A query block's rows share what is read, so that reading on costs each a 32nd of what
-it costs a decoded token, and what a row misses is missing from all that is read after it: with the 5e-4 of decoded
-tokens a model that was left the kept blocks mistook one needle for another (RULER's `niah_multikey_2`)."""
+PROMPT_MIN_GAIN, PROMPT_WIDTH = 1e-5, 32
+"""`min_gain` and `width` for a whole prompt. A query block's rows share what is read, so that reading on costs each a
+32nd of what it costs a decoded token; they look for more blocks than one row does; and what is missed is missing from
+all that is read after it. With the defaults, made for decoded tokens, a model that was left the kept blocks mistook one
+needle for another (RULER's `niah_multikey_2`)."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class SearchConfig:
     @classmethod
     def for_prompt(cls, **parameters: Any) -> "SearchConfig":
         """Beam, or what `parameters` say, as it is for blocks of queries (`search_prefill`)."""
-        defaults: dict[str, Any] = {"strategy": "beam", "min_gain": PROMPT_MIN_GAIN}
+        defaults: dict[str, Any] = {"strategy": "beam", "min_gain": PROMPT_MIN_GAIN, "width": PROMPT_WIDTH}
         return cls(**defaults | parameters)
 
 
