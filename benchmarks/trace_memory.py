@@ -43,7 +43,7 @@ def main(
     top_k: Annotated[int, typer.Option(help="Blocks kept per head.")] = SearchConfig().top_k,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 2,
     seed: Annotated[int, typer.Option(help="Where the code begins.")] = 0,
-    full: Annotated[bool, typer.Option("--full", help="8k, 32k and 128k tokens: 20 minutes on two cores.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="8k, 32k and 128k tokens: 25 minutes on two cores.")] = False,
 ) -> None:
     """Peak memory and time of a trace."""
     if not (model / "config.json").is_file():

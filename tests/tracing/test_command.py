@@ -4,11 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from stream_kernels.search import SearchConfig
 from stream_monitor.cli import app
 from stream_monitor.tracing import command
 from stream_monitor.tracing.masks import MaskFile
@@ -45,9 +47,8 @@ def test_a_prompt_is_traced(tiny_folder: Path, prompt: Path, tmp_path: Path) -> 
     assert json.loads((out / "routes.json").read_text())["needle_blocks"] == [0]
     assert "tokens/s" in progress
     metadata = MaskFile(out / "masks.parquet").metadata
-    search = metadata["search"]
-    names = ("strategy", "top_k", "block_size", "sink_blocks", "recent_blocks")
-    assert [search[name] for name in names] == ["exact", 3, 16, 2, 1]
+    search = SearchConfig.for_prompt(strategy="exact", top_k=3, block_size=16, sink_blocks=2, recent_blocks=1)
+    assert metadata["search"] == asdict(search)
     assert (metadata["attention"], metadata["reduction"]) == ("dense", "union")
 
 
