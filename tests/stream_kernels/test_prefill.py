@@ -172,19 +172,21 @@ def test_beam_finds_most_of_what_exact_finds_and_reads_less() -> None:
     assert (found.keys_read < 0.5 * exact.keys_read).all()
 
 
-def test_a_prompt_is_read_further_than_a_decoded_token() -> None:
+@pytest.mark.parametrize(("name", "others"), [("min_gain", {"width": 64}), ("width", {})])
+def test_a_prompt_is_read_further_than_a_decoded_token(name: str, others: dict[str, int]) -> None:
     queries, keys = drawn(1301)
-    prompt = SearchConfig.for_prompt(block_size=8, top_k=3, width=64)
-    found, decoded, exact = (
+    prompt = SearchConfig.for_prompt(block_size=8, top_k=3, **others)
+    decoded = replace(prompt, **{name: getattr(SearchConfig(), name)})
+    found, narrower, exact = (
         search_prefill(queries[-64:], keys, config, scale=SCALE, first_query=1301 - 64)
-        for config in (prompt, replace(prompt, min_gain=SearchConfig().min_gain), replace(prompt, strategy="exact"))
+        for config in (prompt, decoded, replace(prompt, strategy="exact"))
     )
 
     def right(searched: PrefillSummary) -> int:
         return int((searched.block_ids[..., None] == exact.block_ids[..., None, :]).sum())
 
-    assert (found.keys_read > decoded.keys_read).all()
-    assert right(decoded) < right(found) <= exact.block_ids.numel()
+    assert (found.keys_read > narrower.keys_read).all()
+    assert right(narrower) < right(found) <= exact.block_ids.numel()
 
 
 @pytest.mark.parametrize("name", CONFIGS)
