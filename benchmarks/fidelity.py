@@ -106,6 +106,8 @@ def main(
             "block_size": BLOCK_SIZE,
             "sink_blocks": BEAM.sink_blocks,
             "recent_blocks": BEAM.recent_blocks,
+            "width": BEAM.width,
+            "min_gain": BEAM.min_gain,
             "reduction": {name: reduction for name, (_, reduction) in methods.items()},
             "positions_compared": COMPARED,
             "device": device,

@@ -59,6 +59,8 @@ def main(
             "model": model.name,
             "strategy": strategy,
             "top_k": top_k,
+            "width": search.width,
+            "min_gain": search.min_gain,
             "attention": "pruned",
             "threads": threads,
             "lengths": lengths,

@@ -80,6 +80,8 @@ def main(
             "block_size": search.block_size,
             "sink_blocks": search.sink_blocks,
             "recent_blocks": search.recent_blocks,
+            "width": search.width,
+            "min_gain": search.min_gain,
             "device": device,
             "full": full,
         },
