@@ -1,6 +1,6 @@
 """Engines of several ranks: what all ranks say together is what one rank says alone."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,20 +41,31 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+MANY = {f"many{number}": 140 for number in range(160)}
+"""Requests, and tokens of each prompt, of which a step with a row of each may be more than one message."""
+MANY_TOKENS = 4
+MANY_SETTINGS = {"top_k": 512, "layers": "0-2"}
+"""Each row is large. Of two pipeline ranks the second watches one layer, and its steps stay whole."""
+MANY_ENGINE = {"max_num_seqs": len(MANY), "max_num_batched_tokens": 1 << 15, "num_gpu_blocks_override": 1000}
+
 Runner = Callable[..., OfflineResult]
 
 
 @pytest.fixture(scope="session")
 def run(offline: Runner, model: Path) -> Runner:
-    """Decode PROMPTS with these engine arguments and settings; an engine is started once for each."""
+    """Decode PROMPTS, or MANY, with these engine arguments and settings; an engine is started once for each."""
     done: dict[str, OfflineResult] = {}
 
-    def once(settings: dict[str, object] | None = None, **engine: Any) -> OfflineResult:
-        key = f"{engine} {settings}"
+    def once(settings: dict[str, object] | None = None, many: bool = False, **engine: Any) -> OfflineResult:
+        key = f"{engine} {settings} {many}"
         if key not in done:
-            requests = [Request(name, random_ids(count, count), NEW_TOKENS) for name, count in PROMPTS.items()]
-            asked = SETTINGS | (settings or {})
-            done[key] = offline(Spec(str(model), "stream", {**ENGINE, **engine}, requests), **asked)
+            prompts, tokens = (MANY, MANY_TOKENS) if many else (PROMPTS, NEW_TOKENS)
+            requests = [
+                Request(name, random_ids(count, seed), tokens) for seed, (name, count) in enumerate(prompts.items())
+            ]
+            asked = SETTINGS | (MANY_SETTINGS if many else {}) | (settings or {})
+            arguments = {**ENGINE, **(MANY_ENGINE if many else {}), **engine}
+            done[key] = offline(Spec(str(model), "stream", arguments, requests), **asked)
         return done[key]
 
     return once
@@ -114,10 +125,10 @@ def monitor(tmp_path: Path) -> Iterator[Callable[..., Running]]:
     yield from starter(tmp_path)
 
 
-def traces(monitor: Running, result: OfflineResult) -> dict[str, Any]:
+def traces(monitor: Running, result: OfflineResult, names: Iterable[str] = PROMPTS) -> dict[str, Any]:
     """What the monitor makes of what the ranks sent, in their order of arrival."""
     monitor.publish(result.summaries)
-    return {name: monitor.api.GetTrace(monitor_pb2.GetTraceRequest(request_id=name)) for name in PROMPTS}
+    return {name: monitor.api.GetTrace(monitor_pb2.GetTraceRequest(request_id=name)) for name in names}
 
 
 def assert_equal_traces(start: Callable[..., Running], tmp_path: Path, result: OfflineResult, alone: OfflineResult):
@@ -159,6 +170,20 @@ def pipeline(run: Runner) -> OfflineResult:
     return run(**PIPELINE)
 
 
+@pytest.fixture(scope="session")
+def many_alone(run: Runner) -> OfflineResult:
+    """One rank, with many requests at a time."""
+    return run(many=True)
+
+
+@pytest.fixture(scope="session", params=["tensor", "pipeline"])
+def many(request: pytest.FixtureRequest, run: Runner) -> tuple[dict[tuple[int, int], bool], OfflineResult]:
+    """Two ranks with as many, and of which of them steps are to be cut."""
+    if request.param == "tensor":
+        return {(0, 0): True, (0, 1): True}, run(many=True, tensor_parallel_size=2)
+    return {(0, 0): True, (1, 0): False}, run(many=True, **PIPELINE)
+
+
 @pytest.fixture(scope="session", params=["0-1", "2-3"])
 def bystander(request: pytest.FixtureRequest, run: Runner) -> tuple[OfflineResult, OfflineResult]:
     """Two pipeline ranks of which one watches nothing, and one rank alone that watches the same layers."""
@@ -191,3 +216,22 @@ def test_a_pipeline_rank_that_watches_nothing_is_not_missed(bystander, monitor, 
     split, alone = bystander
     assert all(status["capturing"] for status in split.statuses)
     assert_equal_traces(monitor, tmp_path, split, alone)
+
+
+@pytest.mark.long
+def test_ranks_that_cut_their_steps_unlike_are_joined(many, many_alone, monitor, tmp_path):
+    cut, result = many
+    assert {place: any(summary.more for summary in summaries) for place, summaries in ranks_of(result).items()} == cut
+    assert result.runs[0]["tokens"] == many_alone.runs[0]["tokens"]
+    rows, expected = whole_rows(result), whole_rows(many_alone)
+    assert rows.keys() == expected.keys()
+    assert len(rows) == len(MANY) * MANY_TOKENS
+    for place, wanted in expected.items():
+        np.testing.assert_allclose(rows[place], wanted, atol=TOLERANCE, err_msg=str(place))
+        assert np.isfinite(wanted[:3]).all()
+    joined = monitor()
+    found = traces(joined, result, MANY)
+    assert all(trace.info.rows_kept == MANY_TOKENS for trace in found.values())
+    assert all(not trace.info.missing_ranks for trace in found.values())
+    assert joined.metric("stream_monitor_steps_total", result="partial") == 0
+    assert joined.metric("stream_monitor_steps_total", result="complete") > 0
