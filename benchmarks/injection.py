@@ -8,7 +8,7 @@ with the same words, so that the number of rows is the same. Groups are alike in
 it is, to `LENGTH_TOLERANCE`. What a trivial detector would make of the same prompts stands beside. Rows are those of a
 model in transformers, by the product's own capture (`recording.py`); the engine is not run.
 
-The heads that the detector is scored by, and its threshold, come from a profile that is made of other prompts, no
+The probe that the detector is scored by, and its threshold, come from a profile that is made of other prompts, no
 wording, place or word of which is among those that figures are of, as `stream-monitor calibrate --injections` does it.
 """
 
@@ -29,8 +29,8 @@ from stream_monitor.anchors.auroc import auroc
 from stream_monitor.anchors.calibration import calibrated
 from stream_monitor.anchors.heads import weights
 from stream_monitor.anchors.panel import Kind
+from stream_monitor.anchors.probe_fitting import FOLLOWED, Labelled, choose
 from stream_monitor.anchors.profile import Profile, ProfileError
-from stream_monitor.anchors.untrusted_heads import FOLLOWED, Labelled, choose
 from stream_monitor.config import CaptureSettings
 from stream_monitor.monitor import views
 from stream_monitor.monitor.calibrate import served
@@ -95,7 +95,7 @@ BASELINES: dict[str, Callable[[Scored], float]] = {
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model with a chat template.")],
-    count: Annotated[int, typer.Option(min=8, help="Prompts of each group; twice as many with an injection.")] = 20,
+    count: Annotated[int, typer.Option(min=8, help="Prompts of each group; twice as many with an injection.")] = 40,
     seed: Annotated[int, typer.Option(help="Of the prompts and the resamples.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="160 of each group.")] = False,
 ) -> None:
@@ -117,7 +117,7 @@ def main(
             "layers": replay.layers,
             "stride": CaptureSettings().stride,
             "groups": {name: len(found) for name, found in groups.items()},
-            "heads": [list(head) for head in profile.untrusted_heads],
+            "probe": profile.probe is not None,
             "rate": RATE,
             "engine": False,
             "full": full,
@@ -198,10 +198,10 @@ def _alike(groups: dict[str, list[Read]]) -> dict[str, list[Read]]:
 
 
 def _profile(groups: dict[str, list[Read]]) -> tuple[Profile, str]:
-    """The profile of the benign ones, by the heads that tell all of them best; and what to say of it.
+    """The profile of the benign ones, with the probe that tells followed ones; and what to say of it.
 
     Raises:
-        ProfileError: too few injections were followed, or ignored, to choose by.
+        ProfileError: too few injections were followed, or ignored, to fit to.
     """
     shown = {name: [(one, one.show()) for one in groups[name]] for name in (FOLLOWED, *NEGATIVES)}
     requests = {
@@ -217,14 +217,17 @@ def _profile(groups: dict[str, list[Read]]) -> tuple[Profile, str]:
     )
     trace = shown["question"][0][1]
     benign = [request for name in BENIGN for _, request in requests[name]]
-    profile = calibrated(trace.model_name, trace.capture, 0, benign, untrusted_heads=choice.heads)
+    profile = calibrated(trace.model_name, trace.capture, 0, benign, probe=choice.probe)
     profile.check(RATE)
-    heads = ", ".join(f"{layer}.{head}" for layer, head in choice.heads) or "all alike"
+    how = f"probe of {len(choice.probe.heads)} heads" if choice.probe else "all heads alike"
     areas = ", ".join(
         f"{choice.held_out[name]:.2f} ({choice.alike[name]:.2f} by all heads) against {name}" for name in NEGATIVES
     )
     counts = ", ".join(f"{len(found)} {name}" for name, found in requests.items())
-    return profile, f"heads {heads}, chosen on {counts}; AUROC there on wordings they were not ranked by: {areas}"
+    return profile, (
+        f"{how}, fitted to {counts}; AUROC there on wordings that probes were not fitted to: {areas}; at least "
+        f"{choice.least:.2f} where they tell worst"
+    )
 
 
 def _score(one: Read, profile: Profile) -> Scored:

@@ -74,21 +74,21 @@ def calibrate(
     injections: Annotated[
         Path | None,
         typer.Option(
-            help="JSON lines with request, group (followed, or what else it is) and wording: UNTRUSTED_ANCHOR is "
-            "scored by the heads that tell these best."
+            help="JSON lines with request, group (followed, or what else it is) and wording: the probe of "
+            "UNTRUSTED_ANCHOR is fitted to these."
         ),
     ] = None,
-    heads_of: Annotated[
-        Path | None, typer.Option(help="Profile whose heads for UNTRUSTED_ANCHOR are kept, instead of --injections.")
+    probe_of: Annotated[
+        Path | None, typer.Option(help="Profile whose probe of UNTRUSTED_ANCHOR is kept, instead of --injections.")
     ] = None,
 ) -> None:
     from stream_monitor.anchors.profile import ProfileError
     from stream_monitor.monitor.calibrate import calibrate as run
 
-    if injections is not None and heads_of is not None:
-        fail("give either --injections or --heads-of")
+    if injections is not None and probe_of is not None:
+        fail("give either --injections or --probe-of")
     try:
-        typer.echo(run(monitor_at, out, model_name, trim, injections, heads_of))
+        typer.echo(run(monitor_at, out, model_name, trim, injections, probe_of))
     except ProfileError as error:
         fail(error)
 

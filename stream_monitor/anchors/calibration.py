@@ -7,6 +7,7 @@ usual; then against that, for the highest scores.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +21,24 @@ from stream_monitor.anchors.heads import (
     excess_kurtosis,
     vertical_scores_by_head,
     weights,
-    weights_of,
 )
 from stream_monitor.anchors.matrix import Mass
 from stream_monitor.anchors.panel import OPENING, Kind, Observation, Panel
 from stream_monitor.anchors.profile import Profile, make_profile
 from stream_monitor.anchors.reference import Moments, Stratum, measure
+from stream_monitor.anchors.untrusted_probe import Probe, log_shares
 from stream_monitor.records import Role
 
 _NO_LAGS = np.zeros(0, np.int64)
 _OUTPUT = (Role.REASONING, Role.ANSWER)
+
+
+class _Unit(NamedTuple):
+    """A sentence of the output, or the opening."""
+
+    sentence: int
+    shares: HeadShares
+    opening: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,25 +62,34 @@ class Served:
     lock: float | None
     opening: tuple[int, HeadShares] | None = None
 
-    def observations(self, receivers: Sequence[Head], untrusted_heads: Sequence[Head] = ()) -> Iterator[Observation]:
+    def observations(self, receivers: Sequence[Head], probe: Probe | None = None) -> Iterator[Observation]:
         """What the detectors were shown, the opening first, by these heads, or by all alike where none of them is
-        there; and what UNTRUSTED_ANCHOR was, if it has heads of its own."""
+        there; and what a probe says of it."""
         chosen = weights(self.heads, receivers)
-        untrusted = weights_of(self.heads, untrusted_heads) if untrusted_heads else None
-        units = [*([self.opening] if self.opening else []), *self.shares]
-        for place, (index, found) in enumerate(units):
-            opening = not place and self.opening is not None
+        weigh = probe.weights_of(self.heads) if probe else np.zeros(0)
+        for unit in self._units():
             yield Observation(
-                index=index,
-                mass=found.mean_over(chosen),
-                roles=self.roles[: index + 1],
-                starts=self.starts[: index + 1],
-                rows=1 if opening else int(self.rows[index]),
+                index=unit.sentence,
+                mass=unit.shares.mean_over(chosen),
+                roles=self.roles[: unit.sentence + 1],
+                starts=self.starts[: unit.sentence + 1],
+                rows=1 if unit.opening else int(self.rows[unit.sentence]),
                 lags=_NO_LAGS,
                 lag_shares=np.zeros(0),
-                untrusted=None if untrusted is None else found.mean_over(untrusted),
-                opening=opening,
+                log_odds=probe.log_odds(weigh, self._log_shares(unit)) if probe else None,
+                opening=unit.opening,
             )
+
+    def log_shares(self) -> list[Mass]:
+        """What a probe is shown, of each of the observations."""
+        return list(map(self._log_shares, self._units()))
+
+    def _log_shares(self, unit: "_Unit") -> Mass:
+        return log_shares(unit.shares, self.roles, len(self.heads), but=unit.sentence if unit.opening else -1)
+
+    def _units(self) -> list["_Unit"]:
+        opening = [] if self.opening is None else [_Unit(*self.opening, opening=True)]
+        return [*opening, *(_Unit(index, found) for index, found in self.shares)]
 
     def kurtosis(self) -> Mass:
         """Of each head's vertical scores over the sentences of the output; NaN where they are too few."""
@@ -104,20 +122,20 @@ def calibrated(
     made_unix: int,
     requests: Sequence[Served],
     trim: float = 0.0,
-    untrusted_heads: tuple[Head, ...] = (),
+    probe: Probe | None = None,
 ) -> Profile:
-    """The profile of these requests, UNTRUSTED_ANCHOR by heads that were chosen before. Raises ProfileError, see
+    """The profile of these requests, UNTRUSTED_ANCHOR by a probe that was fitted before. Raises ProfileError, see
     `make_profile`."""
     receivers = receivers_of(requests)
     usual = make_profile(model_name, capture, made_unix, {}, max(1, len(requests)), receivers=receivers)
     references = _references(requests, usual)
-    draft = replace(usual, references=references, untrusted_heads=untrusted_heads)
+    draft = replace(usual, references=references, probe=probe)
     highest: dict[str, list[float]] = {name: [] for name in (*(kind.value for kind in Kind), OPENING)}
     for request in requests:
         for name, score in _highest(request, draft).items():
             highest[name].append(score)
     made = make_profile(model_name, capture, made_unix, highest, len(requests), trim, receivers, references)
-    return replace(made, untrusted_heads=untrusted_heads)
+    return replace(made, probe=probe)
 
 
 def _references(requests: Sequence[Served], profile: Profile) -> dict[str, dict[str, Moments]]:
@@ -133,7 +151,7 @@ def _references(requests: Sequence[Served], profile: Profile) -> dict[str, dict[
 
 def _highest(request: Served, profile: Profile) -> dict[str, float]:
     panel = Panel(profile)
-    for seen in request.observations(profile.receivers, profile.untrusted_heads):
+    for seen in request.observations(profile.receivers, profile.probe):
         panel.update(seen)
     found = {kind.value: highest.score for kind, highest in panel.highest.items() if highest.sentence >= 0}
     if panel.opening.sentence >= 0:

@@ -76,13 +76,6 @@ def weights(heads: Sequence[Head], receivers: Iterable[Head]) -> Mass:
     return np.asarray(found / max(1.0, found.sum()))
 
 
-def weights_of(heads: Sequence[Head], chosen: Sequence[Head]) -> Mass:
-    """Equal weights of `chosen` among `heads`, float64 [heads], sum 1; all 0 where one of them is not there:
-    what the others read is no measure of the same."""
-    found = np.array([head in chosen for head in heads], float)
-    return np.asarray(found / len(chosen) if found.sum() == len(chosen) else 0 * found)
-
-
 def vertical_scores_by_head(sentences: Sequence[tuple[int, HeadShares]], heads: int, size: int) -> Mass:
     """float64 [heads, size]: mean share over the observed sentences i >= j + `ANCHOR_GAP`; NaN without such.
 

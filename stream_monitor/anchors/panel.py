@@ -17,6 +17,7 @@ from stream_monitor.anchors.profile import Profile
 from stream_monitor.anchors.reference import Stratum
 from stream_monitor.anchors.shift import AnchorShift
 from stream_monitor.anchors.untrusted import Rivals, UntrustedAnchor, candidates
+from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.records import Role
 
@@ -59,7 +60,8 @@ class Observation:
         rows: captured rows it has.
         lags: int64 [rows], tokens from each row back to the far key it reads most, 0 if none.
         lag_shares: float64 [rows], attention on that key.
-        untrusted: as `mass`, by the heads that a profile names for UNTRUSTED_ANCHOR; None where it names none.
+        log_odds: what a profile's probe says of it, see `untrusted_probe.py`; NaN where heads are missing, None without
+            a probe.
         opening: whether it is the opening.
     """
 
@@ -70,16 +72,15 @@ class Observation:
     rows: int
     lags: NDArray[np.int64]
     lag_shares: NDArray[np.float64]
-    untrusted: SparseMass | None = None
+    log_odds: float | None = None
     opening: bool = False
 
     def rivals(self) -> SparseMass:
         """What UNTRUSTED_ANCHOR is shown: the mass on what may be an anchor beside a document."""
-        mass = self.mass if self.untrusted is None else self.untrusted
         if self.opening:
             # At the end of a document it reads its own sentence because that is so near.
-            return mass.before(self.index) if self.roles[self.index] == Role.UNTRUSTED else mass
-        return candidates(mass, self.roles, max(0, self.index - ANCHOR_GAP + 1))
+            return self.mass.before(self.index) if self.roles[self.index] == Role.UNTRUSTED else self.mass
+        return candidates(self.mass, self.roles, max(0, self.index - ANCHOR_GAP + 1))
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,9 @@ class Panel:
         return self.profile.receivers if self.profile else ()
 
     @property
-    def untrusted_heads(self) -> tuple[Head, ...]:
-        """Heads by which UNTRUSTED_ANCHOR is scored; by `receivers` if empty."""
-        return self.profile.untrusted_heads if self.profile else ()
+    def probe(self) -> Probe | None:
+        """By which UNTRUSTED_ANCHOR is scored, if there is one."""
+        return self.profile.probe if self.profile else None
 
     def fresh(self) -> "Panel":
         """The same, of a request that begins anew."""
@@ -215,7 +216,7 @@ class Panel:
         told = (user, far.total, tokens, seen.rows, limit, role)
         near = seen.rivals() if prompt.untrusted else _NOTHING
         self.verdicts = {
-            Kind.UNTRUSTED_ANCHOR: self.untrusted.update(*Rivals.of(near, seen.roles), seen.rows),
+            Kind.UNTRUSTED_ANCHOR: self._update_untrusted(near, seen),
             Kind.ANCHOR_SHIFT: self.shift.update(far, limit, seen.rows, role),
             Kind.PROMPT_DETACHMENT: self.detachment.update(*told),
             Kind.ANCHOR_LOCK: self.lock.update(seen.lags, seen.lag_shares),
@@ -238,9 +239,11 @@ class Panel:
     def _open(self, seen: Observation) -> list[Alarm]:
         self.values = {}
         near = seen.rivals() if (seen.roles == Role.UNTRUSTED).any() else _NOTHING
-        verdict = self.untrusted.update(*Rivals.of(near, seen.roles), seen.rows, opening=True)
-        self.verdicts = {Kind.UNTRUSTED_ANCHOR: verdict}
+        self.verdicts = {Kind.UNTRUSTED_ANCHOR: self._update_untrusted(near, seen)}
         return self._raise(seen, _NOTHING, near)
+
+    def _update_untrusted(self, near: SparseMass, seen: Observation) -> Verdict:
+        return self.untrusted.update(*Rivals.of(near, seen.roles), seen.rows, seen.opening, seen.log_odds)
 
     def _raise(self, seen: Observation, far: SparseMass, near: SparseMass) -> list[Alarm]:
         """The alarms among the newest verdicts."""
@@ -297,8 +300,12 @@ class Panel:
             # A loop reads the sentences just before; the gap would hide them.
             now = seen.mass.before(seen.index)
             detail = f"it reads itself {self.lock.period} tokens back"
-        else:
+        elif self.probe is None:
             now = near
+        else:
+            # What else it reads may be more: the probe does not compare.
+            now = near.where(seen.roles[near.columns] == Role.UNTRUSTED)
+            detail = "as before an instruction in it is followed"
         return Alarm(
             kind=kind,
             score=detector.score,

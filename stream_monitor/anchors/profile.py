@@ -11,13 +11,16 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stream_monitor.anchors.heads import NO_RECEIVERS, Head, Receivers
 from stream_monitor.anchors.reference import Moments, Reference
+from stream_monitor.anchors.untrusted_probe import Probe
 
-VERSION = 3
-READABLE = (2, 3)
-"""Versions that this program reads; those before 3 name no heads for UNTRUSTED_ANCHOR."""
+VERSION = 4
+READABLE = (2, 3, 4)
+"""Versions that this program reads; those before 4 have no probe. Version 3 could name heads for UNTRUSTED_ANCHOR: such
+a profile is refused, as its thresholds are of their scores."""
 
 
 class ProfileError(ValueError):
@@ -40,8 +43,8 @@ class Profile:
             Empty: of all heads alike.
         reliability: of the heads' kurtosis between two halves of the requests, see `heads.Receivers`; None if unknown.
         references: detector to stratum to (number, mean, standard deviation) of its statistic, see `reference.py`.
-        untrusted_heads: (layer, query head) of the heads that UNTRUSTED_ANCHOR is scored by, see
-            `untrusted_heads.py`. Empty: of those that the other scores are of.
+        probe: that UNTRUSTED_ANCHOR is scored by, see `untrusted_probe.py`. None: by those heads that the other scores
+            are of.
     """
 
     model_name: str
@@ -53,7 +56,7 @@ class Profile:
     receivers: tuple[Head, ...] = ()
     reliability: float | None = None
     references: Mapping[str, Mapping[str, Moments]] = field(default_factory=dict)
-    untrusted_heads: tuple[Head, ...] = ()
+    probe: Probe | None = None
 
     def reference(self, kind: str) -> Reference | None:
         """What this detector's statistic is compared with; None where it is taken as it is."""
@@ -88,7 +91,7 @@ class Profile:
 
     def write(self, path: Path) -> None:
         """As JSON. Raises ProfileError."""
-        content = {"version": VERSION} | vars(self)
+        content = {"version": VERSION} | vars(self) | {"probe": vars(self.probe) if self.probe else None}
         try:
             path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
@@ -101,11 +104,13 @@ class Profile:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content.pop("version")
             if version not in READABLE:
-                readable = " and ".join(map(str, READABLE))
+                readable = ", ".join(map(str, READABLE))
                 raise ProfileError(f"{path} is a profile of version {version}; this program reads {readable}")
             highest = {kind: tuple(map(float, scores)) for kind, scores in content.pop("highest").items()}
             receivers = _heads(content.pop("receivers"))
-            untrusted_heads = _heads(content.pop("untrusted_heads") if version >= 3 else ())
+            if content.pop("untrusted_heads", ()):
+                raise ProfileError(f"{path} names heads for untrusted_anchor, as an earlier version did; make it anew")
+            probe = _probe(content.pop("probe") if version >= 4 else None)
             references = {
                 kind: {
                     name: (int(count), float(mean), float(deviation))
@@ -117,7 +122,7 @@ class Profile:
                 highest=highest,
                 receivers=receivers,
                 references=references,
-                untrusted_heads=untrusted_heads,
+                probe=probe,
                 **content,
             )
             found._check_content(path)
@@ -134,6 +139,9 @@ class Profile:
         numbers = all(math.isfinite(score) for scores in self.highest.values() for score in scores)
         few = all(len(scores) <= self.requests - self.trimmed for scores in self.highest.values())
         moments = [one for known in self.references.values() for one in known.values()]
+        if self.probe:
+            numbers &= all(map(math.isfinite, (*self.probe.weights, self.probe.bias)))
+            numbers &= 0 < len(self.probe.heads) == len(self.probe.weights)
         numbers &= all(math.isfinite(mean) and 0 <= deviation < math.inf for _, mean, deviation in moments)
         named = isinstance(self.model_name, str) and isinstance(self.capture, str)
         if not (ordered and numbers and few and named and 0 <= self.trimmed <= self.requests):
@@ -142,6 +150,13 @@ class Profile:
 
 def _heads(content: Iterable[Sequence[int]]) -> tuple[Head, ...]:
     return tuple((int(layer), int(head)) for layer, head in content)
+
+
+def _probe(content: Mapping[str, Any] | None) -> Probe | None:
+    if content is None:
+        return None
+    heads, weights, bias = (content[name] for name in ("heads", "weights", "bias"))
+    return Probe(_heads(heads), tuple(map(float, weights)), float(bias))
 
 
 def make_profile(

@@ -50,7 +50,7 @@ def candidates(mass: SparseMass, roles: NDArray[np.uint8], limit: int) -> Sparse
 
 
 class UntrustedAnchor:
-    """Compares the heaviest untrusted sentence with the heaviest other one.
+    """Compares the heaviest untrusted sentence with the heaviest other one, or asks a probe (`untrusted_probe.py`).
 
     Parameters
     ----------
@@ -66,7 +66,8 @@ class UntrustedAnchor:
     Attributes
     ----------
     score
-        Logarithm of the ratio of the two masses, of the newest sentence that could be scored.
+        Of the newest sentence that could be scored: logarithm of the ratio of the two masses, or the probe's log odds,
+        mean of this sentence and the one before, or the opening: a sentence of few rows is noisy.
     drift_detected
         Whether the newest sentence raised an alarm.
 
@@ -89,8 +90,17 @@ class UntrustedAnchor:
         self.score = -math.inf
         self.drift_detected = False
         self._above = False
+        self._log_odds: float | None = None
 
-    def update(self, untrusted: float, other: float, total: float, rows: int, opening: bool = False) -> Verdict:
+    def update(
+        self,
+        untrusted: float,
+        other: float,
+        total: float,
+        rows: int,
+        opening: bool = False,
+        log_odds: float | None = None,
+    ) -> Verdict:
         """Take in one sentence of a request with an untrusted stretch, or its opening.
 
         Args:
@@ -99,11 +109,20 @@ class UntrustedAnchor:
             total: the same of all candidates together.
             rows: captured rows it has.
             opening: whether it is the opening.
+            log_odds: by the probe; NaN if it cannot say, None without one.
         """
         self.drift_detected = False
-        if rows < (1 if opening else self.min_rows) or total < self.min_mass:
+        if (
+            rows < (1 if opening else self.min_rows)
+            or total < self.min_mass
+            or (log_odds is not None and math.isnan(log_odds))
+        ):
             return Verdict.INSUFFICIENT
-        self.score = math.log(max(untrusted, _LEAST_MASS) / max(other, _LEAST_MASS))
+        if log_odds is None:
+            self.score = math.log(max(untrusted, _LEAST_MASS) / max(other, _LEAST_MASS))
+        else:
+            self.score = log_odds if self._log_odds is None else (log_odds + self._log_odds) / 2
+            self._log_odds = log_odds
         above = self.score > (self.opening_threshold if opening else self.threshold)
         self.drift_detected = above and not self._above
         self._above = above

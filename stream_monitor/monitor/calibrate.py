@@ -10,8 +10,9 @@ import numpy as np
 
 from stream_monitor.anchors.calibration import Served, calibrated
 from stream_monitor.anchors.heads import Head, HeadShares
+from stream_monitor.anchors.probe_fitting import Choice, Labelled, choose
 from stream_monitor.anchors.profile import Profile, ProfileError
-from stream_monitor.anchors.untrusted_heads import Choice, Labelled, choose
+from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.client import Monitor, MonitorError, Target
 from stream_monitor.monitor.labels import Label, read_labels
 from stream_monitor.v1alpha1 import monitor_pb2
@@ -26,7 +27,7 @@ def calibrate(
     model_name: str,
     trim: float,
     injections: Path | None = None,
-    heads_of: Path | None = None,
+    probe_of: Path | None = None,
 ) -> str:
     """Writes the profile `out`; what to tell the operator.
 
@@ -35,14 +36,14 @@ def calibrate(
         out: file to write.
         model_name: of the requests to take; empty if the monitor holds those of one model alone.
         trim: share of the requests whose highest scores are left out.
-        injections: labels (`labels.py`) by which the heads of UNTRUSTED_ANCHOR are chosen. The requests that they name
+        injections: labels (`labels.py`) to which the probe of UNTRUSTED_ANCHOR is fitted. The requests that they name
             are no ordinary traffic, and count for nothing else.
-        heads_of: a profile whose heads for UNTRUSTED_ANCHOR are kept.
+        probe_of: a profile whose probe is kept.
 
     Raises:
         MonitorError: the monitor cannot be asked.
-        ProfileError: there is nothing to calibrate from or to choose heads by, the requests are of several models or
-            captures, or `heads_of` does not fit them.
+        ProfileError: there is nothing to calibrate from or to fit a probe to, the requests are of several models or
+            captures, or `probe_of` does not fit them.
     """
     labels = read_labels(injections) if injections else {}
     with Monitor(target) as monitor:
@@ -62,8 +63,7 @@ def calibrate(
     requests = [request for info, request in asked if _label(info, labels) is None]
     if not requests:
         raise ProfileError("the monitor holds no finished request that was captured; send it some traffic first")
-    heads: tuple[Head, ...] = ()
-    told = "  untrusted_anchor: by the same heads"
+    probe, told = None, "  untrusted_anchor: by the same heads, without a probe"
     if injections:
         named = [
             Labelled(request, label.group, label.wording)
@@ -71,11 +71,11 @@ def calibrate(
             if (label := _label(info, labels)) is not None
         ]
         choice = choose(named)
-        heads, told = choice.heads, _choice_told(choice, len(named), len(labels))
-    elif heads_of:
-        heads = _kept(heads_of, kinds[0][0], requests)
-        told = f"  untrusted_anchor: by {_named(heads)} (layer.head), as in {heads_of}"
-    profile = calibrated(*kinds[0], int(time.time()), requests, trim, heads)
+        probe, told = choice.probe, _choice_told(choice, len(named), len(labels))
+    elif probe_of:
+        probe = _kept(probe_of, kinds[0][0], requests)
+        told = f"  untrusted_anchor: by the probe of {len(probe.heads)} heads of {probe_of}"
+    profile = calibrated(*kinds[0], int(time.time()), requests, trim, probe)
     profile.write(out)
     return _told(profile, out, told)
 
@@ -84,20 +84,20 @@ def _label(info: monitor_pb2.RequestInfo, labels: Mapping[str, Label]) -> Label 
     return labels.get(info.key.request_id) or labels.get(info.external_id)
 
 
-def _kept(path: Path, model_name: str, requests: Sequence[Served]) -> tuple[Head, ...]:
-    """Heads for UNTRUSTED_ANCHOR of an earlier profile. Raises ProfileError where it does not fit the requests."""
+def _kept(path: Path, model_name: str, requests: Sequence[Served]) -> Probe:
+    """The probe of an earlier profile. Raises ProfileError where it does not fit the requests."""
     earlier = Profile.read(path)
     if earlier.model_name != model_name:
         raise ProfileError(f"{path} is a profile of {earlier.model_name}; the requests are of {model_name}")
-    if not earlier.untrusted_heads:
-        raise ProfileError(f"{path} names no heads for untrusted_anchor; choose them with --injections")
+    if earlier.probe is None:
+        raise ProfileError(f"{path} has no probe for untrusted_anchor; fit one with --injections")
     captured = {head for request in requests for head in request.heads}
-    if absent := [head for head in earlier.untrusted_heads if head not in captured]:
+    if absent := [head for head in earlier.probe.heads if head not in captured]:
         raise ProfileError(
             f"head {_named(absent)} (layer.head) of {path} is not captured; watch it (settings layers, heads and "
-            "max_heads), or choose anew with --injections"
+            "max_heads), or fit a new probe with --injections"
         )
-    return earlier.untrusted_heads
+    return earlier.probe
 
 
 def _is_whole(info: monitor_pb2.RequestInfo) -> bool:
@@ -189,13 +189,13 @@ def _choice_told(choice: Choice, found: int, given: int) -> str:
         return ", ".join(f"{area:.2f} against {group}" for group, area in areas.items())
 
     lines = [f"  untrusted_anchor: {found} of {given} labelled requests are held and captured"]
-    if choice.heads:
-        lines.append(f"    by {_named(choice.heads)} (layer.head), which tell followed injections best")
+    if choice.probe:
+        lines.append(f"    by a probe of {len(choice.probe.heads)} heads, which tells followed injections better")
     else:
-        lines.append("    by the same heads: no few tell better than that by more than chance explains")
-    lines.append(f"    AUROC of heads ranked on half of the wordings, on the others: {told(choice.held_out)}")
+        lines.append("    by the same heads: a probe tells no better than that by more than chance explains")
+    lines.append(f"    AUROC of probes fitted to half of the wordings, on the others: {told(choice.held_out)}")
     lines.append(f"    AUROC of all heads alike: {told(choice.alike)}")
-    lines.append(f"    gain where they tell worst: {choice.gain:+.2f}; above {choice.margin:.2f} it is not chance")
+    lines.append(f"    where probes tell worst, at least {choice.least:.2f}; what tells nothing has 0.50")
     return "\n".join(lines)
 
 

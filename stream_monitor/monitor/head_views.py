@@ -91,8 +91,8 @@ def carriers(trace: RequestTrace, alarm: Alarm, anchors: Positions, shares: Head
         part = np.maximum(shares.on(anchors, count) - _before(trace, anchors, count), 0).sum(1)
     else:
         part = shares.on(anchors, count).sum(1)
-    if alarm.kind is Kind.UNTRUSTED_ANCHOR and (own := trace.panel.untrusted_heads):
-        part *= trace.heads.weights_of(own)
+    if alarm.kind is Kind.UNTRUSTED_ANCHOR and (probe := trace.panel.probe):
+        part *= trace.heads.probed(probe)
     part = np.maximum(part, 0)
     total = part.sum()
     heaviest = np.argsort(-part, kind="stable")[:MOST_CARRIERS]

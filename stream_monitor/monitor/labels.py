@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from stream_monitor.anchors.probe_fitting import FOLLOWED
 from stream_monitor.anchors.profile import ProfileError
-from stream_monitor.anchors.untrusted_heads import FOLLOWED
 
 
 @dataclass(frozen=True)

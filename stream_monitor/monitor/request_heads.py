@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.heads import NO_SHARES, Head, HeadShares, vertical_scores_by_head, weights, weights_of
+from stream_monitor.anchors.heads import NO_SHARES, Head, HeadShares, vertical_scores_by_head, weights
+from stream_monitor.anchors.untrusted_probe import Probe
 
 MAX_HEADS = 256
 """Heads of a request that are told apart, evenly those watched of each rank, as many as it is the first to bring."""
 
-_Weigh = Callable[[Sequence[Head], tuple[Head, ...]], NDArray[np.float64]]
+_Weigh = Callable[[Sequence[Head]], NDArray[np.float64]]
 _NO_WEIGHTS = np.zeros(0)
 
 
@@ -32,15 +33,15 @@ class RequestHeads:
         self.opening: tuple[int, HeadShares] | None = None
         self._places: dict[Any, NDArray[np.int64]] = {}
         self._shares: dict[int, HeadShares] = {}
-        self._weights: dict[_Weigh, tuple[tuple[Head, ...], NDArray[np.float64]]] = {}
+        self._weights: dict[type, tuple[object, NDArray[np.float64]]] = {}
 
     def weights(self, receivers: tuple[Head, ...]) -> NDArray[np.float64]:
         """What each head counts; see `heads.weights`."""
-        return self._weighed(weights, receivers)
+        return self._weighed(receivers, lambda heads: weights(heads, receivers))
 
-    def weights_of(self, chosen: tuple[Head, ...]) -> NDArray[np.float64]:
-        """The same of heads all of which must be there; see `heads.weights_of`."""
-        return self._weighed(weights_of, chosen)
+    def probed(self, probe: Probe) -> NDArray[np.float64]:
+        """What each head counts by a probe; see `Probe.weights_of`."""
+        return self._weighed(probe, probe.weights_of)
 
     def put(self, sentence: int, shares: HeadShares) -> None:
         """Keep what a scored sentence reads."""
@@ -94,11 +95,11 @@ class RequestHeads:
         self._places[rank] = known
         return known
 
-    def _weighed(self, weigh: _Weigh, chosen: tuple[Head, ...]) -> NDArray[np.float64]:
-        known, found = self._weights.get(weigh, (None, _NO_WEIGHTS))
-        if known is not chosen or len(found) != len(self.heads):
-            found = weigh(self.heads, chosen)
-            self._weights[weigh] = chosen, found
+    def _weighed(self, by: tuple[Head, ...] | Probe, weigh: _Weigh) -> NDArray[np.float64]:
+        known, found = self._weights.get(type(by), (None, _NO_WEIGHTS))
+        if known is not by or len(found) != len(self.heads):
+            found = weigh(self.heads)
+            self._weights[type(by)] = by, found
         return found
 
 

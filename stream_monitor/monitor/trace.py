@@ -6,9 +6,10 @@ from collections import deque
 import numpy as np
 
 from stream_monitor.anchors.heads import HeadShares
-from stream_monitor.anchors.matrix import SentenceStarts, SparseMass
+from stream_monitor.anchors.matrix import SentenceStarts
 from stream_monitor.anchors.panel import Observation, Panel
 from stream_monitor.anchors.sentences import SentenceBuilder, Span, coarsen, prompt_sentences
+from stream_monitor.anchors.untrusted_probe import log_shares
 from stream_monitor.monitor.folding import Fold, Unfolded
 from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.ranks import Labels, Rank
@@ -192,14 +193,17 @@ class RequestTrace:
             rows=fold.telling if opening else captured.rows,
             lags=captured.lags,
             lag_shares=captured.lag_shares,
-            untrusted=self._by_untrusted_heads(fold.shares),
+            log_odds=self._log_odds(fold.shares, index if opening else -1),
             opening=opening,
         )
 
-    def _by_untrusted_heads(self, shares: HeadShares) -> SparseMass | None:
-        """What UNTRUSTED_ANCHOR is shown, if the profile has heads for it and anything is untrusted."""
-        chosen = self.panel.untrusted_heads
-        return shares.mean_over(self.heads.weights_of(chosen)) if chosen and Role.UNTRUSTED in self._roles else None
+    def _log_odds(self, shares: HeadShares, but: int) -> float | None:
+        """By the profile's probe, if there is one and anything is untrusted; see `untrusted_probe.log_shares`."""
+        probe = self.panel.probe
+        if probe is None or Role.UNTRUSTED not in self._roles:
+            return None
+        roles = np.frombuffer(self._roles[: self.prompt_sentences], np.uint8)
+        return probe.log_odds(self.heads.probed(probe), log_shares(shares, roles, len(self.heads.heads), but))
 
     def _take_prompt_text(self, started: summary_pb2.RequestStarted) -> None:
         self._bytes += self.text.put(0, started.prompt_token_ids, started.prompt_flags)

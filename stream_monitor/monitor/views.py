@@ -185,6 +185,8 @@ def _summary(event: monitor_pb2.Event, index: int, alarm: Alarm, opening: bool) 
     if alarm.kind is Kind.ANCHOR_LOCK:
         return f"at sentence {index} the output repeats itself: {alarm.detail}{rare}"
     at = "from its first token on" if opening else f"at sentence {index}"
+    if alarm.detail:
+        return f"{at} the output reads {to}, which is labelled untrusted, {alarm.detail}{rare}"
     return f"{at} the output rests most on {to}, which is labelled untrusted{rare}"
 
 

@@ -290,7 +290,8 @@ class Event(_message.Message):
     """The detector's statistic and the threshold it passed. ANCHOR_SHIFT: Page-Hinkley sum of the Jensen-Shannon
     divergences in excess of their mean, in bits. PROMPT_DETACHMENT: the same of how much the logarithm of the
     prompt's share fell, in nats. ANCHOR_LOCK: part of the mass that fits one period, 0 by chance to 1. UNTRUSTED_ANCHOR:
-    logarithm of the heaviest untrusted sentence's mass over the heaviest other one's.
+    logarithm of the heaviest untrusted sentence's mass over the heaviest other one's; with a profile that has a probe,
+    the probe's log odds that an instruction of the untrusted stretch is followed.
     """
     threshold: _builtins.float
     summary: _builtins.str
@@ -329,7 +330,7 @@ class Event(_message.Message):
     def heads(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadShare]:
         """The heads that carry it, heaviest first, at most 5. ANCHOR_SHIFT: by how much more each reads `to_anchors` than it
         did in the sentences before. PROMPT_DETACHMENT: by how much less it reads the user's prompt. The others: by how much
-        it reads `to_anchors`; UNTRUSTED_ANCHOR: of those that the profile names for it, if it does.
+        it reads `to_anchors`; UNTRUSTED_ANCHOR: each times its weight, if the profile has a probe.
         """
 
     def __init__(

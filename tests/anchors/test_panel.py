@@ -16,6 +16,7 @@ from stream_monitor.anchors.matrix import SparseMass
 from stream_monitor.anchors.panel import OPENING, Kind, Observation, Panel
 from stream_monitor.anchors.profile import Profile, ProfileError, make_profile
 from stream_monitor.anchors.untrusted import UntrustedAnchor
+from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.records import Role
 
@@ -263,7 +264,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         receivers=Receivers(((3, 1), (5, 0)), 0.9, np.zeros(4)),
         references={"anchor_shift": {"all": (40, 0.2, 0.1)}},
     )
-    made = replace(made, untrusted_heads=((5, 1),))
+    made = replace(made, probe=Probe(((5, 1), (3, 1)), (0.5, -2.0), 1.5))
     made.write(tmp_path / "p.json")
     assert Profile.read(tmp_path / "p.json") == made
 
@@ -274,9 +275,14 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         ("nonsense", "is not a profile; `stream-monitor calibrate` makes one"),
         ("[]", "is not a profile"),
         ('{"version": 2}', "is not a profile"),
-        ('{"version": 1}', "is a profile of version 1; this program reads 2 and 3"),
-        ('{"version": 3}', "is not a profile"),
-        ({"untrusted_heads": [[1, 2, 3]]}, "is not a profile"),
+        ('{"version": 1}', "is a profile of version 1; this program reads 2, 3, 4"),
+        ('{"version": 4}', "is not a profile"),
+        ({"untrusted_heads": [[1, 2]]}, "names heads for untrusted_anchor, as an earlier version did; make it anew"),
+        ({"probe": {"heads": [[1, 2, 3]], "weights": [1.0], "bias": 0.0}}, "is not a profile"),
+        ({"probe": {"heads": [[1, 2]], "weights": [1.0, 2.0], "bias": 0.0}}, "was changed by hand"),
+        ({"probe": {"heads": [[1, 2]], "weights": [math.inf], "bias": 0.0}}, "was changed by hand"),
+        ({"probe": {"heads": [], "weights": [], "bias": 0.0}}, "was changed by hand"),
+        ({"probe": [1]}, "is not a profile"),
         ({"requests": 1}, "was changed by hand"),
         ({"highest": {"anchor_shift": [2.0, 1.0]}}, "was changed by hand"),
         ({"highest": {"anchor_shift": [math.nan]}}, "was changed by hand"),
@@ -296,13 +302,14 @@ def test_a_file_that_is_no_profile_is_one_line(content: str | dict[str, object],
         Profile.read(tmp_path / "absent")
 
 
-def test_a_profile_from_before_heads_were_chosen_goes_on_working(tmp_path: Path) -> None:
+@pytest.mark.parametrize("earlier", [{"version": 2}, {"version": 3, "untrusted_heads": []}])
+def test_a_profile_from_before_there_were_probes_goes_on_working(earlier: dict[str, object], tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     made = profile({"untrusted_anchor": [0.1] * 9}, 9)
     made.write(path)
-    content = json.loads(path.read_text()) | {"version": 2}
-    del content["untrusted_heads"]
-    path.write_text(json.dumps(content))
+    content = json.loads(path.read_text())
+    del content["probe"]
+    path.write_text(json.dumps(content | earlier))
     assert Profile.read(path) == made
     taken = [observation(PROMPT + place, {2: 0.3, 5: 0.2}) for place in range(3)]
     assert run(Panel(Profile.read(path), 0.2), taken) == [(PROMPT, Kind.UNTRUSTED_ANCHOR)]

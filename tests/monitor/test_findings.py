@@ -11,8 +11,11 @@ import pytest
 from typer.testing import CliRunner
 
 from stream_monitor.anchors.panel import Kind
-from stream_monitor.anchors.profile import ProfileError, make_profile
+from stream_monitor.anchors.probe_fitting import score
+from stream_monitor.anchors.profile import Profile, ProfileError, make_profile
+from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.cli import app
+from stream_monitor.monitor.calibrate import served
 from stream_monitor.monitor.labels import read_labels
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 from tests.monitor.conftest import Running, starter
@@ -224,11 +227,11 @@ def test_heads_of_two_ranks_are_told_apart(monitor: Running) -> None:
         assert there.any()
 
 
-def test_labels_choose_the_heads_of_untrusted_anchor(run_monitors: Callable[..., Running], tmp_path: Path) -> None:
-    """One head of four reads the document when it is followed; the profile names it, and the next finding does."""
+def test_a_probe_is_fitted_to_labels(run_monitors: Callable[..., Running], tmp_path: Path) -> None:
+    """One head of four reads the document when it is followed; by the profile the next finding names it."""
     first, rank = run_monitors(), Engine()
     address, path = first.server.grpc_address, tmp_path / "profile.json"
-    every, none = np.full((2, 2), UNTRUSTED), np.full((2, 2), 28)
+    none = np.full((2, 2), 28)
     one = none.copy()
     one[1, 0] = UNTRUSTED  # layer 5, head 0
     others = np.where(one == UNTRUSTED, 28, UNTRUSTED)
@@ -246,50 +249,55 @@ def test_labels_choose_the_heads_of_untrusted_anchor(run_monitors: Callable[...,
     assert code == 0, errors
     assert "24 requests" in text, "those that are labelled are no ordinary traffic"
     assert "24 of 25 labelled requests are held" in text
-    assert "by 5.0 (layer.head)" in text
-    assert "1.00 against ignored, 1.00 against question" in text
-    assert json.loads(path.read_text())["untrusted_heads"] == [[5, 0]]
+    assert "by a probe of 4 heads" in text
+    assert "on the others: 1.00 against ignored, 1.00 against question" in text
+    probe = json.loads(path.read_text())["probe"]
+    assert probe["heads"][np.argmax(probe["weights"])] == [5, 0]
     code, _, errors = run("calibrate", "--out", path, "--target", address, "--injections", absent)
     assert (code, f"cannot read {absent}" in errors) == (2, True)
 
     second = run_monitors(profiles=str(path), false_alarm_rate=0.2, ingest=f"unix:{tmp_path / 'second.sock'}")
-    second.publish(by_head(Engine(), "taken", [every] * 3, untrusted=True))
+    second.publish(by_head(Engine(), "taken", [one] * 3, untrusted=True))
     second.publish(by_head(Engine(), "calm", [others] * 3, untrusted=True))
     (event,) = second.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="taken")).events
     assert event.kind == monitor_pb2.EVENT_KIND_UNTRUSTED_ANCHOR
     assert [(head.head.layer, head.head.query_head, head.share) for head in event.heads] == [(5, 0, 1.0)]
     assert event.to_anchors[0].sentence.role == summary_pb2.ROLE_UNTRUSTED
+    assert "as before an instruction in it is followed" in event.summary
     assert kinds(second, "calm") == []
+    trace = second.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="calm", with_heads=True))
+    (live,) = [one.highest for one in trace.info.scores if one.kind == monitor_pb2.EVENT_KIND_UNTRUSTED_ANCHOR]
+    assert live == pytest.approx(score(served(trace), Profile.read(path).probe), abs=1e-5), "as calibration scores it"
 
     address = second.server.grpc_address
-    second.publish(by_head(Engine(), "more", [every] * 3))
-    code, text, errors = run("calibrate", "--out", tmp_path / "new.json", "--target", address, "--heads-of", path)
+    second.publish(by_head(Engine(), "more", [one] * 3))
+    code, text, errors = run("calibrate", "--out", tmp_path / "new.json", "--target", address, "--probe-of", path)
     assert code == 0, errors
-    assert f"untrusted_anchor: by 5.0 (layer.head), as in {path}" in text
-    assert json.loads((tmp_path / "new.json").read_text())["untrusted_heads"] == [[5, 0]]
+    assert f"untrusted_anchor: by the probe of 4 heads of {path}" in text
+    assert json.loads((tmp_path / "new.json").read_text())["probe"] == probe
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model_name": "other"}, "is a profile of other; the requests are of tiny"),
-        ({"untrusted_heads": [[7, 1]]}, "head 7.1 (layer.head) of"),
-        ({"untrusted_heads": []}, "names no heads for untrusted_anchor"),
+        ({"probe": {"heads": [[7, 1]], "weights": [1.0], "bias": 0.0}}, "head 7.1 (layer.head) of"),
+        ({"probe": None}, "has no probe for untrusted_anchor"),
     ],
 )
-def test_heads_that_do_not_fit_are_refused(
+def test_a_probe_that_does_not_fit_is_refused(
     monitor: Running, tmp_path: Path, changes: dict[str, object], message: str
 ) -> None:
     monitor.publish(request(Engine(), "calm", [28] * 6))
-    made = replace(make_profile("tiny", "c", 1, {}, 1), untrusted_heads=((5, 0),))
+    made = replace(make_profile("tiny", "c", 1, {}, 1), probe=Probe(((5, 0),), (1.0,), 0.0))
     made.write(tmp_path / "old.json")
     content = json.loads((tmp_path / "old.json").read_text()) | changes
     (tmp_path / "old.json").write_text(json.dumps(content))
     arguments = ["--out", tmp_path / "new.json", "--target", monitor.server.grpc_address]
-    code, _, errors = run("calibrate", *arguments, "--heads-of", tmp_path / "old.json")
+    code, _, errors = run("calibrate", *arguments, "--probe-of", tmp_path / "old.json")
     assert (code, message in errors) == (2, True), errors
-    code, _, errors = run("calibrate", *arguments, "--heads-of", "x", "--injections", "y")
-    assert (code, "give either --injections or --heads-of" in errors) == (2, True)
+    code, _, errors = run("calibrate", *arguments, "--probe-of", "x", "--injections", "y")
+    assert (code, "give either --injections or --probe-of" in errors) == (2, True)
     assert not (tmp_path / "new.json").exists()
 
 
