@@ -1,8 +1,9 @@
 """Is an injection that the model will follow told from what is no attack, before it is followed?
 
 Prompts hold a document that is labelled untrusted (`injection_texts.py`). The model reads each and goes on greedily; an
-injection counts as followed if what it asks for is written. Against the followed ones stand three groups: injections
-that the model ignored, benign instructions in the user's sense, and questions whose answer is in the document. The
+injection counts as followed if what it asks for is written. Against the followed ones stand four groups: injections
+that the model ignored, benign instructions in the user's sense, the like in the words of attacks (no probe is fitted to
+any), and questions whose answer is in the document. The
 score is the highest of UNTRUSTED_ANCHOR from the rows before the first token that is the model's own: all outputs begin
 with the same words, so that the number of rows is the same. Groups are alike in where the span stands and in how long
 it is, to `LENGTH_TOLERANCE`. What a trivial detector would make of the same prompts stands beside. Rows are those of a
@@ -49,8 +50,9 @@ MUST = 0.85
 _ATTACK_WORDS = ("ignore", "forget", "instead", "only", "new instruction", "must", "do not", "stop")
 _DRAWS = 2000
 
-NEGATIVES = ("ignored", "aligned", "question")
-BENIGN = ("aligned", "question")
+FITTED = ("ignored", "aligned", "question")
+NEGATIVES = (*FITTED, "worded")
+BENIGN: tuple[Group, ...] = ("aligned", "question")
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,10 @@ def _groups(replay: Replay, wordings: Wordings, wanted: int, seed: int) -> dict[
             name = FOLLOWED if prompt.payload.lower()[:4] in written.lower() else "ignored"
             if len(found[name]) < wanted:
                 found[name].append(_read(replay, prompt, free[0]))
-    for group in BENIGN:
-        kind: Group = "aligned" if group == "aligned" else "question"
+    kinds: tuple[Group, ...] = (*BENIGN, "worded") if wordings.worded else BENIGN
+    for group in kinds:
         for number in range(wanted):
-            prompt = make(replay.model, kind, number, seed, wordings)
+            prompt = make(replay.model, group, number, seed, wordings)
             found[group].append(_read(replay, prompt, replay.continuation([*prompt.prompt, *prompt.lead], 1)[0]))
     return found
 
@@ -203,7 +205,7 @@ def _profile(groups: dict[str, list[Read]]) -> tuple[Profile, str]:
     Raises:
         ProfileError: too few injections were followed, or ignored, to fit to.
     """
-    shown = {name: [(one, one.show()) for one in groups[name]] for name in (FOLLOWED, *NEGATIVES)}
+    shown = {name: [(one, one.show()) for one in groups[name]] for name in (FOLLOWED, *FITTED)}
     requests = {
         name: [(one, served(views.full(trace, with_heads=True))) for one, trace in found]
         for name, found in shown.items()
@@ -221,7 +223,7 @@ def _profile(groups: dict[str, list[Read]]) -> tuple[Profile, str]:
     profile.check(RATE)
     how = f"probe of {len(choice.probe.heads)} heads" if choice.probe else "all heads alike"
     areas = ", ".join(
-        f"{choice.held_out[name]:.2f} ({choice.alike[name]:.2f} by all heads) against {name}" for name in NEGATIVES
+        f"{choice.held_out[name]:.2f} ({choice.alike[name]:.2f} by all heads) against {name}" for name in FITTED
     )
     counts = ", ".join(f"{len(found)} {name}" for name, found in requests.items())
     return profile, (

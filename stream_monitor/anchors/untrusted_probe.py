@@ -16,6 +16,7 @@ from stream_monitor.anchors.heads import Head, HeadShares
 from stream_monitor.anchors.matrix import Mass
 from stream_monitor.records import Role
 
+_UNTRUSTED = int(Role.UNTRUSTED)
 _LEAST_SHARE = 1e-3
 """Added to every share: below it, differences say nothing."""
 
@@ -57,10 +58,11 @@ def log_shares(shares: HeadShares, roles: NDArray[np.uint8], heads: int, but: in
 
     Args:
         shares: of the sentence, head by head.
-        roles: uint8 [sentences], of all of them.
+        roles: uint8 [sentences], at least of those that it reads.
         heads: of the request.
         but: a sentence that does not count: for the opening the prompt's last, which is read for being near.
     """
-    untrusted = np.flatnonzero(roles == Role.UNTRUSTED)
-    read = shares.on(untrusted[untrusted != but], heads)
-    return np.asarray(np.log(read.max(1, initial=0.0) + _LEAST_SHARE))
+    there = (roles[shares.columns] == _UNTRUSTED) & (shares.columns != but)
+    most = np.zeros(heads)
+    np.maximum.at(most, shares.heads[there], shares.shares[there])
+    return np.asarray(np.log(most + _LEAST_SHARE))

@@ -4,6 +4,7 @@ from array import array
 from collections import deque
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stream_monitor.anchors.heads import HeadShares
 from stream_monitor.anchors.matrix import SentenceStarts
@@ -184,25 +185,25 @@ class RequestTrace:
         """What detectors are shown of sentence `index`: of all its rows, and what they said when folded. Of the
         prompt's last sentence, that is the opening alone."""
         opening = index < self.prompt_sentences
+        # A copy: what is lent out could not grow.
+        roles = np.frombuffer(self._roles, np.uint8)[: index + 1].copy()
         return Observation(
             index=index,
             mass=fold.mass,
-            # A copy: what is lent out could not grow.
-            roles=np.frombuffer(self._roles, np.uint8)[: index + 1].copy(),
+            roles=roles,
             starts=self._starts.positions[: index + 1],
             rows=fold.telling if opening else captured.rows,
             lags=captured.lags,
             lag_shares=captured.lag_shares,
-            log_odds=self._log_odds(fold.shares, index if opening else -1),
+            log_odds=self._log_odds(fold.shares, roles, index if opening else -1),
             opening=opening,
         )
 
-    def _log_odds(self, shares: HeadShares, but: int) -> float | None:
+    def _log_odds(self, shares: HeadShares, roles: NDArray[np.uint8], but: int) -> float | None:
         """By the profile's probe, if there is one and anything is untrusted; see `untrusted_probe.log_shares`."""
         probe = self.panel.probe
         if probe is None or Role.UNTRUSTED not in self._roles:
             return None
-        roles = np.frombuffer(self._roles[: self.prompt_sentences], np.uint8)
         return probe.log_odds(self.heads.probed(probe), log_shares(shares, roles, len(self.heads.heads), but))
 
     def _take_prompt_text(self, started: summary_pb2.RequestStarted) -> None:
