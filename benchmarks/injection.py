@@ -97,7 +97,7 @@ BASELINES: dict[str, Callable[[Scored], float]] = {
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model with a chat template.")],
-    count: Annotated[int, typer.Option(min=8, help="Prompts of each group; twice as many with an injection.")] = 40,
+    count: Annotated[int, typer.Option(min=8, help="Prompts of each group; twice as many with an injection.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the prompts and the resamples.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="160 of each group.")] = False,
 ) -> None:

@@ -31,11 +31,11 @@ LEAST = 8
 """Requests of each group below which nothing is fitted."""
 LEAST_WORDINGS = 4
 """Of each group: two to fit by and two to judge by. How one varies cannot be said."""
-CONFIDENCE = 0.975
-"""That the probe tells. A bootstrap of so few wordings promises a little too much."""
-PENALTY = 0.1
-"""Of the squares of the weights of standardised logarithms, beside the mean loss. Three times more or less gives the
-same AUROC on other wordings within 0.02."""
+_DEVIATIONS = 1.96
+"""Standard deviations to a lower bound. Quantiles of so few wordings drawn anew are those of single wordings."""
+PENALTY = 0.03
+"""Of the squares of the weights of standardised logarithms, beside the mean loss. From 0.01 to 0.3 the AUROC on other
+wordings stays within 0.02 (`benchmarks.injection --full`, the prompts that it is fitted to)."""
 _STEPS = 25
 """Of Newton's method, which a penalised logistic regression needs ten of."""
 _DRAWS = 1000
@@ -93,8 +93,9 @@ def choose(labelled: Sequence[Labelled]) -> Choice:
 
 
 def _fit(labelled: Sequence[Labelled]) -> Probe:
-    """To the sentences and openings that can be scored: followed injections and all else weigh as much, so do the
-    groups of the latter, and the requests of a group. Raises ProfileError where there is nothing to fit to."""
+    """To the sentences that can be scored, of a request without any to its opening: followed injections and all else
+    weigh as much, so do the groups of the latter, and the requests of a group. Raises ProfileError where there is
+    nothing to fit to."""
     heads = sorted(set.intersection(*(set(one.request.heads) for one in labelled)))
     shown, followed, weight = [], [], []
     sizes = {name: sum(one.group == name for one in labelled) for name in {one.group for one in labelled}}
@@ -114,16 +115,17 @@ def _fit(labelled: Sequence[Labelled]) -> Probe:
 
 
 def _shown(request: Served, heads: Sequence[Head]) -> list[Mass]:
-    """Logarithms of these heads' shares, float64 [heads] of each sentence that can be scored and of the opening, as
+    """Logarithms of these heads' shares, float64 [heads] of each sentence that can be scored, else of the opening, as
     UNTRUSTED_ANCHOR takes them: mean of each and the one before."""
     places = [request.heads.index(head) for head in heads]
     detector = UntrustedAnchor()
     found = [
-        shares[places]
+        (shares[places], seen.opening)
         for seen, shares in zip(request.observations(()), request.log_shares(), strict=True)
         if detector.update(*Rivals.of(seen.rivals(), seen.roles), seen.rows, seen.opening) is not Verdict.INSUFFICIENT
     ]
-    return [(one + found[max(0, place - 1)]) / 2 for place, one in enumerate(found)]
+    means = [(one + found[max(0, place - 1)][0]) / 2 for place, (one, _) in enumerate(found)]
+    return means[1:] if len(means) > 1 and found[0][1] else means
 
 
 def _regression(shown: Mass, followed: Mass, weight: Mass) -> tuple[Mass, float]:
@@ -171,11 +173,10 @@ class _Judge:
                 drawn = draw.multinomial(len(some), np.full(len(some), 1 / len(some)), _DRAWS)
                 self._drawn[group, half] = np.concatenate([np.ones((1, len(some))), drawn])
 
-    def areas(self, values: Mass, half: int | None = None) -> Mass:
-        """AUROC of followed injections against each group, in one half or the mean of both: [1 + draws, groups], first
-        as the wordings are, then as they are drawn."""
-        sides = (0, 1) if half is None else (half,)
-        return np.stack([sum(self._area(values, name, side) for side in sides) / len(sides) for name in self.groups], 1)
+    def areas(self, values: Mass) -> Mass:
+        """AUROC of followed injections against each group, mean of both halves: [1 + draws, groups], first as the
+        wordings are, then as they are drawn."""
+        return np.stack([(self._area(values, name, 0) + self._area(values, name, 1)) / 2 for name in self.groups], 1)
 
     def named(self, areas: Mass) -> dict[str, float]:
         """Of what `areas` gives, the areas as the wordings are, by group."""
@@ -183,10 +184,9 @@ class _Judge:
 
     def least(self, areas: Mass) -> float:
         """Lower bound of an area, [1 + draws]."""
-        below = np.quantile(areas[0] - areas[1:], CONFIDENCE)
         # Of few wordings a draw varies less than they do.
         fewest = min(map(len, self._clusters.values()))
-        return float(areas[0] - below * math.sqrt(fewest / (fewest - 1)))
+        return float(areas[0] - _DEVIATIONS * areas[1:].std() * math.sqrt(fewest / (fewest - 1)))
 
     def _area(self, values: Mass, name: str, half: int) -> Mass:
         followed, others = self._clusters[FOLLOWED, half], self._clusters[name, half]
