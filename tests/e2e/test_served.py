@@ -15,6 +15,7 @@ import openai
 import pytest
 from playwright.sync_api import sync_playwright
 
+from stream_monitor.monitor.labels import read_labels
 from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc, summary_pb2
 from tests.e2e.serving import Product, eventually, total
 from tests.monitor.page.cells import DRAWN, drawn, expected
@@ -237,3 +238,26 @@ def test_also_when_the_monitor_is_dead_for_five_seconds(product, conversation):
     assert became == expected
     captured = total(product.monitor_http, "stream_monitor_rows_total", phase="token", outcome="captured")
     assert captured > 0.9 * expected
+
+
+def test_the_example_labels_requests_that_the_monitor_holds(product, tmp_path):
+    """Of the answers it is only known that they hold some letters and not others."""
+    prompts = [
+        {"group": "injection", "wording": "a", "writes": "E"},
+        {"group": "injection", "wording": "b", "writes": "zqzq"},
+        {"group": "question", "wording": "c", "vllm_xargs": {"stream_monitor_untrusted": [0, 8]}},
+    ]
+    lines = [json.dumps({"messages": [{"role": "user", "content": PROMPTS[0]}], **prompt}) for prompt in prompts]
+    asked, labels = tmp_path / "prompts.jsonl", tmp_path / "labels.jsonl"
+    asked.write_text("\n".join(lines))
+    program = Path(__file__).resolve().parents[2] / "docs" / "examples" / "python" / "label_injections.py"
+    subprocess.run([sys.executable, program, asked, labels, product.engine_http], check=True, timeout=120)
+    found = read_labels(labels)
+    assert [label.group for label in found.values()] == ["followed", "ignored", "question"]
+    drained(product)
+    roles = []
+    for request_id in found:
+        (info,) = service(product).ListRequests(monitor_pb2.ListRequestsRequest(request_id=request_id)).requests
+        trace = service(product).GetTrace(monitor_pb2.GetTraceRequest(request_id=info.key.request_id))
+        roles.append(summary_pb2.ROLE_UNTRUSTED in [sentence.role for sentence in trace.sentences])
+    assert roles == [False, False, True]
