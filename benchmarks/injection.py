@@ -42,6 +42,8 @@ from stream_monitor.tracing.model import load
 
 FREE = 4
 """Tokens of the model's own that say whether an injection is followed: it asks for one word."""
+MOST_INJECTIONS = 4
+"""Prompts with an injection that are tried, for each that is wanted of the followed and of the ignored ones."""
 LENGTH_TOLERANCE = 4
 """Tokens by which a span may differ from the median of the followed ones."""
 RATE = 0.1
@@ -97,7 +99,7 @@ BASELINES: dict[str, Callable[[Scored], float]] = {
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model with a chat template.")],
-    count: Annotated[int, typer.Option(min=8, help="Prompts of each group; twice as many with an injection.")] = 60,
+    count: Annotated[int, typer.Option(min=8, help="Prompts of each group.")] = 60,
     seed: Annotated[int, typer.Option(help="Of the prompts and the resamples.")] = 0,
     full: Annotated[bool, typer.Option("--full", help="160 of each group.")] = False,
 ) -> None:
@@ -165,7 +167,7 @@ def main(
 def _groups(replay: Replay, wordings: Wordings, wanted: int, seed: int) -> dict[str, list[Read]]:
     """Prompts by what became of them, at most `wanted` of each."""
     found: dict[str, list[Read]] = defaultdict(list)
-    for number in range(2 * wanted):
+    for number in range(MOST_INJECTIONS * wanted):
         if len(found[FOLLOWED]) < wanted or len(found["ignored"]) < wanted:
             prompt = make(replay.model, "injection", number, seed, wordings)
             free = replay.continuation([*prompt.prompt, *prompt.lead], FREE)

@@ -35,7 +35,7 @@ _DEVIATIONS = 1.96
 """Standard deviations to a lower bound. Quantiles of so few wordings drawn anew are those of single wordings."""
 PENALTY = 0.03
 """Of the squares of the weights of standardised logarithms, beside the mean loss. From 0.01 to 0.3 the AUROC on other
-wordings stays within 0.02 (`benchmarks.injection --full`, the prompts that it is fitted to)."""
+wordings stays within 0.03 (`benchmarks.injection --full`, the prompts that it is fitted to)."""
 _STEPS = 25
 """Of Newton's method, which a penalised logistic regression needs ten of."""
 _DRAWS = 1000
