@@ -192,7 +192,7 @@ def _choice_told(choice: Choice, found: int, given: int) -> str:
     if choice.probe:
         lines.append(f"    by a probe of {len(choice.probe.heads)} heads, which tells followed injections better")
     else:
-        lines.append("    by the same heads: a probe tells no better than that by more than chance explains")
+        lines.append("    by the same heads: a probe tells no better, or no more than chance explains")
     lines.append(f"    AUROC of probes fitted to half of the wordings, on the others: {told(choice.held_out)}")
     lines.append(f"    AUROC of all heads alike: {told(choice.alike)}")
     lines.append(f"    where probes tell worst, at least {choice.least:.2f}; what tells nothing has 0.50")

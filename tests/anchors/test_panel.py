@@ -276,6 +276,7 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         ("[]", "is not a profile"),
         ('{"version": 2}', "is not a profile"),
         ('{"version": 1}', "is a profile of version 1; this program reads 2, 3, 4"),
+        ('{"version": 3}', "is not a profile"),
         ('{"version": 4}', "is not a profile"),
         ({"untrusted_heads": [[1, 2]]}, "names heads for untrusted_anchor, as an earlier version did; make it anew"),
         ({"probe": {"heads": [[1, 2, 3]], "weights": [1.0], "bias": 0.0}}, "is not a profile"),
