@@ -22,6 +22,7 @@ from stream_monitor.anchors.heads import (
     vertical_scores_by_head,
     weights,
 )
+from stream_monitor.anchors.lock import FAR_KEYS
 from stream_monitor.anchors.matrix import Mass
 from stream_monitor.anchors.panel import OPENING, Kind, Observation, Panel
 from stream_monitor.anchors.profile import Profile, make_profile
@@ -29,7 +30,7 @@ from stream_monitor.anchors.reference import Moments, Stratum, measure
 from stream_monitor.anchors.untrusted_probe import Probe, log_shares
 from stream_monitor.records import Role
 
-_NO_LAGS = np.zeros(0, np.int64)
+_NO_LAGS, _NO_LAG_MASS = np.zeros((0, FAR_KEYS), np.int64), np.zeros((0, FAR_KEYS))
 _OUTPUT = (Role.REASONING, Role.ANSWER)
 
 
@@ -75,7 +76,7 @@ class Served:
                 starts=self.starts[: unit.sentence + 1],
                 rows=1 if unit.opening else int(self.rows[unit.sentence]),
                 lags=_NO_LAGS,
-                lag_shares=np.zeros(0),
+                lag_mass=_NO_LAG_MASS,
                 log_odds=probe.log_odds(weigh, self._log_shares(unit)) if probe else None,
                 opening=unit.opening,
             )

@@ -1,23 +1,37 @@
-"""ANCHOR_LOCK: the reasoning reads itself at a constant distance, as a model in a loop does."""
+"""ANCHOR_LOCK: the reasoning reads itself at constant distances, as a model in a loop does."""
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stream_monitor.anchors.matrix import Mass
 from stream_monitor.anchors.verdict import Verdict
 
-MIN_LAG = 8
+FAR_KEYS = 8
+"""Keys by which a row is described. With one, what a row says of a loop is chance; with 16, most are read by chance."""
+LEAST_LAG = 8
 """Nearer keys are read at all times, loop or not."""
-_SHORT = np.arange(3.0, 65.0)
-"""Periods that are tried whatever the lags are."""
+MOST_LAG = 1024
+"""A loop reads its last rounds; farther keys tell little of it."""
+_SHORT = np.arange(3, 65)
+_LONG = np.arange(65, 513)
+"""Periods that are tried, tokens. Of a longer one there are no two rounds within `MOST_LAG`."""
+_PERIODS = np.concatenate([_SHORT, _LONG])
+_FITS_SHORT = ((np.arange(MOST_LAG + 1) + 1) % _SHORT[:, None] <= 1).astype(np.float32)
+"""[short periods, lags], whether a lag leaves b - 1 or 0: they have too many rounds to go through one by one."""
+_CHANCE = 2 / _PERIODS
+"""Of b lags in a row two fit."""
 _MOST_CHANCE = 0.99
 
 
 class AnchorLock:
-    """Watches the distance from each captured row to the key it reads most, `MIN_LAG` or more tokens back.
+    """Watches the distances from each captured row to the keys it reads most, `LEAST_LAG` to `MOST_LAG` tokens back.
 
     In a loop of period b a row reads the token that came next last time, b - 1 tokens back, or its own copy, b back; or
-    the same some rounds earlier. So every lag leaves a remainder of b - 1 or 0. The score is the part of the rows' mass
-    whose lag fits the best b, over what so few rows may fit by chance: below 0 for lags at random, 1 for a loop.
+    the same some rounds earlier. So its lags leave a remainder of b - 1 or 0. The score is the part of the keys whose
+    lag fits the best b, over what so few rows may fit by chance: about 0 for lags at random, 1 where every key fits. A
+    key counts by the root of its mass: in a loop many keys fit, each by little, and a few heavy ones that do not are
+    read by heads that look at what is near. Each row counts alike, and as one trial, however many keys it has: what
+    the heads of a row read depends on each other.
 
     Parameters
     ----------
@@ -40,15 +54,15 @@ class AnchorLock:
     Examples
     --------
     >>> detector = AnchorLock()
-    >>> detector.update(np.random.default_rng(0).integers(8, 900, 30), np.full(30, 0.1))
+    >>> detector.update(np.random.default_rng(0).integers(8, 900, (30, 8)), np.full((30, 8), 0.1))
     <Verdict.STEADY: 'steady'>
-    >>> detector.update(np.array([19, 39, 20, 59] * 8), np.full(32, 0.1))
+    >>> detector.update(np.array([[19, 39, 20, 40, 59, 60, 79, 80]] * 40), np.full((40, 8), 0.1))
     <Verdict.ALARM: 'alarm'>
     >>> detector.period
     20
     """
 
-    def __init__(self, rows: int = 32, min_rows: int = 12, threshold: float = 0.8) -> None:
+    def __init__(self, rows: int = 40, min_rows: int = 12, threshold: float = 0.3) -> None:
         self.rows = rows
         self.min_rows = min_rows
         self.threshold = threshold
@@ -56,44 +70,50 @@ class AnchorLock:
         self.period = 0
         self.drift_detected = False
         self._locked = False
-        self._lags = np.zeros(0, np.int64)
-        self._shares = np.zeros(0)
+        self._lags = np.zeros((0, FAR_KEYS), np.int64)
+        self._parts = np.zeros((0, FAR_KEYS))
 
-    def update(self, lags: NDArray[np.int64], shares: NDArray[np.float64]) -> Verdict:
+    def update(self, lags: NDArray[np.integer], mass: NDArray[np.floating]) -> Verdict:
         """Take in the rows of one sentence, in order.
 
         Args:
-            lags: int64 [rows], tokens back to the heaviest far key; 0 for a row that has none.
-            shares: float64 [rows], attention on it.
+            lags: int64 [rows, FAR_KEYS], tokens back to each row's heaviest far keys.
+            mass: float64 [rows, FAR_KEYS], attention on each, in any unit; 0 where there is none.
         """
-        far = lags >= MIN_LAG
-        self._lags = np.concatenate([self._lags, lags[far]])[-self.rows :]
-        self._shares = np.concatenate([self._shares, shares[far]])[-self.rows :]
+        far = (lags >= LEAST_LAG) & (lags <= MOST_LAG)
+        weight = np.sqrt(np.where(far, mass, 0.0))
+        total = weight.sum(axis=1, keepdims=True)
+        told = total[:, 0] > 0
+        self._lags = np.concatenate([self._lags, np.where(far, lags, 0)[told]])[-self.rows :]
+        self._parts = np.concatenate([self._parts, weight[told] / total[told]])[-self.rows :]
         self.drift_detected = False
-        total = self._shares.sum()
-        if len(self._lags) < self.min_rows or not total:
+        if len(self._lags) < self.min_rows:
             return Verdict.INSUFFICIENT
-        self._fit(total)
+        self._fit()
         locked = self.score > self.threshold
         self.drift_detected = locked and not self._locked
         self._locked = locked
         return Verdict.ALARM if self.drift_detected else Verdict.STEADY
 
-    def _fit(self, total: np.floating) -> None:
-        # Lags that leave b - 1 or 0 are those whose successors leave 0 or 1. Exact in floating point, and faster.
-        next_lags = self._lags + 1.0
-        short = _SHORT[: _SHORT.searchsorted(next_lags.max(), side="right")]
-        periods = np.concatenate([short, next_lags - 1, next_lags])
-        rest = next_lags / periods[:, None]
-        np.floor(rest, out=rest)
-        rest *= periods[:, None]
-        np.subtract(next_lags, rest, out=rest)
-        part = (rest <= 1) @ self._shares / total
-        # Two lags in b fit by chance; as few rows as these may fit by three standard errors more.
-        rows = total**2 / np.square(self._shares).sum()
-        chance = 2 / periods
-        chance = np.minimum(chance + 3 * np.sqrt(chance * (1 - chance) / rows), _MOST_CHANCE)
+    def _fit(self) -> None:
+        rows = len(self._lags)
+        by_lag = np.bincount(self._lags.ravel(), self._parts.ravel(), MOST_LAG + 1).astype(float, copy=False)
+        part = _part_by_period(by_lag) / rows
+        # So few rows may fit by two standard errors more.
+        chance = np.minimum(_CHANCE + 2 * np.sqrt(_CHANCE * (1 - _CHANCE) / rows), _MOST_CHANCE)
         scores = (part - chance) / (1 - chance)
         self.score = float(scores.max())
         # What fits a period fits its divisors too.
-        self.period = int(periods[scores > self.score - 1e-9].max())
+        self.period = int(_PERIODS[scores > self.score - 1e-6].max())
+
+
+def _part_by_period(by_lag: Mass) -> Mass:
+    """Sum of what lies on the lags that fit each of `_PERIODS`; of float64 [MOST_LAG + 1]."""
+    pairs = by_lag.copy()
+    pairs[1:] += by_lag[:-1]
+    part = np.zeros(len(_LONG))
+    for back in range(1, MOST_LAG // _LONG[0] + 1):
+        # Lags of b x back and one less, for each b.
+        found = pairs[_LONG[0] * back : (_LONG[-1] + 1) * back : back]
+        part[: len(found)] += found
+    return np.concatenate([_FITS_SHORT @ by_lag.astype(np.float32), part])

@@ -58,8 +58,8 @@ class Observation:
         roles: uint8 [index + 1], `summary.proto` Role of each sentence.
         starts: int64 [index + 1], first token of each.
         rows: captured rows it has.
-        lags: int64 [rows], tokens from each row back to the far key it reads most, 0 if none.
-        lag_shares: float64 [rows], attention on that key.
+        lags: int64 [rows, FAR_KEYS], tokens from each row back to the far keys it reads most.
+        lag_mass: float64 [rows, FAR_KEYS], attention on each, in any unit; 0 where there is none.
         log_odds: what a profile's probe says of it, see `untrusted_probe.py`; NaN where heads are missing, None without
             a probe.
         opening: whether it is the opening.
@@ -71,7 +71,7 @@ class Observation:
     starts: NDArray[np.int64]
     rows: int
     lags: NDArray[np.int64]
-    lag_shares: NDArray[np.float64]
+    lag_mass: NDArray[np.float64]
     log_odds: float | None = None
     opening: bool = False
 
@@ -219,7 +219,7 @@ class Panel:
             Kind.UNTRUSTED_ANCHOR: self._update_untrusted(near, seen),
             Kind.ANCHOR_SHIFT: self.shift.update(far, limit, seen.rows, role),
             Kind.PROMPT_DETACHMENT: self.detachment.update(*told),
-            Kind.ANCHOR_LOCK: self.lock.update(seen.lags, seen.lag_shares),
+            Kind.ANCHOR_LOCK: self.lock.update(seen.lags, seen.lag_mass),
         }
         if self._unbroken_shift is not None:
             self._unbroken_shift.update(far, limit, seen.rows, role)

@@ -17,10 +17,8 @@ from stream_monitor.anchors.heads import NO_RECEIVERS, Head, Receivers
 from stream_monitor.anchors.reference import Moments, Reference
 from stream_monitor.anchors.untrusted_probe import Probe
 
-VERSION = 4
-READABLE = (2, 3, 4)
-"""Versions that this program reads; those before 4 have no probe. Version 3 could name heads for UNTRUSTED_ANCHOR: such
-a profile is refused, as its thresholds are of their scores."""
+VERSION = 5
+"""Of a file. One of another version is refused: its thresholds are of scores that this program does not make."""
 
 
 class ProfileError(ValueError):
@@ -103,14 +101,14 @@ class Profile:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             version = content.pop("version")
-            if version not in READABLE:
-                readable = ", ".join(map(str, READABLE))
-                raise ProfileError(f"{path} is a profile of version {version}; this program reads {readable}")
+            if version != VERSION:
+                raise ProfileError(
+                    f"{path} is a profile of version {version}, and this program's scores are those of {VERSION}; make "
+                    "it anew with `stream-monitor calibrate`"
+                )
             highest = {kind: tuple(map(float, scores)) for kind, scores in content.pop("highest").items()}
             receivers = _heads(content.pop("receivers"))
-            if content.pop("untrusted_heads", ()):
-                raise ProfileError(f"{path} names heads for untrusted_anchor, as an earlier version did; make it anew")
-            probe = _probe(content.pop("probe") if version >= 4 else None)
+            probe = _probe(content.pop("probe"))
             references = {
                 kind: {
                     name: (int(count), float(mean), float(deviation))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.lock import MIN_LAG
+from stream_monitor.anchors.lock import FAR_KEYS, LEAST_LAG, MOST_LAG
 from stream_monitor.anchors.matrix import NO_BLOCK, forced_block_ids
 from stream_monitor.monitor.faults import Fault, invalid
 from stream_monitor.monitor.ledger import CHUNK, TOKEN
@@ -21,13 +21,12 @@ _SINK_TOKENS = 4
 """First tokens that are no far key of a loop: the attention sink is there, whatever is read."""
 ROUNDING = 0.05
 """How far kept + forced + unobserved + learned sink may be from 1: float16 logarithms are off by up to 0.4% each."""
-_NO_LAG = (0, 0.0)
 _NO_NARROW_BLOCK = 0xFFFF
-_MOST_POSITIONS = 12
-"""Positions of a context for each entry of a row up to which a table of them is faster than sorting."""
-
+FAR_KEY = np.dtype([("lag", "<u4"), ("mass", "<f4")])
+"""Tokens back from a row to a key, and its mass summed over heads; no mass where there is none."""
+_NO_FAR_KEYS = bytes(FAR_KEYS * FAR_KEY.itemsize)
 _TABLE = 1 << 16
-"""Cells of such a table, which stays in the processor's caches."""
+"""Cells of a table of rows and lags, which stays in the processor's caches."""
 
 
 @dataclass(slots=True)
@@ -44,8 +43,9 @@ class Row:
         unobserved: mass the search did not observe, summed over heads.
         heads: (layer, head) pairs summed.
         sources: who reported it: (rank, heads), the unit of the ledger.
-        lag, lag_mass: tokens back to the key at least `MIN_LAG` back that got most mass, the first tokens aside, and
-            that mass; 0 if there is none. Of two ranks' shares of a row the heavier one's.
+        far_keys: `FAR_KEY` [FAR_KEYS] as bytes, which take a third of an array's memory: the keys `LEAST_LAG` to
+            `MOST_LAG` back that got most mass, the first tokens aside. Of two ranks' shares of a row, among the
+            heaviest of each.
         by_head: whether keys and mass stand as said; else they were summed over heads before.
     """
 
@@ -58,8 +58,7 @@ class Row:
     unobserved: float
     heads: int
     sources: tuple[tuple[Any, int], ...]
-    lag: int = 0
-    lag_mass: float = 0.0
+    far_keys: bytes = _NO_FAR_KEYS
     by_head: bool = True
 
     @property
@@ -83,7 +82,7 @@ class Row:
             self.unobserved + other.unobserved,
             self.heads + other.heads,
             self.sources + other.sources,
-            *max((self.lag, self.lag_mass), (other.lag, other.lag_mass), key=lambda far: far[1]),
+            _heaviest_of_both(self.far_keys, other.far_keys),
             self.by_head and other.by_head,
         )
 
@@ -167,7 +166,7 @@ def decode(
         keys,
         mass,
         rest.sum(axis=(1, 2)).tolist(),
-        _landmarks(keys, mass, positions),
+        _far_keys(keys, mass, positions),
         strict=True,
     )
     decoded = (
@@ -182,71 +181,51 @@ def decode(
             unobserved_mass,
             heads,
             sources,
-            *landmark,
+            far_keys,
         )
-        for request_id, position, attempt, token, row_keys, row_mass, unobserved_mass, landmark in of_row
+        for request_id, position, attempt, token, row_keys, row_mass, unobserved_mass, far_keys in of_row
     )
     return [list(islice(decoded, number)) for number in counts]
 
 
-def _landmarks(
-    keys: NDArray[np.uint32], mass: NDArray[np.float32], positions: NDArray[np.int64]
-) -> list[tuple[int, float]]:
-    """Lag and mass of each row's heaviest far key, see `Row`.
+def _far_keys(keys: NDArray[np.uint32], mass: NDArray[np.float32], positions: NDArray[np.int64]) -> list[bytes]:
+    """Each row's `far_keys`, see `Row`.
 
     Args:
         keys, mass: [rows, n].
         positions: [rows].
     """
-    count, width = keys.shape
-    if not keys.size:
-        return [_NO_LAG] * count
-    last = np.maximum(positions - MIN_LAG, 0).astype(np.uint32)
-    far = (keys >= _SINK_TOKENS) & (keys <= last[:, None])
-    dense = int(positions.max(initial=0)) < _MOST_POSITIONS * width
-    found = _heaviest_in_table(keys, mass * far) if dense else _heaviest_sorted(keys * far, mass * far)
-    return [
-        (position - at, share) if share else _NO_LAG
-        for position, at, share in zip(positions.tolist(), *(each.tolist() for each in found), strict=True)
-    ]
-
-
-_Heaviest = tuple[NDArray[np.integer], NDArray[np.floating]]
-"""Of each row the key with most mass, the first of several, and that mass."""
-
-
-def _heaviest_in_table(keys: NDArray[np.uint32], mass: NDArray[np.float32]) -> _Heaviest:
-    """By a table of all positions: for contexts that are not much longer than the rows have entries."""
-    span = int(keys.max(initial=0)) + 1
-    together = max(1, _TABLE // span)
-    found = []
+    together = max(1, _TABLE // max(MOST_LAG + 1, keys.shape[1]))
+    found: list[bytes] = []
     for first in range(0, len(keys), together):
-        some = keys[first : first + together]
-        row = np.arange(len(some))
-        places = some + span * row[:, None]
-        sums = np.bincount(places.ravel(), mass[first : first + together].ravel(), len(some) * span)
-        heaviest = sums.reshape(len(some), span).argmax(axis=1)
-        found.append((heaviest, sums[span * row + heaviest].astype(np.float32)))
-    return np.concatenate([at for at, _ in found]), np.concatenate([share for _, share in found])
+        some = slice(first, first + together)
+        lags = positions[some].astype(np.uint32)[:, None] - keys[some]
+        far = (lags >= LEAST_LAG) & (lags <= MOST_LAG) & (keys[some] >= _SINK_TOKENS)
+        found += _heaviest(lags * far, mass[some] * far)
+    return found
 
 
-def _heaviest_sorted(keys: NDArray[np.uint32], mass: NDArray[np.float32]) -> _Heaviest:
-    """By order, in time that does not grow with the context."""
-    count, width = keys.shape
-    # Each key above the bits of its mass, which is not negative: sorted together, they need not be looked up after.
-    packed = np.empty((count, width), np.uint64)
-    halves = packed.view(np.uint32).reshape(count, width, 2)
-    halves[..., 1], halves[..., 0] = keys, mass.view(np.uint32)
-    packed.sort(axis=1)
-    ordered, weight = halves[..., 1], halves[..., 0].view(np.float32)
-    first = np.ones((count, width), bool)
-    np.not_equal(ordered[:, 1:], ordered[:, :-1], out=first[:, 1:])
-    firsts = np.flatnonzero(first)
-    sums = np.add.reduceat(weight.ravel(), firsts)
-    begins = np.searchsorted(firsts, np.arange(count) * width)
-    heaviest = np.maximum.reduceat(sums, begins)
-    found = np.flatnonzero(sums == np.repeat(heaviest, np.diff(begins, append=len(firsts))))
-    return ordered.ravel()[firsts[found[np.searchsorted(found, begins)]]], heaviest
+def _heaviest(lags: NDArray[np.integer], mass: NDArray[np.floating]) -> list[bytes]:
+    """The lags of each row [rows, n] with most mass, `FAR_KEY` [FAR_KEYS], heaviest first; lag 0 has none."""
+    count, span = len(lags), MOST_LAG + 1
+    rows = np.arange(count)
+    places = lags + span * rows[:, None]
+    sums = np.bincount(places.ravel(), mass.ravel(), count * span).reshape(count, span)
+    heaviest = np.empty((count, FAR_KEYS), FAR_KEY)
+    # So few are faster taken one by one than by a partition.
+    for place in range(FAR_KEYS):
+        lag = sums.argmax(axis=1)
+        heaviest["lag"][:, place], heaviest["mass"][:, place] = lag, sums[rows, lag]
+        sums[rows, lag] = 0.0
+    return [row.tobytes() for row in heaviest]
+
+
+def _heaviest_of_both(one: bytes, other: bytes) -> bytes:
+    """Of two ranks' far keys of a row."""
+    both = np.frombuffer(one + other, FAR_KEY)
+    lags, place = np.unique(both["lag"], return_inverse=True)
+    (joined,) = _heaviest(lags[None], np.bincount(place, both["mass"]).astype(float, copy=False)[None])
+    return joined
 
 
 def discard(row: Row, reason: str) -> None:

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from stream_monitor.anchors.lock import FAR_KEYS
 from stream_monitor.anchors.matrix import Mass
 from stream_monitor.monitor.folding import Folded, batches, edges_of
-from stream_monitor.monitor.rows import Row
+from stream_monitor.monitor.rows import FAR_KEY, Row
 
 
 class Captured(NamedTuple):
@@ -18,13 +19,14 @@ class Captured(NamedTuple):
     Attributes:
         rows: how many.
         unobserved: mean share the search did not observe; NaN without rows.
-        lags: int64 [rows], and lag_shares: float64 [rows], see `Row`.
+        lags: int64 [rows, FAR_KEYS], tokens from each row back to the far keys it reads most, and lag_mass: float64
+            [rows, FAR_KEYS], attention on each, summed over heads; see `Row`.
     """
 
     rows: int
     unobserved: float
     lags: NDArray[np.int64]
-    lag_shares: Mass
+    lag_mass: Mass
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "Captured":
@@ -32,15 +34,16 @@ class Captured(NamedTuple):
         counted = [row for row in rows if row.heads]
         if not counted:
             return _NOTHING
+        far = np.frombuffer(b"".join(row.far_keys for row in counted), FAR_KEY).reshape(len(counted), FAR_KEYS)
         return cls(
             len(counted),
             sum(row.unobserved / row.heads for row in counted) / len(counted),
-            np.array([row.lag for row in counted], np.int64),
-            np.array([row.lag_mass / row.heads for row in counted]),
+            far["lag"].astype(np.int64),
+            far["mass"].astype(float),
         )
 
 
-_NOTHING = Captured(0, float("nan"), np.zeros(0, np.int64), np.zeros(0))
+_NOTHING = Captured(0, float("nan"), np.zeros((0, FAR_KEYS), np.int64), np.zeros((0, FAR_KEYS)))
 
 
 class SentenceMatrix(NamedTuple):

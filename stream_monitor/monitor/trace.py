@@ -194,7 +194,7 @@ class RequestTrace:
             starts=self._starts.positions[: index + 1],
             rows=fold.telling if opening else captured.rows,
             lags=captured.lags,
-            lag_shares=captured.lag_shares,
+            lag_mass=captured.lag_mass,
             log_odds=self._log_odds(fold.shares, roles, index if opening else -1),
             opening=opening,
         )

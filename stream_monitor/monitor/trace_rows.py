@@ -10,7 +10,7 @@ from stream_monitor.monitor.request_heads import RequestHeads
 from stream_monitor.monitor.rows import Row, discard
 from stream_monitor.monitor.sentence_matrix import SentenceMatrix
 
-_ROW_BYTES = 560
+_ROW_BYTES = 610
 """Size of a row's Python objects, by tracemalloc on 64-bit CPython 3.11, for the memory bound."""
 _NO_KEYS = np.zeros(0, np.uint32)
 _NO_MASS = np.zeros(0, np.float32)

@@ -289,9 +289,9 @@ class Event(_message.Message):
     score: _builtins.float
     """The detector's statistic and the threshold it passed. ANCHOR_SHIFT: Page-Hinkley sum of the Jensen-Shannon
     divergences in excess of their mean, in bits. PROMPT_DETACHMENT: the same of how much the logarithm of the
-    prompt's share fell, in nats. ANCHOR_LOCK: part of the mass that fits one period, 0 by chance to 1. UNTRUSTED_ANCHOR:
-    logarithm of the heaviest untrusted sentence's mass over the heaviest other one's; with a profile that has a probe,
-    the probe's log odds that an instruction of the untrusted stretch is followed.
+    prompt's share fell, in nats. ANCHOR_LOCK: part of the far keys that fit one period, over chance, 1 at most.
+    UNTRUSTED_ANCHOR: logarithm of the heaviest untrusted sentence's mass over the heaviest other one's; with a profile
+    that has a probe, the probe's log odds that an instruction of the untrusted stretch is followed.
     """
     threshold: _builtins.float
     summary: _builtins.str

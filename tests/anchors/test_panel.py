@@ -11,7 +11,7 @@ from scipy import stats
 
 from stream_monitor.anchors.detachment import PromptDetachment
 from stream_monitor.anchors.heads import Receivers
-from stream_monitor.anchors.lock import AnchorLock
+from stream_monitor.anchors.lock import FAR_KEYS, LEAST_LAG, MOST_LAG, AnchorLock
 from stream_monitor.anchors.matrix import SparseMass
 from stream_monitor.anchors.panel import OPENING, Kind, Observation, Panel
 from stream_monitor.anchors.profile import Profile, ProfileError, make_profile
@@ -30,10 +30,10 @@ def observation(index: int, on: dict[int, float], rows: int = 4, lag: int = 0) -
     mass[list(on)] = list(on.values())
     roles = np.full(index + 1, Role.REASONING, np.uint8)
     roles[:PROMPT] = [Role.SYSTEM] + [Role.UNTRUSTED] * 3 + [Role.USER] * 6
-    drawn = np.random.default_rng(index).integers(8, 2000, rows)
-    lags = np.full(rows, lag) if lag else drawn
+    shape = rows, FAR_KEYS
+    lags = np.full(shape, lag) if lag else np.random.default_rng(index).integers(8, 2000, shape)
     starts = 12 * np.arange(index + 1)
-    return Observation(index, SparseMass.of(mass), roles, starts, rows, lags, np.full(rows, 0.05))
+    return Observation(index, SparseMass.of(mass), roles, starts, rows, lags, np.full(shape, 0.05))
 
 
 def run(panel: Panel, seen: list[Observation]) -> list[tuple[int, Kind]]:
@@ -101,14 +101,47 @@ def test_the_highest_scores_do_not_depend_on_thresholds() -> None:
     assert without.highest[Kind.ANCHOR_SHIFT].score == with_alarms.highest[Kind.ANCHOR_SHIFT].score > 1.0
 
 
-@pytest.mark.parametrize("period", [3, 5, 17, 60, 300])
+SHAPE = 40, FAR_KEYS
+"""Rows and keys, as many as ANCHOR_LOCK looks at."""
+
+
+@pytest.mark.parametrize("period", [3, 5, 17, 60, 64, 65, 128, 300, 512])
 def test_loops_of_any_period_lock(period: int) -> None:
     rng = np.random.default_rng(period)
-    rounds = rng.integers(-(-8 // period) + 1, -(-8 // period) + 4, 32)
+    fewest = -(-LEAST_LAG // period) + (period < LEAST_LAG)
+    rounds = rng.integers(fewest, MOST_LAG // period + 1, SHAPE)
     detector = AnchorLock()
-    detector.update(rounds * period - rng.integers(0, 2, 32), rng.random(32))
+    detector.update(rounds * period - rng.integers(0, 2, SHAPE), rng.random(SHAPE))
     assert detector.drift_detected
     assert detector.score == pytest.approx(1.0)
+    assert detector.period == period
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_score_is_that_of_the_period_that_most_keys_fit(seed: int) -> None:
+    """Against loops over the definition, at lags that reach beyond what is looked at."""
+    rng = np.random.default_rng(seed)
+    lags, mass = rng.integers(0, 1200, SHAPE), rng.random(SHAPE) * (rng.random(SHAPE) < 0.8)
+    lags[::2] = 37 * rng.integers(1, 30, (20, FAR_KEYS)) - rng.integers(0, 2, (20, FAR_KEYS))
+    lags[5], mass[7] = 3, 0
+    detector = AnchorLock()
+    for first in range(0, 40, 6):
+        detector.update(lags[first : first + 6], mass[first : first + 6])
+    parts: dict[int, list[float]] = {period: [] for period in range(3, 513)}
+    for of_row, mass_of_row in zip(lags.tolist(), mass.tolist(), strict=True):
+        far = [(lag, math.sqrt(m)) for lag, m in zip(of_row, mass_of_row, strict=True) if m and 8 <= lag <= 1024]
+        for period, found in parts.items():
+            if far:
+                fits = sum(weight for lag, weight in far if lag % period in (0, period - 1))
+                found.append(fits / sum(weight for _, weight in far))
+    assert len(parts[3]) == 38
+    scores = {}
+    for period, found in parts.items():
+        chance = 2 / period
+        chance = min(0.99, chance + 2 * math.sqrt(chance * (1 - chance) / len(found)))
+        scores[period] = (sum(found) / len(found) - chance) / (1 - chance)
+    assert detector.score == pytest.approx(max(scores.values()), abs=1e-6)
+    assert detector.period == max(scores, key=lambda period: scores[period]) == 37
 
 
 def test_lags_at_random_do_not_lock() -> None:
@@ -116,17 +149,17 @@ def test_lags_at_random_do_not_lock() -> None:
     scores = []
     for _ in range(300):
         detector = AnchorLock()
-        detector.update(rng.integers(8, 400, 32), rng.random(32))
+        detector.update(rng.integers(LEAST_LAG, 400, SHAPE), rng.random(SHAPE))
         scores.append(detector.score)
-    assert max(scores) < 0.5
+    assert max(scores) < 0.1
 
 
 def test_a_lock_is_raised_once_and_again_after_it_was_left() -> None:
     detector, rng = AnchorLock(), np.random.default_rng(0)
     raised = []
     for lag in [40] * 3 + [0] * 3 + [40] * 3:
-        lags = np.full(32, lag) if lag else rng.integers(8, 400, 32)
-        raised.append(detector.update(lags, np.ones(32)) is Verdict.ALARM)
+        lags = np.full(SHAPE, lag) if lag else rng.integers(LEAST_LAG, 400, SHAPE)
+        raised.append(detector.update(lags, np.ones(SHAPE)) is Verdict.ALARM)
     assert raised == [True, False, False, False, False, False, True, False, False]
 
 
@@ -274,11 +307,8 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     [
         ("nonsense", "is not a profile; `stream-monitor calibrate` makes one"),
         ("[]", "is not a profile"),
-        ('{"version": 2}', "is not a profile"),
-        ('{"version": 1}', "is a profile of version 1; this program reads 2, 3, 4"),
-        ('{"version": 3}', "is not a profile"),
-        ('{"version": 4}', "is not a profile"),
-        ({"untrusted_heads": [[1, 2]]}, "names heads for untrusted_anchor, as an earlier version did; make it anew"),
+        ('{"version": 5}', "is not a profile"),
+        ({"version": 4}, "is a profile of version 4, and this program's scores are those of 5; make it anew"),
         ({"probe": {"heads": [[1, 2, 3]], "weights": [1.0], "bias": 0.0}}, "is not a profile"),
         ({"probe": {"heads": [[1, 2]], "weights": [1.0, 2.0], "bias": 0.0}}, "was changed by hand"),
         ({"probe": {"heads": [[1, 2]], "weights": [math.inf], "bias": 0.0}}, "was changed by hand"),
@@ -301,16 +331,3 @@ def test_a_file_that_is_no_profile_is_one_line(content: str | dict[str, object],
         Profile.read(path)
     with pytest.raises(ProfileError, match="cannot read the profile"):
         Profile.read(tmp_path / "absent")
-
-
-@pytest.mark.parametrize("earlier", [{"version": 2}, {"version": 3, "untrusted_heads": []}])
-def test_a_profile_from_before_there_were_probes_goes_on_working(earlier: dict[str, object], tmp_path: Path) -> None:
-    path = tmp_path / "p.json"
-    made = profile({"untrusted_anchor": [0.1] * 9}, 9)
-    made.write(path)
-    content = json.loads(path.read_text())
-    del content["probe"]
-    path.write_text(json.dumps(content | earlier))
-    assert Profile.read(path) == made
-    taken = [observation(PROMPT + place, {2: 0.3, 5: 0.2}) for place in range(3)]
-    assert run(Panel(Profile.read(path), 0.2), taken) == [(PROMPT, Kind.UNTRUSTED_ANCHOR)]

@@ -137,8 +137,8 @@ def test_a_profile_made_of_a_monitors_requests_calibrates_the_next(
     [({"requests": 40}, "a rate of 0.01 for 4 detectors needs 399"), ({"version": 9}, "profile of version 9")],
 )
 def test_a_profile_that_cannot_serve_is_one_line(changes: dict[str, int], message: str, tmp_path: Path) -> None:
-    content = {"version": 2, "model_name": "m", "capture": "c", "made_unix": 1, "requests": 400, "trimmed": 0}
-    content |= {"receivers": [], "reliability": None, "references": {}}
+    content = {"version": 5, "model_name": "m", "capture": "c", "made_unix": 1, "requests": 400, "trimmed": 0}
+    content |= {"receivers": [], "reliability": None, "references": {}, "probe": None}
     highest = {kind.value: [1.0] for kind in Kind}
     (tmp_path / "p.json").write_text(json.dumps(content | {"highest": highest} | changes))
     code, _, errors = run("serve", "--profiles", tmp_path / "p.json", "--ingest", f"unix:{tmp_path / 'i.sock'}")

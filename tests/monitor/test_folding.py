@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 
 from stream_monitor.anchors.heads import Head
+from stream_monitor.anchors.lock import FAR_KEYS
 from stream_monitor.anchors.matrix import SentenceStarts
 from stream_monitor.monitor import folding
 from stream_monitor.monitor.folding import Fold, Unfolded, fold
 from stream_monitor.monitor.ranks import Rank, key_of
 from stream_monitor.monitor.request_heads import MAX_HEADS, RequestHeads
-from stream_monitor.monitor.rows import Row
+from stream_monitor.monitor.rows import FAR_KEY, Row
 from stream_monitor.monitor.sentence_matrix import Captured, SentenceMatrix
 from stream_monitor.v1alpha1 import summary_pb2
 from tests.monitor import synthetic
@@ -22,6 +23,13 @@ def rank_of(info: summary_pb2.EngineInfo) -> Rank:
     return Rank(key_of(info), info, ("tiny", "0"))
 
 
+def far_keys(position: int) -> bytes:
+    """One of this lag, and none besides."""
+    found = np.zeros(FAR_KEYS, FAR_KEY)
+    found[0] = position, 0.2
+    return found.tobytes()
+
+
 def row(draw: np.random.Generator, ranks: list[Rank], position: int) -> Row:
     """Some mass on some keys, a part of it on the first token, and entries without any."""
     heads = [rank.heads for rank in ranks]
@@ -30,7 +38,7 @@ def row(draw: np.random.Generator, ranks: list[Rank], position: int) -> Row:
     mass[draw.random(entries) < 0.2] = 0
     keys = draw.integers(0, position + 1, entries).astype(np.uint32)
     sources = tuple(zip(ranks, heads, strict=True))
-    return Row("r", position, 0, True, keys, mass, 0.1, sum(heads), sources, lag=position, lag_mass=0.2)
+    return Row("r", position, 0, True, keys, mass, 0.1, sum(heads), sources, far_keys(position))
 
 
 def unfolded(
@@ -86,6 +94,9 @@ def test_together_and_one_by_one(most: int, monkeypatch: pytest.MonkeyPatch) -> 
         captured = Captured.of(one.folded.rows)
         assert captured.rows == matrix.captured[number] == sum(row.heads > 0 for row in each.rows)
         assert captured.unobserved == pytest.approx(matrix.unobserved[number], nan_ok=True)
-        assert captured.lags.tolist() == [row.position for row in each.rows if row.heads]
+        assert captured.lags[:, 0].tolist() == [row.position for row in each.rows if row.heads]
+        assert captured.lag_mass[:, 0] == pytest.approx(0.2)
+        assert not captured.lags[:, 1:].any()
+        assert not captured.lag_mass[:, 1:].any()
     mass = sum(float(row.mass.sum()) for row in sentences[2].rows) / sentences[2].rows[0].heads / 6
     assert matrix.shares[matrix.rows == 2].sum() == pytest.approx(mass, rel=1e-5)

@@ -2,11 +2,12 @@
 
 import uuid
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from stream_monitor.anchors.lock import MIN_LAG
+from stream_monitor.anchors.lock import FAR_KEYS, LEAST_LAG, MOST_LAG
 from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor import views
 from stream_monitor.monitor.calibration import Calibration
@@ -17,7 +18,7 @@ from stream_monitor.monitor.merge import Merger
 from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.pipeline import Pipeline
 from stream_monitor.monitor.ranks import RankBook
-from stream_monitor.monitor.rows import decode
+from stream_monitor.monitor.rows import FAR_KEY, _far_keys, decode
 from stream_monitor.monitor.sentence_matrix import Captured
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import Vocabularies
@@ -155,25 +156,57 @@ def test_the_matrix_is_the_mean_over_heads_and_rows_of_each_sentence(seed: int) 
         assert {(head, column): share for head, column, share in told} == pytest.approx(expected, rel=1e-5)
 
 
+def heaviest(far: dict[int, float]) -> dict[int, float]:
+    return dict(sorted(far.items(), key=lambda key: -key[1])[:FAR_KEYS])
+
+
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("most_positions", [0, 1000], ids=["sorted", "in a table"])
-def test_the_lag_is_that_of_the_heaviest_far_key(
-    seed: int, most_positions: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("stream_monitor.monitor.rows._MOST_POSITIONS", most_positions)
+def test_the_far_keys_are_the_heaviest_ones(seed: int) -> None:
     summaries, entries = conversation(seed)
     trace = served(summaries, together=3)
     far: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for position, _, key, mass in entries:
-        if 4 <= key <= position - MIN_LAG:
-            far[position][key] += mass
+        if 4 <= key <= position - LEAST_LAG:
+            far[position][position - key] += mass
     for sentence in range(PROMPT // SENTENCE, (PROMPT + OUTPUT) // SENTENCE):
         positions = [position for position in POSITIONS if position // SENTENCE == sentence]
-        row = Captured.of([held for position in positions if (held := trace.rows.held(position))])
-        heaviest = [max(far[position], key=lambda key: far[position][key]) for position in positions]
-        assert row.lags.tolist() == [position - key for position, key in zip(positions, heaviest, strict=True)]
-        shares = [far[position][key] / 6 for position, key in zip(positions, heaviest, strict=True)]
-        assert row.lag_shares.tolist() == pytest.approx(shares, rel=1e-5)
+        found = Captured.of([held for position in positions if (held := trace.rows.held(position))])
+        for position, lags, mass in zip(positions, found.lags.tolist(), found.lag_mass.tolist(), strict=True):
+            # Equal masses may stand in either order.
+            assert dict(zip(lags, mass, strict=True)) == pytest.approx(heaviest(far[position]), rel=1e-5)
+            assert mass == sorted(mass, reverse=True)
+
+
+def test_far_keys_are_none_of_what_is_near_or_first_or_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream_monitor.monitor.rows._TABLE", 3 * (MOST_LAG + 1))
+    position, draw = 3000, np.random.default_rng(0)
+    lags = np.array([[0, LEAST_LAG - 1, LEAST_LAG, 500, MOST_LAG, MOST_LAG + 1, position - 3, position]] * 7)
+    mass = draw.random(lags.shape).astype(np.float32)
+    mass[:, 3] = 0
+    found = _far_keys((position - lags).astype(np.uint32), mass, np.full(7, position))
+    assert len(found) == 7
+    for row, told in enumerate(found):
+        keys = np.frombuffer(told, FAR_KEY)
+        expected = heaviest({LEAST_LAG: mass[row, 2].item(), MOST_LAG: mass[row, 4].item()})
+        assert keys["lag"].tolist() == [*expected] + [0] * (FAR_KEYS - 2)
+        assert keys["mass"].tolist() == [*expected.values()] + [0.0] * (FAR_KEYS - 2)
+
+
+def test_far_keys_of_two_ranks_are_added_up() -> None:
+    """Of ranks that look at few keys each, it is as if one rank had captured all heads."""
+    draw = np.random.default_rng(0)
+    info = synthetic.engine("joined", LAYERS, HEADS)
+    rows, _ = drawn_rows("r", [90], info, draw)
+    (row,) = decode([rows], info, ())[0]
+    keys = draw.choice(row.keys[(row.keys >= 4) & (row.keys <= 90 - LEAST_LAG)], (2, FAR_KEYS - 3))
+    keys[1, :2] = keys[0, :2]
+    mass = draw.random(keys.shape).astype(np.float32)
+    one, other = (replace(row, far_keys=raw) for raw in _far_keys(keys, mass, np.array([90, 90])))
+    (together,) = _far_keys(keys.reshape(1, -1), mass.reshape(1, -1), np.array([90]))
+    joined, whole = (np.frombuffer(raw, FAR_KEY) for raw in (one.joined(other).far_keys, together))
+    assert joined["lag"].tolist() == whole["lag"].tolist()
+    assert joined["mass"] == pytest.approx(whole["mass"])
+    assert 0 < np.count_nonzero(joined["mass"]) <= FAR_KEYS
 
 
 @pytest.mark.parametrize("seed", range(3))
