@@ -1,5 +1,7 @@
 """ANCHOR_LOCK: the reasoning reads itself at constant distances, as a model in a loop does."""
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +20,6 @@ _LONG = np.arange(65, 513)
 _PERIODS = np.concatenate([_SHORT, _LONG])
 _FITS_SHORT = ((np.arange(MOST_LAG + 1) + 1) % _SHORT[:, None] <= 1).astype(np.float32)
 """[short periods, lags], whether a lag leaves b - 1 or 0: they have too many rounds to go through one by one."""
-_CHANCE = 2 / _PERIODS
-"""Of b lags in a row two fit."""
 _MOST_CHANCE = 0.99
 
 
@@ -70,8 +70,9 @@ class AnchorLock:
         self.period = 0
         self.drift_detected = False
         self._locked = False
-        self._lags = np.zeros((0, FAR_KEYS), np.int64)
-        self._parts = np.zeros((0, FAR_KEYS))
+        # Small types: every request keeps them.
+        self._lags = np.zeros((0, FAR_KEYS), np.uint16)
+        self._parts = np.zeros((0, FAR_KEYS), np.float32)
 
     def update(self, lags: NDArray[np.integer], mass: NDArray[np.floating]) -> Verdict:
         """Take in the rows of one sentence, in order.
@@ -84,8 +85,9 @@ class AnchorLock:
         weight = np.sqrt(np.where(far, mass, 0.0))
         total = weight.sum(axis=1, keepdims=True)
         told = total[:, 0] > 0
-        self._lags = np.concatenate([self._lags, np.where(far, lags, 0)[told]])[-self.rows :]
-        self._parts = np.concatenate([self._parts, weight[told] / total[told]])[-self.rows :]
+        fresh = np.where(far, lags, 0)[told].astype(np.uint16), (weight[told] / total[told]).astype(np.float32)
+        self._lags = np.concatenate([self._lags, fresh[0]])[-self.rows :]
+        self._parts = np.concatenate([self._parts, fresh[1]])[-self.rows :]
         self.drift_detected = False
         if len(self._lags) < self.min_rows:
             return Verdict.INSUFFICIENT
@@ -98,13 +100,19 @@ class AnchorLock:
     def _fit(self) -> None:
         rows = len(self._lags)
         by_lag = np.bincount(self._lags.ravel(), self._parts.ravel(), MOST_LAG + 1).astype(float, copy=False)
-        part = _part_by_period(by_lag) / rows
-        # So few rows may fit by two standard errors more.
-        chance = np.minimum(_CHANCE + 2 * np.sqrt(_CHANCE * (1 - _CHANCE) / rows), _MOST_CHANCE)
-        scores = (part - chance) / (1 - chance)
+        chance = _chance(rows)
+        scores = (_part_by_period(by_lag) / rows - chance) / (1 - chance)
         self.score = float(scores.max())
         # What fits a period fits its divisors too.
-        self.period = int(_PERIODS[scores > self.score - 1e-6].max())
+        self.period = int(_PERIODS[scores > self.score - 1e-6][-1])
+
+
+@cache
+def _chance(rows: int) -> Mass:
+    """Part of so many rows that fits each of `_PERIODS` by chance: of b lags two fit, and two standard errors more."""
+    mean = 2 / _PERIODS
+    limit: Mass = np.minimum(mean + 2 * np.sqrt(mean * (1 - mean) / rows), _MOST_CHANCE)
+    return limit
 
 
 def _part_by_period(by_lag: Mass) -> Mass:

@@ -27,7 +27,7 @@ MAX_PENDING_ROWS = 1024
 MAX_FINDINGS = 64
 """Findings kept with a trace, newest last; the event log has the others as long as it holds them."""
 
-_TRACE_BYTES, _SPAN_BYTES = 4096, 136
+_TRACE_BYTES, _SPAN_BYTES = 6144, 136
 """Sizes of the Python objects, by tracemalloc on 64-bit CPython 3.11, for the memory bound."""
 
 
