@@ -35,13 +35,14 @@ MUST_AUROC = 0.95
 
 @dataclass(frozen=True)
 class Scored:
-    """One output: where its loop begins and an n-gram detector finds it (None: never), the highest score, and the
-    token of the sentence's end at which ANCHOR_LOCK was first raised."""
+    """One output: where its loop begins and an n-gram detector finds it (None: never), the highest score, the token of
+    the sentence's end at which ANCHOR_LOCK was first raised, and that where it says that the loop began."""
 
     begins: int | None
     ngram: int | None
     score: float
     raised: int | None
+    began: int | None
 
 
 def main(
@@ -85,10 +86,14 @@ def main(
         report.ci["tokens_behind_ngram"] = bootstrap(
             {str(i): [float(lead)] for i, lead in enumerate(leads)}, seed, lambda values: float(np.median(list(values)))
         )
+    began = [one.began - one.begins for one in looping if one.began is not None and one.begins is not None]
+    if began:
+        report.figures["began_behind_first_round"] = float(np.median(began))
     print(
         f"ANCHOR_LOCK: AUROC {area:.3f}; raised in {report.figures['raised_in_loops']:.0%} of loops and "
         f"{report.figures['raised_in_others']:.0%} of the others, "
-        f"{np.median(leads) if leads else float('nan'):.0f} tokens after the n-gram detector (median)"
+        f"{np.median(leads) if leads else float('nan'):.0f} tokens after the n-gram detector, "
+        f"as begun {np.median(began) if began else float('nan'):.0f} tokens behind the first round (medians)"
     )
     report.finish()
 
@@ -127,12 +132,12 @@ def _score(replay: Replay, ids: list[int]) -> Scored:
     output = ids[PROMPT:]
     trace = replay.run(ids, PROMPT)
     locks = [event for event in trace.findings if event.kind == monitor_pb2.EVENT_KIND_ANCHOR_LOCK]
-    raised = [event.sentence.end_token - PROMPT for event in locks]
     return Scored(
         begins=loop_begins(output),
         ngram=ngram_repeats(output),
         score=max(0.0, trace.panel.highest[Kind.ANCHOR_LOCK].score),
-        raised=raised[0] if raised else None,
+        raised=locks[0].sentence.end_token - PROMPT if locks else None,
+        began=locks[0].began.first_token - PROMPT if locks else None,
     )
 
 

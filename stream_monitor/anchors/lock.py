@@ -73,6 +73,8 @@ class AnchorLock:
         # Small types: every request keeps them.
         self._lags = np.zeros((0, FAR_KEYS), np.uint16)
         self._parts = np.zeros((0, FAR_KEYS), np.float32)
+        self._sentences = np.zeros(0, np.uint32)
+        self._newest = 0
 
     def update(self, lags: NDArray[np.integer], mass: NDArray[np.floating]) -> Verdict:
         """Take in the rows of one sentence, in order.
@@ -88,6 +90,8 @@ class AnchorLock:
         fresh = np.where(far, lags, 0)[told].astype(np.uint16), (weight[told] / total[told]).astype(np.float32)
         self._lags = np.concatenate([self._lags, fresh[0]])[-self.rows :]
         self._parts = np.concatenate([self._parts, fresh[1]])[-self.rows :]
+        self._newest += 1
+        self._sentences = np.append(self._sentences, np.full(len(fresh[0]), self._newest, np.uint32))[-self.rows :]
         self.drift_detected = False
         if len(self._lags) < self.min_rows:
             return Verdict.INSUFFICIENT
@@ -96,6 +100,18 @@ class AnchorLock:
         self.drift_detected = locked and not self._locked
         self._locked = locked
         return Verdict.ALARM if self.drift_detected else Verdict.STEADY
+
+    @property
+    def began(self) -> int:
+        """How many sentences ago the rows began to fit the period.
+
+        That is the row from which on they fit it most above halfway between chance and what the newest half does.
+        """
+        fits = ((self._lags + 1) % self.period <= 1) * self._parts
+        part = fits.sum(axis=1)
+        above = part - (2 / self.period + part[-len(part) // 2 :].mean()) / 2
+        since = int(above[::-1].cumsum().argmax())
+        return self._newest - int(self._sentences[len(part) - 1 - since])
 
     def _fit(self) -> None:
         rows = len(self._lags)

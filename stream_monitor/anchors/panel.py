@@ -298,7 +298,7 @@ class Panel:
             back = self.detachment.began
         elif kind is Kind.ANCHOR_LOCK:
             # A loop reads the sentences just before; the gap would hide them.
-            now = seen.mass.before(seen.index)
+            back, now = self.lock.began, seen.mass.before(seen.index)
             detail = f"it reads itself {self.lock.period} tokens back"
         elif self.probe is None:
             now = near

@@ -56,8 +56,9 @@ def test_every_kind_is_raised_by_its_cause_alone() -> None:
     assert {kind for _, kind in run(Panel(), steady(0, 20) + lost)} == {Kind.ANCHOR_SHIFT, Kind.PROMPT_DETACHMENT}
     moved = [observation(PROMPT + 20 + place, {0: 0.02, 2: 0.03, 5: 0.02, 8: 0.3}) for place in range(12)]
     assert {kind for _, kind in run(Panel(), steady(0, 20) + moved)} == {Kind.ANCHOR_SHIFT}
-    looping = [observation(PROMPT + 20 + place, STEADY, lag=57) for place in range(12)]
-    assert [kind for _, kind in run(Panel(), steady(0, 20) + looping)] == [Kind.ANCHOR_LOCK]
+    looping, panel = [observation(PROMPT + 20 + place, STEADY, lag=57) for place in range(12)], Panel()
+    (alarm,) = [alarm for one in steady(0, 20) + looping for alarm in panel.update(one)]
+    assert (alarm.kind, alarm.began) == (Kind.ANCHOR_LOCK, PROMPT + 20)
     taken = [observation(PROMPT + place, {2: 0.3, 5: 0.2}) for place in range(12)]
     assert run(Panel(), taken) == [(PROMPT, Kind.UNTRUSTED_ANCHOR)]
 
@@ -152,6 +153,22 @@ def test_lags_at_random_do_not_lock() -> None:
         detector.update(rng.integers(LEAST_LAG, 400, SHAPE), rng.random(SHAPE))
         scores.append(detector.score)
     assert max(scores) < 0.1
+
+
+@pytest.mark.parametrize("steady_sentences", [0, 3, 12])
+def test_a_lock_says_where_the_loop_began(steady_sentences: int) -> None:
+    """Six of eight keys fit, and by chance some before."""
+    rng, detector = np.random.default_rng(steady_sentences), AnchorLock()
+    for _ in range(steady_sentences):
+        detector.update(rng.integers(LEAST_LAG, 400, (6, FAR_KEYS)), rng.random((6, FAR_KEYS)))
+    looping = 0
+    while not detector.drift_detected and looping < 9:
+        lags = rng.integers(LEAST_LAG, 400, (6, FAR_KEYS))
+        lags[:, :6] = 20 * rng.integers(1, 10, (6, 6)) - rng.integers(0, 2, (6, 6))
+        detector.update(lags, rng.random((6, FAR_KEYS)))
+        looping += 1
+    assert detector.drift_detected
+    assert detector.began == looping - 1
 
 
 def test_a_lock_is_raised_once_and_again_after_it_was_left() -> None:
