@@ -62,7 +62,7 @@ class AnchorLock:
     20
     """
 
-    def __init__(self, rows: int = 40, min_rows: int = 12, threshold: float = 0.3) -> None:
+    def __init__(self, rows: int = 40, min_rows: int = 12, threshold: float = 0.2) -> None:
         self.rows = rows
         self.min_rows = min_rows
         self.threshold = threshold
@@ -105,11 +105,11 @@ class AnchorLock:
     def began(self) -> int:
         """How many sentences ago the rows began to fit the period.
 
-        That is the row from which on they fit it most above halfway between chance and what the newest half does.
+        That is the row from which on they fit it most above halfway between chance and what the newest ones do.
         """
         fits = ((self._lags + 1) % self.period <= 1) * self._parts
         part = fits.sum(axis=1)
-        above = part - (2 / self.period + part[-len(part) // 2 :].mean()) / 2
+        above = part - (2 / self.period + part[-self.min_rows :].mean()) / 2
         since = int(above[::-1].cumsum().argmax())
         return self._newest - int(self._sentences[len(part) - 1 - since])
 
