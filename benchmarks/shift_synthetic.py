@@ -16,6 +16,7 @@ import typer
 from numpy.typing import NDArray
 
 from benchmarks.report import Report, bootstrap, run
+from stream_monitor.anchors.lock import FAR_KEYS
 from stream_monitor.anchors.matrix import ANCHOR_GAP, SparseMass
 from stream_monitor.anchors.panel import Kind, Observation, Panel
 from stream_monitor.anchors.profile import Profile, make_profile
@@ -146,8 +147,8 @@ def _sentences(seed: int, number: int, size: float | None) -> Iterator[Observati
             roles=np.array([Role.USER] * PROMPT + [Role.REASONING] * (index + 1 - PROMPT), np.uint8),
             starts=TOKENS * np.arange(index + 1),
             rows=rows,
-            lags=draw.integers(8, TOKENS * index, rows),
-            lag_shares=np.full(rows, 0.05),
+            lags=draw.integers(8, TOKENS * index, (rows, FAR_KEYS)),
+            lag_mass=np.full((rows, FAR_KEYS), 0.05),
         )
 
 
