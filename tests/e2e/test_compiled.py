@@ -11,15 +11,14 @@ from tests.e2e.truth import prose
 pytestmark = [pytest.mark.engine, pytest.mark.long, pytest.mark.timeout(300)]
 
 
-def test_a_compiled_engine_is_captured_like_an_eager_one(offline, model_dir: Path):
-    # In bfloat16 the fused sums turn near ties of the sampled token on some processors.
+def test_a_compiled_engine_is_captured_like_an_eager_one(offline, model_dir: Path, dtype: str):
     requests = [Request(f"r{i}", prose(str(model_dir), 300 + 90 * i), 12) for i in range(3)]
     results = {
         eager: offline(
             Spec(
                 str(model_dir),
                 "stream",
-                {"dtype": "float32", "enforce_eager": eager, "max_model_len": 1024, "max_num_seqs": 4},
+                {"dtype": dtype, "enforce_eager": eager, "max_model_len": 1024, "max_num_seqs": 4},
                 requests,
             ),
             stride=1,
