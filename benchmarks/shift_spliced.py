@@ -122,9 +122,15 @@ def main(
         print(f"{name:<28}{counts.mean():>7.1%} of {counts.count()}")
     report.figures["false_alarms_per_1000_requests"] = 1000 * calm.mean()
     report.figures["false_alarms_over_nominal"] = calm.mean() / rate
-    for name, (before, behind) in _around([one for _, _, one in seen]).items():
-        report.figures[f"{name}/before"], report.figures[f"{name}/behind"] = before, behind
-        print(f"{name:<28}{before:>7.3f} in the sentences before the joint, {behind:.3f} behind it")
+    # As the output grows, both change by themselves.
+    untouched = _around([(one, _joint(joined, joined.show())) for one, _, joined in seen])
+    for name, (before, behind) in _around([(one, _joint(one, one.show())) for _, _, one in seen]).items():
+        report.figures |= {f"{name}/before": before, f"{name}/behind": behind}
+        report.figures[f"{name}/untouched"] = untouched[name][1]
+        print(
+            f"{name:<28}{before:>7.3f} in the sentences before the joint, {behind:.3f} behind it, "
+            f"{untouched[name][1]:.3f} there in the untouched"
+        )
     if delays:
         report.figures["sentences_until_found"] = float(np.median(delays))
     report.figures["uncalibrated/shift_in_calm"] = _raised(uncalibrated)
@@ -184,15 +190,15 @@ def _joint(seen: Seen, trace: RequestTrace) -> int:
     return next(index for index, span in enumerate(trace.spans) if span.end > seen.stretch.at)
 
 
-def _around(joined: Sequence[Seen]) -> dict[str, tuple[float, float]]:
-    """What ANCHOR_SHIFT is shown, all heads alike, on average over `LOOKED_BEFORE` sentences before the joint and over
-    those in which it should be found: the divergence in bits, and the share of attention on what may be an anchor."""
+def _around(places: Sequence[tuple[Seen, int]]) -> dict[str, tuple[float, float]]:
+    """What ANCHOR_SHIFT is shown, all heads alike, on average over `LOOKED_BEFORE` sentences before a place, the
+    joint's sentence, and over those in which it should be found: the divergence in bits, and the share of attention on
+    what may be an anchor."""
     divergence: dict[bool, list[float]] = {False: [], True: []}
     mass: dict[bool, list[float]] = {False: [], True: []}
-    for one in joined:
-        trace, panel = one.show(), Panel()
-        at = _joint(one, trace)
-        for seen in served(views.full(trace, with_heads=True)).observations(()):
+    for one, at in places:
+        panel = Panel()
+        for seen in served(views.full(one.show(), with_heads=True)).observations(()):
             panel.update(seen)
             if at - LOOKED_BEFORE <= seen.index <= at + WITHIN and Kind.ANCHOR_SHIFT in panel.values:
                 divergence[seen.index >= at].append(panel.values[Kind.ANCHOR_SHIFT][1])

@@ -14,11 +14,19 @@ from numpy.typing import NDArray
 ANCHOR_GAP = 4
 """A sentence's own neighbourhood is no anchor: only sentences at least this much earlier are (thought-anchors' δ)."""
 NO_BLOCK = 0xFFFFFFFF
+_NOT_ZERO = 1e-300
 _MOST_TOKENS = 1 << 20
 """Tokens of a request beyond which the sentence of a token is searched, not looked up: a table takes memory."""
 
 Positions = NDArray[np.int64]
 Mass = NDArray[np.float64]
+
+
+class AnchorShare(NamedTuple):
+    """A sentence, and its part of the mass on all that may be anchors."""
+
+    sentence: int
+    share: float
 
 
 class SparseMass(NamedTuple):
@@ -43,12 +51,16 @@ class SparseMass(NamedTuple):
         """All of it."""
         return float(np.add.reduce(self.shares))
 
-    def heaviest(self) -> tuple[int, float] | None:
+    def heaviest(self) -> AnchorShare | None:
         """The sentence that got most, and its part of all of it; None where none got any."""
         if not len(self.shares) or not (total := self.total):
             return None
         place = int(np.argmax(self.shares))
-        return int(self.columns[place]), float(self.shares[place]) / total
+        return AnchorShare(int(self.columns[place]), float(self.shares[place]) / total)
+
+    def ranked(self, most: int) -> list[AnchorShare]:
+        """The sentences that got most, so many at most, heaviest first."""
+        return ranked(self.columns, self.shares, self.shares / max(self.total, _NOT_ZERO), most)
 
     def before(self, sentence: int) -> "SparseMass":
         """The part on sentences below a number."""
@@ -58,6 +70,16 @@ class SparseMass(NamedTuple):
     def where(self, some: NDArray[np.bool_]) -> "SparseMass":
         """The part on some of the columns, bool [n]."""
         return SparseMass(self.columns[some], self.shares[some])
+
+
+def ranked(columns: Positions, by: Mass, shares: Mass, most: int) -> list[AnchorShare]:
+    """The sentences for which `by` is largest and above 0, so many at most, in that order; the earlier of two equals.
+
+    >>> ranked(np.array([2, 5, 9]), np.array([0.1, 0.0, 0.3]), np.array([0.5, 0.1, 0.4]), most=5)
+    [AnchorShare(sentence=9, share=0.4), AnchorShare(sentence=2, share=0.5)]
+    """
+    order = np.argsort(-by, kind="stable")[:most]
+    return [AnchorShare(int(columns[place]), float(shares[place])) for place in order if by[place] > 0]
 
 
 def forced_block_ids(positions: Positions, block_size: int, sink: int, recent: int) -> NDArray[np.int64]:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from stream_monitor.anchors.detachment import PromptDetachment
 from stream_monitor.anchors.heads import Head
 from stream_monitor.anchors.lock import AnchorLock
-from stream_monitor.anchors.matrix import ANCHOR_GAP, SparseMass
+from stream_monitor.anchors.matrix import ANCHOR_GAP, AnchorShare, SparseMass
 from stream_monitor.anchors.profile import Profile
 from stream_monitor.anchors.reference import Stratum
-from stream_monitor.anchors.shift import AnchorShift
+from stream_monitor.anchors.shift import AnchorShift, Moved
 from stream_monitor.anchors.untrusted import Rivals, UntrustedAnchor, candidates
 from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.anchors.verdict import Verdict
@@ -40,6 +40,7 @@ answer up there, and reads the document more than any sentence does. They are ju
 
 TOLERATED = 0.5
 """Rise of a standardised statistic's mean that is tolerated, standard deviations."""
+MOST_ANCHORS = 5
 _LOOKED_BACK = 64
 """Scored sentences that an alarm may have begun before."""
 _NOTHING = SparseMass.of(np.zeros(0))
@@ -92,8 +93,9 @@ class Alarm:
         score, threshold: in the detector's unit.
         p_value: how often a request without cause has as high a score, by the profile; None without one.
         began: number of the sentence where it began.
-        before: what the output rested on until then; empty where the detector keeps none.
-        now: what it rests on.
+        before: what the output rested on until then, at most `MOST_ANCHORS`; ANCHOR_SHIFT alone keeps it, and has here
+            what lost most, with its share until then.
+        now: what it rests on, as many, heaviest first; of ANCHOR_SHIFT what gained most, with its share since then.
         detail: what is particular to it, a few words for people.
     """
 
@@ -102,8 +104,8 @@ class Alarm:
     threshold: float
     p_value: float | None
     began: int
-    before: SparseMass
-    now: SparseMass
+    before: list[AnchorShare]
+    now: list[AnchorShare]
     detail: str
 
 
@@ -290,21 +292,22 @@ class Panel:
     def _alarm(self, kind: Kind, seen: Observation, far: SparseMass, near: SparseMass) -> Alarm:
         detector = self._detectors[kind]
         name = OPENING if seen.opening else kind
-        back, before, now, detail = 0, _NOTHING, far, ""
+        back, rests_on, detail = 0, far, ""
+        moved: Moved | None = None
         if kind is Kind.ANCHOR_SHIFT:
-            back, before = self.shift.began, self.shift.before
+            back, moved = self.shift.began, self.shift.moved()
             detail = f"divergence {self.shift.divergence:.2f} bit"
         elif kind is Kind.PROMPT_DETACHMENT:
             back = self.detachment.began
         elif kind is Kind.ANCHOR_LOCK:
             # A loop reads the sentences just before; the gap would hide them.
-            back, now = self.lock.began, seen.mass.before(seen.index)
+            back, rests_on = self.lock.began, seen.mass.before(seen.index)
             detail = f"it reads itself {self.lock.period} tokens back"
         elif self.probe is None:
-            now = near
+            rests_on = near
         else:
             # What else it reads may be more: the probe does not compare.
-            now = near.where(seen.roles[near.columns] == Role.UNTRUSTED)
+            rests_on = near.where(seen.roles[near.columns] == Role.UNTRUSTED)
             detail = "as before an instruction in it is followed"
         return Alarm(
             kind=kind,
@@ -312,8 +315,8 @@ class Panel:
             threshold=self.untrusted.opening_threshold if seen.opening else detector.threshold,
             p_value=None if self.profile is None else self.profile.p_value(name, detector.score),
             began=self._begins[kind].back(back),
-            before=before,
-            now=now,
+            before=moved.lost(MOST_ANCHORS) if moved else [],
+            now=moved.gained(MOST_ANCHORS) if moved else rests_on.ranked(MOST_ANCHORS),
             detail=detail,
         )
 

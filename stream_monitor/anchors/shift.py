@@ -1,11 +1,12 @@
 """ANCHOR_SHIFT: the distribution over anchors left its running reference."""
 
 from copy import copy
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.matrix import Mass, Positions, SparseMass
+from stream_monitor.anchors.matrix import AnchorShare, Mass, Positions, SparseMass, ranked
 from stream_monitor.anchors.page_hinkley import RiseDetector
 from stream_monitor.anchors.reference import Reference, Stratum
 from stream_monitor.anchors.verdict import Verdict
@@ -15,6 +16,27 @@ _LEAST = 1e-300
 """Halved, a smaller share may be 0, and it adds nothing."""
 _MOST = 256
 """Sentences that the reference holds, the heaviest: it stays small however long the output is."""
+
+
+class Moved(NamedTuple):
+    """Shares of some sentences, each summing to 1, before a shift and since.
+
+    Attributes:
+        columns: int64 [n], the sentences, ascending.
+        before, since: float64 [n].
+    """
+
+    columns: Positions
+    before: Mass
+    since: Mass
+
+    def lost(self, most: int) -> list[AnchorShare]:
+        """Those that lost most, so many at most, and their shares before."""
+        return ranked(self.columns, self.before - self.since, self.before, most)
+
+    def gained(self, most: int) -> list[AnchorShare]:
+        """Those that gained most, so many at most, and their shares since."""
+        return ranked(self.columns, self.since - self.before, self.since, most)
 
 
 def jensen_shannon(p: Mass, q: Mass) -> float:
@@ -34,9 +56,10 @@ class AnchorShift(RiseDetector):
 
     Each sentence's anchor distribution (its mass on sentences at least four earlier, normalised) is compared with an
     exponentially weighted reference by Jensen-Shannon divergence, in bits, and the divergence goes through a
-    Page-Hinkley test. Every sentence brings one more candidate anchor; mass on candidates the reference could not
-    know yet is no evidence of a shift, so the comparison is on the common support, and that mass is kept apart as
-    `entering`. After an alarm the reference starts anew from the sentence that raised it.
+    Page-Hinkley test. Every sentence brings one more candidate anchor; mass on candidates that the reference does not
+    know, or has known for so few sentences that it still has too little of theirs, is no evidence of a shift. So the
+    comparison is on the others, the common support, and that mass is kept apart as `entering`. After an alarm the
+    reference starts anew from the sentence that raised it.
 
     Parameters
     ----------
@@ -44,6 +67,8 @@ class AnchorShift(RiseDetector):
         Scored sentences before the first alarm.
     weight
         Weight of the newest sentence in the reference, in (0, 1].
+    settle
+        Sentences for which the reference must have known a candidate that came up since it began.
     delta
         Rise of the mean divergence that is tolerated, bits.
     threshold
@@ -51,8 +76,8 @@ class AnchorShift(RiseDetector):
     min_rows
         Captured rows a sentence needs.
     min_mass
-        Share of attention that candidates must hold before normalising it means anything; also the part of that mass
-        which must lie on the common support.
+        Share of attention that the common support must hold before normalising it means anything; also the part of the
+        reference that must lie there.
     reference
         Of a profile: divergences are then standardised by it, and `delta` and `threshold` are in standard deviations.
 
@@ -72,26 +97,36 @@ class AnchorShift(RiseDetector):
         self,
         warm_up: int = 8,
         weight: float = 0.2,
+        settle: int = 10,
         delta: float = 0.05,
         threshold: float = 0.5,
         min_rows: int = 2,
-        min_mass: float = 0.02,
+        min_mass: float = 0.01,
         reference: Reference | None = None,
     ) -> None:
         super().__init__(warm_up, delta, threshold)
         self.warm_up = warm_up
         self.weight = weight
+        self.settle = settle
         self.min_rows = min_rows
         self.min_mass = min_mass
         self.normal = reference
         self.divergence = 0.0
         self.entering = 0.0
-        self.reference = self.before = self._compared = self._current = SparseMass.of(np.zeros(0))
-        self._known = 0
+        self.reference = SparseMass.of(np.zeros(0))
+        # Candidates that the reference knew after each of its newest sentences, `settle` of them at most.
+        self._known: list[int] = []
+        # As the newest rise began: the reference, how many candidates were compared, and how much of that reference is
+        # in the one of now.
+        self._before = self.reference
+        self._compared = 0
+        self._part_before = 1.0
+        # The reference and what it knows as they were but for the newest alarm.
+        self._unbroken = self.reference, self._known
         self._scored = 0
 
     def update(self, mass: SparseMass, candidates: int, rows: int, role: int = Role.REASONING) -> Verdict:
-        """Take in one sentence; `before` is the reference as it was when the rise of the divergence began.
+        """Take in one sentence.
 
         Args:
             mass: share of the sentence's attention on each earlier sentence.
@@ -102,17 +137,19 @@ class AnchorShift(RiseDetector):
         total = mass.total
         if rows < self.min_rows or total < self.min_mass:
             return Verdict.INSUFFICIENT
-        current = self._current = SparseMass(mass.columns, mass.shares / total)
-        common, self._known = min(self._known, candidates), candidates
-        if common == 0:
-            self.reference = current
+        current = SparseMass(mass.columns, mass.shares / total)
+        if not self._known:
+            self.reference, self._known = current, [candidates]
             return Verdict.WARM_UP
+        # Fewer than before, where the output was cut back.
+        common = min(self._known[0], candidates)
+        self._known = [*self._known, candidates][-self.settle :]
         columns, both = _side_by_side(self.reference, current)
         known = both[:, : columns.searchsorted(common)]
         held, shared = np.add.reduce(known, 1).tolist()
         self.entering = 1.0 - shared
-        self._compared = self.reference
-        if shared < self.min_mass or held < self.min_mass:
+        before = self.reference
+        if total * shared < self.min_mass or held < self.min_mass:
             self._learn(columns, both)
             return Verdict.INSUFFICIENT
         self.divergence = jensen_shannon(known[1] / shared, known[0] / held)
@@ -120,20 +157,31 @@ class AnchorShift(RiseDetector):
         self._test.update(self.normal.standardise(self.divergence, stratum) if self.normal else self.divergence)
         self._scored += 1
         if not self.began:
-            self.before = self._compared
+            self._before, self._compared, self._part_before = before, common, 1.0
+        self._learn(columns, both)
         if self.drift_detected:
-            self.reference = current
+            self._unbroken = self.reference, self._known
+            self.reference, self._known = current, [candidates]
             self._scored = 0
             return Verdict.ALARM
-        self._learn(columns, both)
         return Verdict.WARM_UP if self._scored < self.warm_up else Verdict.STEADY
+
+    def moved(self) -> Moved:
+        """What the sentences since the rise began rest on, the newest counting most, beside what was rested on until
+        then; of the sentences that were compared then."""
+        columns, both = _side_by_side(self._before, self._unbroken[0] if self.drift_detected else self.reference)
+        known = columns.searchsorted(self._compared)
+        before, learned = both[:, :known]
+        # The reference is a weighted mean of the one before and the sentences since.
+        since = np.maximum(learned - self._part_before * before, 0.0)
+        before, since = (shares / max(float(np.add.reduce(shares)), _LEAST) for shares in (before, since))
+        return Moved(columns[:known], before, since)
 
     def unbroken(self) -> "AnchorShift":
         """Right after an alarm: the same as if its threshold had not been passed, nor ever will be."""
         twin = copy(self)
         twin._test = self._test.unbroken()
-        twin.reference = self._compared
-        twin._learn(*_side_by_side(self._compared, self._current))
+        twin.reference, twin._known = self._unbroken
         return twin
 
     def _learn(self, columns: Positions, both: NDArray[np.float64]) -> None:
@@ -143,6 +191,7 @@ class AnchorShift(RiseDetector):
             kept = shares > np.partition(shares, -_MOST - 1)[-_MOST - 1]
             columns, shares = columns[kept], shares[kept]
         self.reference = SparseMass(columns, shares)
+        self._part_before *= 1.0 - self.weight
 
 
 def _side_by_side(one: SparseMass, other: SparseMass) -> tuple[Positions, NDArray[np.float64]]:

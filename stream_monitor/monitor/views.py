@@ -1,17 +1,18 @@
 """Traces as the messages of `monitor.proto`."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from stream_monitor.anchors.heads import HeadShares
-from stream_monitor.anchors.matrix import SparseMass, vertical_scores
-from stream_monitor.anchors.panel import Alarm, Kind
+from stream_monitor.anchors.matrix import AnchorShare, SparseMass, vertical_scores
+from stream_monitor.anchors.panel import MOST_ANCHORS, Alarm, Kind
 from stream_monitor.monitor.head_views import add_heads, carriers
 from stream_monitor.monitor.identity import parse
 from stream_monitor.monitor.text import shortened
 from stream_monitor.monitor.trace import RequestTrace
 from stream_monitor.v1alpha1 import monitor_pb2
 
-MAX_ANCHORS = 5
 EVENT_TEXT = 240
 """Characters of a sentence's text in events and lists, of which many thousands are held."""
 
@@ -39,15 +40,9 @@ def whole_sentence(trace: RequestTrace, index: int) -> monitor_pb2.Sentence:
     return found
 
 
-def anchors(trace: RequestTrace, mass: SparseMass) -> list[monitor_pb2.Anchor]:
-    """The heaviest candidates, heaviest first, with their share of the mass on all candidates."""
-    total = mass.total
-    heaviest = np.argsort(-mass.shares, kind="stable")[:MAX_ANCHORS]
-    return [
-        monitor_pb2.Anchor(sentence=sentence(trace, int(mass.columns[place])), share=float(mass.shares[place]) / total)
-        for place in heaviest
-        if mass.shares[place] > 0
-    ]
+def anchors(trace: RequestTrace, shares: Iterable[AnchorShare]) -> list[monitor_pb2.Anchor]:
+    """The same with what is known of the sentences."""
+    return [monitor_pb2.Anchor(sentence=sentence(trace, index), share=share) for index, share in shares]
 
 
 def info(trace: RequestTrace) -> monitor_pb2.RequestInfo:
@@ -143,10 +138,16 @@ def sentence_closed(trace: RequestTrace, index: int) -> monitor_pb2.Event:
 def sentence_event(
     trace: RequestTrace, index: int, mass: SparseMass, unobserved: float, now_ns: int
 ) -> monitor_pb2.Event:
-    """A sentence of the output was closed and all its rows are in."""
+    """A sentence of the output was closed and all its rows are in; `mass` is its candidates'."""
+    return _closed(trace, index, mass.ranked(MOST_ANCHORS), unobserved, now_ns)
+
+
+def _closed(
+    trace: RequestTrace, index: int, rests_on: Iterable[AnchorShare], unobserved: float, now_ns: int
+) -> monitor_pb2.Event:
     event = progress_event(trace, monitor_pb2.EVENT_KIND_SENTENCE_CLOSED, now_ns)
     event.sentence.CopyFrom(sentence(trace, index))
-    event.to_anchors.extend(anchors(trace, mass))
+    event.to_anchors.extend(anchors(trace, rests_on))
     event.unobserved_share = unobserved
     event.closed_time_ns = trace.closed_ns(index)
     rests = f"rests on sentence {event.to_anchors[0].sentence.index}" if event.to_anchors else "shows no anchor"
@@ -158,7 +159,7 @@ def alarm_event(
     trace: RequestTrace, index: int, alarm: Alarm, shares: HeadShares, unobserved: float, now_ns: int
 ) -> monitor_pb2.Event:
     """A finding at sentence `index`, or the opening, which has these shares by head, right after it was taken in."""
-    event = sentence_event(trace, index, alarm.now, unobserved, now_ns)
+    event = _closed(trace, index, alarm.now, unobserved, now_ns)
     event.kind = getattr(monitor_pb2, f"EVENT_KIND_{alarm.kind.name}")
     event.severity = monitor_pb2.SEVERITY_WARNING
     event.from_anchors.extend(anchors(trace, alarm.before))

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.matrix import ANCHOR_GAP, SparseMass
+from stream_monitor.anchors.matrix import ANCHOR_GAP, AnchorShare, SparseMass
 from stream_monitor.anchors.shift import AnchorShift
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.tracing.sentences import Sentence
@@ -88,12 +88,13 @@ def score_sentences(mass: Scores, candidates: NDArray[np.bool_], tokens: NDArray
             judged.append(sentence)
         if verdict in (Verdict.STEADY, Verdict.ALARM):
             began, alarm = judged[-1 - detector.began], verdict is Verdict.ALARM
-            found.append(Scored(began, detector.score, alarm, _top(detector.before), _top(row)))
+            moved = detector.moved()
+            found.append(Scored(began, detector.score, alarm, _first(moved.lost(1)), _first(moved.gained(1))))
     return found
 
 
-def _top(mass: SparseMass) -> int | None:
-    return int(mass.columns[mass.shares.argmax()]) if len(mass.columns) else None
+def _first(anchors: Sequence[AnchorShare]) -> int | None:
+    return anchors[0].sentence if anchors else None
 
 
 def choose_shifts(scored: Sequence[Scored], sentences: Sequence[Sentence]) -> list[Shift]:

@@ -318,10 +318,16 @@ class Event(_message.Message):
 
     @_builtins.property
     def from_anchors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Anchor]:
-        """Heaviest first, at most 5. `from` is the running reference as it was when the shift began."""
+        """ANCHOR_SHIFT alone: the sentences that lost most, most first, at most 5, with their shares until it began, of the mass
+        on the sentences that it compared.
+        """
 
     @_builtins.property
-    def to_anchors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Anchor]: ...
+    def to_anchors(self) -> _containers.RepeatedCompositeFieldContainer[Global___Anchor]:
+        """At most 5. ANCHOR_SHIFT: the sentences that gained most, most first, with their shares since it began, of the same
+        mass. The others: those that get most, heaviest first.
+        """
+
     @_builtins.property
     def began(self) -> Global___Sentence:
         """The sentence where it began, at or before `sentence`."""

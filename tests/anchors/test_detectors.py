@@ -92,22 +92,45 @@ def test_warm_up_and_restart() -> None:
     one, two = np.array([0.5, 0.0]), np.array([0.0, 0.5])
     assert [shown(detector, one) for _ in range(6)] == [Verdict.WARM_UP] * 4 + [Verdict.STEADY] * 2
     assert shown(detector, two) is Verdict.ALARM
-    assert (detector.before.columns.tolist(), detector.before.shares.tolist()) == ([0], [1.0])
+    assert (detector.moved().lost(5), detector.moved().gained(5)) == ([(0, 1.0)], [(1, 1.0)])
     assert [shown(detector, two) for _ in range(4)] == [Verdict.WARM_UP] * 3 + [Verdict.STEADY]
 
 
-def test_what_it_rested_on_before_is_from_before_the_rise_however_long_that_takes() -> None:
+def test_what_moved_is_told_from_before_the_rise_however_long_that_takes() -> None:
+    """Not the heaviest: one sentence stays that before and since."""
     detector = AnchorShift(weight=0.05)
     for index in range(40):
         mass = np.zeros(index + 20)
-        mass[0], mass[5] = (0.5, 0.0) if index < 20 else (0.2, 0.3)
+        mass[2], mass[0], mass[5] = (0.4, 0.4, 0.0) if index < 20 else (0.4, 0.1, 0.3)
         detector.update(SparseMass.of(mass), len(mass), rows=3)
         if detector.drift_detected:
             break
     assert detector.drift_detected
     assert index - detector.began == 20
     assert index > 20, "found at once"
-    assert detector.before.columns.tolist() == [0], "the new anchor is among the old ones"
+    (lost,), (gained,) = detector.moved().lost(1), detector.moved().gained(1)
+    assert (lost.sentence, gained.sentence) == (0, 5)
+    assert (lost.share, gained.share) == (pytest.approx(1 / 2), pytest.approx(3 / 8))
+
+
+def test_a_sentence_that_came_up_lately_is_no_evidence_of_a_shift() -> None:
+    """The reference has too little of it yet, and what is read more is read more than that."""
+    detector = AnchorShift()
+    divergences = []
+    for index in range(24):
+        mass = np.zeros(8 + index)
+        mass[0 if index < 10 else [0, 17]] = 0.25
+        assert not detector.drift_detected
+        shown(detector, mass)
+        divergences.append(detector.divergence)
+    assert divergences[: 10 + detector.settle] == [0.0] * (10 + detector.settle)
+    assert 0 < max(divergences) < 0.01
+    at_once = AnchorShift(settle=1)
+    for index in range(12):
+        mass = np.zeros(8 + index)
+        mass[0 if index < 10 else [0, 17]] = 0.25
+        shown(at_once, mass)
+    assert at_once.divergence > 0.1
 
 
 @pytest.mark.parametrize(("mass", "rows"), [(np.full(5, 0.1), 1), (np.full(5, 0.001), 9), (np.zeros(0), 9)])

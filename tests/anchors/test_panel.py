@@ -14,7 +14,7 @@ from stream_monitor.anchors.heads import Receivers
 from stream_monitor.anchors.lock import FAR_KEYS, LEAST_LAG, MOST_LAG, AnchorLock
 from stream_monitor.anchors.matrix import SparseMass
 from stream_monitor.anchors.panel import OPENING, Kind, Observation, Panel
-from stream_monitor.anchors.profile import Profile, ProfileError, make_profile
+from stream_monitor.anchors.profile import VERSION, Profile, ProfileError, make_profile
 from stream_monitor.anchors.untrusted import UntrustedAnchor
 from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.anchors.verdict import Verdict
@@ -68,8 +68,8 @@ def test_an_alarm_says_where_it_began_and_what_moved() -> None:
     moved = [observation(PROMPT + 20 + place, {5: 0.02, 8: 0.3}) for place in range(12)]
     (alarm,) = [alarm for one in steady(0, 20) + moved for alarm in panel.update(one)]
     assert alarm.began == PROMPT + 20
-    heaviest = [int(mass.columns[np.argmax(mass.shares)]) for mass in (alarm.before, alarm.now)]
-    assert heaviest == [5, 8]
+    assert [found[0].sentence for found in (alarm.before, alarm.now)] == [5, 8]
+    assert not {one.sentence for one in alarm.before} & {one.sentence for one in alarm.now}
     assert alarm.score > alarm.threshold
     assert alarm.p_value is None
 
@@ -92,8 +92,12 @@ def test_the_last_sentences_of_a_document_count_though_they_are_near() -> None:
 
 
 def test_the_highest_scores_do_not_depend_on_thresholds() -> None:
-    """A profile is made of them: an alarm begins the detector anew, and must not cut the score off."""
-    moved = [observation(PROMPT + 20 + place, {5: 0.02, 8: 0.3}) for place in range(30)]
+    """A profile is made of them: an alarm begins the detector anew, and must not cut the score off.
+
+    Nor may what was written shortly before count sooner than without the alarm.
+    """
+    recent = PROMPT + 15
+    moved = [observation(PROMPT + 20 + place, {5: 0.02, 8: 0.3, recent: 0.02 * place}) for place in range(30)]
     with_alarms, without = Panel(), Panel()
     without.shift.threshold = math.inf
     for one in steady(0, 20) + moved:
@@ -324,8 +328,8 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     [
         ("nonsense", "is not a profile; `stream-monitor calibrate` makes one"),
         ("[]", "is not a profile"),
-        ('{"version": 5}', "is not a profile"),
-        ({"version": 4}, "is a profile of version 4, and this program's scores are those of 5; make it anew"),
+        (f'{{"version": {VERSION}}}', "is not a profile"),
+        ({"version": 4}, f"is a profile of version 4, and this program's scores are those of {VERSION}; make it anew"),
         ({"probe": {"heads": [[1, 2, 3]], "weights": [1.0], "bias": 0.0}}, "is not a profile"),
         ({"probe": {"heads": [[1, 2]], "weights": [1.0, 2.0], "bias": 0.0}}, "was changed by hand"),
         ({"probe": {"heads": [[1, 2]], "weights": [math.inf], "bias": 0.0}}, "was changed by hand"),

@@ -187,7 +187,7 @@ def test_the_detector_is_scored_by_the_profiles_probe() -> None:
     panel = Panel(profile, 0.1)
     (alarm,) = [alarm for seen in request.observations((), PROBE) for alarm in panel.update(seen)]
     assert alarm.kind is Kind.UNTRUSTED_ANCHOR
-    assert alarm.now.columns.tolist() == [DOCUMENT]
+    assert [one.sentence for one in alarm.now] == [DOCUMENT]
     read = np.log(request.shares[0][1].on(np.array([DOCUMENT]), len(HEADS))[:, 0] + 1e-3)
     assert alarm.score == pytest.approx(2 * read[2] - read[0] + 0.5)
     elsewhere = Panel(profile, 0.1)
