@@ -59,7 +59,7 @@ def _curve(trace: Trace, event: monitor_pb2.Event | None) -> Table:
     after = {anchor.sentence.index: anchor.share for anchor in event.to_anchors} if event else {}
     if event:
         table.add_column("before")
-        table.add_column("at the finding")
+        table.add_column("since" if before else "at the finding")
     if with_text := any(sentence.text for sentence in trace.sentences):
         table.add_column("text", no_wrap=True)
     found = {one.sentence.index for one in trace.events}

@@ -54,6 +54,6 @@ export function finding(event, onpick) {
     h("p", {}, h("span", { class: `kind ${kindOf(event)}` }, kind.sign), " ", h("b", {}, kind.name), ` ${event.summary}`),
     h("p", { class: "note" }, `score ${(event.score ?? 0).toPrecision(3)}, threshold ${(event.threshold ?? 0).toPrecision(3)}; ${rare}. `,
       "At ", go(event.sentence?.index ?? 0, `#${event.sentence?.index ?? 0}`), ", began at ", go(event.began?.index ?? 0, `#${event.began?.index ?? 0}`), "."),
-    anchors("rested on", event.fromAnchors), anchors("rests on", event.toAnchors),
+    anchors("turned from", event.fromAnchors), anchors(event.fromAnchors?.length ? "turned to" : "rests on", event.toAnchors),
     event.heads?.length ? h("p", { class: "note" }, "carried by ", event.heads.map((one) => `${headName(one.head)} (${percent(one.share)})`).join(", ")) : null);
 }
