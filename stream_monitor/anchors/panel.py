@@ -41,6 +41,7 @@ answer up there, and reads the document more than any sentence does. They are ju
 TOLERATED = 0.5
 """Rise of a standardised statistic's mean that is tolerated, standard deviations."""
 MOST_ANCHORS = 5
+"""That a finding names, of those before and of those now."""
 _LOOKED_BACK = 64
 """Scored sentences that an alarm may have begun before."""
 _NOTHING = SparseMass.of(np.zeros(0))

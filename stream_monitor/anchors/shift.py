@@ -141,7 +141,6 @@ class AnchorShift(RiseDetector):
         if not self._known:
             self.reference, self._known = current, [candidates]
             return Verdict.WARM_UP
-        # Fewer than before, where the output was cut back.
         common = min(self._known[0], candidates)
         self._known = [*self._known, candidates][-self.settle :]
         columns, both = _side_by_side(self.reference, current)

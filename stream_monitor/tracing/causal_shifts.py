@@ -2,7 +2,7 @@
 hiding b rather than a should weigh more behind the shift than before it.
 
 Few texts raise an alarm at the detector's own threshold; so a text's sentences are tried in the order of its score,
-alarms first. That a sentence's new anchor is what it reads most would alone favour it there and behind. So the same is
+alarms first. That the new anchor is what gained most there would alone favour it there and behind. So the same is
 tried, as controls, where the score is lowest. What is near weighs more and loses more of that with every token: a new
 anchor nearer than the old one has that against it, a farther one for it, which is why both are told apart.
 """
@@ -29,7 +29,7 @@ SHIFT_SENTENCES, SHIFT_TOKENS = 8, 16
 
 class Scored(NamedTuple):
     """What the detector says of a sentence: where the rise of its score began, the score, whether that is an alarm, and
-    the anchors until then and now."""
+    which sentences lost and gained most since the rise began."""
 
     began: int
     score: float
