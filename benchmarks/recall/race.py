@@ -23,7 +23,10 @@ OUTLIER_SHARES = (0.0, 0.5, 1.0)
 
 GAINS = (1e-2, 3e-3, 1e-3, 5e-4, 2e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 
-_SWEPT = ("width", "min_gain", "box_width", "outlier_share", "outlier_keys")
+SPREAD_WEIGHTS = (2.0, 4.0)
+"""Beside 1, for the largest budgets."""
+
+_SWEPT = ("width", "min_gain", "box_width", "outlier_share", "outlier_keys", "spread_weight")
 
 
 def measure(model: Path, kind: str, wanted: int, ids: list[int], top_ks: Sequence[int]) -> Case:
@@ -69,6 +72,7 @@ def _product_settings(config: SearchConfig) -> Iterator[tuple[str, str, SearchCo
     full = [replace(config, width=width, min_gain=0.0, outlier_share=1.0) for width in WIDTHS if width > 3]
     swept += [replace(own, outlier_keys=2) for own in two + full]
     swept += [replace(own, outlier_keys=3) for own in full]
+    swept += [replace(own, spread_weight=weight) for own in full for weight in SPREAD_WEIGHTS]
     for box in NARROW_BOXES:
         narrow = replace(config, box_width=box, outlier_share=0.0)
         swept += [replace(narrow, width=width, min_gain=0.0) for width in (1, 2, 3)]

@@ -124,6 +124,7 @@ def make_beam(g: Geometry, kv_heads: int, heads: int, config: SearchConfig) -> B
         min_gain=float(config.min_gain),  # the compiled code takes no whole number
         first_lot=config.first_lot,
         outlier_256ths=config.outlier_256ths,
+        spread_weight=np.float32(config.spread_weight),
         width=config.box_width,
         tops=levels.tops,
         nodes=index,

@@ -346,7 +346,7 @@ def beam_kernel(
         # Read once more, from a cache close by; where no node is scored, not at all.
         profile = spread_profile(unit, tl.where(few, used, tl.maximum(end, SHAPE.sink_blocks)), used, SHAPE)
         query = unit.query * unit.scale
-        stretch = tl.sum(query * query * profile[None, :], 1)
+        stretch = SHAPE.spread_weight * tl.sum(query * query * profile[None, :], 1)
         scored, reads = _score_levels(unit, pyramid, own, outside, stretch, end, top_level, most, SHAPE)
         tl.debug_barrier()
         found, fit, taken = _read_by_gain(unit, own, outside, tl.where(few, inner, scored), SHAPE)

@@ -146,6 +146,7 @@ def make_shape(
         first_lot=config.first_lot,
         min_gain=config.min_gain,
         outlier_256ths=config.outlier_256ths,
+        spread_weight=float(config.spread_weight),
         outlier_keys=config.outlier_keys,
         outliers_tile=triton.next_power_of_2(config.outlier_keys),
         vectors=1 + config.outlier_keys,

@@ -55,6 +55,7 @@ class Shape:
     min_gain: float
     first_lot: int
     outlier_256ths: int
+    spread_weight: float
     outlier_keys: int
     outliers_tile: int
     vectors: int

@@ -93,7 +93,7 @@ def _score(
     blocks = nodes.blocks[ids]
     own = NodeStatistics(nodes.mean[at], nodes.outliers[at], nodes.spread[at], blocks[:, None])
     block = math.log(config.block_size)
-    bulk = bulk_scores(queries, profile, own, config.block_size, prompt.softcap) + block
+    bulk = bulk_scores(queries, config.spread_weight * profile, own, config.block_size, prompt.softcap) + block
     scored = _Scored(ids, present & (blocks > 0), bulk, blocks[:, None].clamp(min=1.0))
 
     if norm is None:

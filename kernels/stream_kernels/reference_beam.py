@@ -124,8 +124,9 @@ def beam(
 
     1. From `top_level` down, every level scores its nodes and keeps the `box_width` best of them; the children of
        those, and the up to seven nodes no whole parent covers, are scored next.
-    2. A node's estimate is what the mean and spread of its keys say (`bulk_scores`), or what its best outlier says
-       (`outlier_scores`) if that is more. Outliers are looked at only in the `outlier_share` best nodes by the former.
+    2. A node's estimate is what the mean and spread of its keys say (`bulk_scores`, with `spread_weight`), or what its
+       best outlier says (`outlier_scores`) if that is more. Outliers are looked at only in the `outlier_share` best
+       nodes by the former.
     3. A node's score is, per head, its estimated share of the row's attention; a unit's score is the heads' sum. Shares
        are relative to `outside` and the top level's nodes, these by their means and spreads.
     4. Blocks are read in order of their score: the first `first_lot`, then `top_k` at a time while the mass that the
@@ -145,6 +146,7 @@ def beam(
     """
     blocks = block_keys.shape[1]
     inner = (end - config.sink_blocks).clamp(min=0)
+    profile = config.spread_weight * profile
     levels = max(1, math.floor(math.log(max(blocks, 1), FANOUT) + 1e-9) + 1)
     top = top_level(end, config.box_width, levels)
     summaries = pyramid(block_keys, levels, config.sink_blocks, config.outlier_keys)

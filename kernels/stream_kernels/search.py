@@ -45,6 +45,9 @@ class SearchConfig:
             by the mean of their keys, then the best of them by their outlier keys too.
         outlier_keys: outliers that a node holds. A second costs half as much memory again, and finds more where reads
             are many: most of what one misses then is single keys that lie nearly as far out.
+        spread_weight: what beam multiplies the variance of a node's logits by, as its keys' spread has it. Above 1,
+            nodes that say little of their keys come before those that are likely good: that finds more where a search
+            reads a twentieth of the keys and more, and less where it reads few.
         min_gain: beam reads on while the heads of a unit may expect to gain this share of their attention, summed, per
             candidate read; 0 always reads `width * top_k`.
     """
@@ -61,6 +64,7 @@ class SearchConfig:
     box_width: int = 160
     outlier_share: float = 0.5
     outlier_keys: int = 1
+    spread_weight: float = 1.0
     min_gain: float = 0.0005
 
     def __post_init__(self) -> None:
@@ -84,6 +88,8 @@ class SearchConfig:
             raise ValueError(f"outlier_share is {self.outlier_share}; valid: 0 to 1")
         if not 1 <= self.outlier_keys <= 4:
             raise ValueError(f"outlier_keys is {self.outlier_keys}; valid: 1 to 4")
+        if not 0 <= self.spread_weight <= 16:
+            raise ValueError(f"spread_weight is {self.spread_weight}; valid: 0 to 16")
         if not 0 <= self.min_gain <= 1:
             raise ValueError(f"min_gain is {self.min_gain}; valid: 0 to 1")
 

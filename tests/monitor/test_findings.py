@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from stream_monitor.anchors.panel import Kind
 from stream_monitor.anchors.probe_fitting import score
-from stream_monitor.anchors.profile import Profile, ProfileError, make_profile
+from stream_monitor.anchors.profile import VERSION, Profile, ProfileError, make_profile
 from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.cli import app
 from stream_monitor.monitor.calibrate import served
@@ -108,7 +108,7 @@ def test_a_profile_made_of_a_monitors_requests_calibrates_the_next(
     assert "no finished request" in errors
     draw = np.random.default_rng(0)
     for number in range(40):
-        targets = [28 if draw.random() < 0.7 else 40 for _ in range(16)]
+        targets = [28 if draw.random() < 0.7 else 22 for _ in range(16)]
         first.publish(request(rank, f"calm-{number}", targets))
     code, text, errors = run("calibrate", "--out", path, "--target", address, "--trim", 0)
     assert code == 0, errors
@@ -120,7 +120,7 @@ def test_a_profile_made_of_a_monitors_requests_calibrates_the_next(
     assert stored["highest"]["untrusted_anchor"] == []
 
     second = run_monitors(profiles=str(path), false_alarm_rate=0.1, ingest=f"unix:{tmp_path / 'second.sock'}")
-    second.publish(request(Engine(), "shift", [28] * 14 + [46] * 30))
+    second.publish(request(Engine(), "shift", [28] * 14 + [16] * 30))
     (event,) = second.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="shift")).events[:1]
     assert event.kind == monitor_pb2.EVENT_KIND_ANCHOR_SHIFT
     assert event.p_value == pytest.approx(1 / 41)
@@ -137,7 +137,7 @@ def test_a_profile_made_of_a_monitors_requests_calibrates_the_next(
     [({"requests": 40}, "a rate of 0.01 for 4 detectors needs 399"), ({"version": 9}, "profile of version 9")],
 )
 def test_a_profile_that_cannot_serve_is_one_line(changes: dict[str, int], message: str, tmp_path: Path) -> None:
-    content = {"version": 5, "model_name": "m", "capture": "c", "made_unix": 1, "requests": 400, "trimmed": 0}
+    content = {"version": VERSION, "model_name": "m", "capture": "c", "made_unix": 1, "requests": 400, "trimmed": 0}
     content |= {"receivers": [], "reliability": None, "references": {}, "probe": None}
     highest = {kind.value: [1.0] for kind in Kind}
     (tmp_path / "p.json").write_text(json.dumps(content | {"highest": highest} | changes))

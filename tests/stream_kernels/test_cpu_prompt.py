@@ -19,6 +19,7 @@ CONFIGS = {
     "flat": replace(BEAM, box_width=256),
     "reads all it may": replace(BEAM, min_gain=0.0, width=8),
     "two outliers a node": replace(BEAM, outlier_keys=2),
+    "the uncertain first": replace(BEAM, spread_weight=3.0),
     "two sinks, no outliers": replace(BEAM, sink_blocks=2, outlier_share=0.0),
     "each head alone": replace(BEAM, share_kv_group=False),
     "no re-rank": replace(BEAM, rerank=False),

@@ -48,6 +48,7 @@ CASES = {
     "beam, early stop": GpuCase(replace(BEAM, min_gain=0.02), (2500,), **ONE_HEAD),
     "beam, never stops": GpuCase(replace(BEAM, min_gain=0.0), (2500,), **ONE_HEAD),
     "beam, not re-ranked": GpuCase(replace(BEAM, rerank=False), (1200,), **ONE_HEAD),
+    "beam, the uncertain first": GpuCase(replace(BEAM, spread_weight=3.0), (2500,), **ONE_HEAD),
     "beam, no outliers": GpuCase(replace(BEAM, outlier_share=0.0), (2500,), **ONE_HEAD),
     "beam, a few outliers": GpuCase(replace(BEAM, outlier_share=0.1, block_size=8, box_width=6), (1700,), **ONE_HEAD),
     "beam, every outlier": GpuCase(replace(BEAM, outlier_share=1.0, block_size=8), (1700,), **ONE_HEAD),

@@ -36,6 +36,7 @@ CASES = {
     "beam, page 128, head size 128": Case(BEAM, UNEVEN, page_size=128, head_dim=128),
     "beam, float32, eight heads per KV head": Case(BEAM, UNEVEN, dtype=torch.float32, group=8),
     "beam, float16, many sinks": Case(replace(BEAM, sink_blocks=9, recent_blocks=1), UNEVEN, dtype=torch.float16),
+    "beam, the uncertain first": Case(replace(BEAM, spread_weight=3.0), (9000, 2100, 333)),
     "beam, two outliers a node": Case(replace(BEAM, outlier_keys=2, outlier_share=1.0), (9000, 2100, 333)),
     "beam, three outliers a node, soft cap": Case(replace(BEAM, outlier_keys=3), UNEVEN, softcap=30.0),
     "beam, no sink": Case(replace(BEAM, sink_blocks=0, recent_blocks=5), UNEVEN),

@@ -67,7 +67,7 @@ def search_nodes(
         return end - g.sink_blocks, 0
 
     for h in range(heads):
-        b.scale[h] = spread_scale(s.query[h], b.profile)
+        b.scale[h] = beam.spread_weight * spread_scale(s.query[h], b.profile)
     level: int = beam.tops[end]
     count, reads, left = 0, 0, 0
     for node in range(end >> (FANOUT_BITS * level)):

@@ -65,6 +65,7 @@ class Beam(NamedTuple):
     min_gain: float
     first_lot: int
     outlier_256ths: int
+    spread_weight: np.float32
     width: int
     """Nodes kept per level."""
     tops: NDArray[np.int32]
