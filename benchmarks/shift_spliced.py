@@ -7,7 +7,7 @@ turn a profile is made of the untouched requests of all others, as `stream-monit
 trace.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -123,8 +123,9 @@ def main(
     report.figures["false_alarms_per_1000_requests"] = 1000 * calm.mean()
     report.figures["false_alarms_over_nominal"] = calm.mean() / rate
     # As the output grows, both change by themselves.
-    untouched = _around([(one, _joint(joined, joined.show())) for one, _, joined in seen])
-    for name, (before, behind) in _around([(one, _joint(one, one.show())) for _, _, one in seen]).items():
+    joints = [_joint(joined, joined.show()) for _, _, joined in seen]
+    untouched = _around(zip((one for one, _, _ in seen), joints, strict=True))
+    for name, (before, behind) in _around(zip((one for _, _, one in seen), joints, strict=True)).items():
         report.figures |= {f"{name}/before": before, f"{name}/behind": behind}
         report.figures[f"{name}/untouched"] = untouched[name][1]
         print(
@@ -190,7 +191,7 @@ def _joint(seen: Seen, trace: RequestTrace) -> int:
     return next(index for index, span in enumerate(trace.spans) if span.end > seen.stretch.at)
 
 
-def _around(places: Sequence[tuple[Seen, int]]) -> dict[str, tuple[float, float]]:
+def _around(places: Iterable[tuple[Seen, int]]) -> dict[str, tuple[float, float]]:
     """What ANCHOR_SHIFT is shown, all heads alike, on average over `LOOKED_BEFORE` sentences before a place, the
     joint's sentence, and over those in which it should be found: the divergence in bits, and the share of attention on
     what may be an anchor."""

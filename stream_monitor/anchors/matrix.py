@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 ANCHOR_GAP = 4
 """A sentence's own neighbourhood is no anchor: only sentences at least this much earlier are (thought-anchors' δ)."""
 NO_BLOCK = 0xFFFFFFFF
-_NOT_ZERO = 1e-300
 _MOST_TOKENS = 1 << 20
 """Tokens of a request beyond which the sentence of a token is searched, not looked up: a table takes memory."""
 
@@ -60,7 +59,8 @@ class SparseMass(NamedTuple):
 
     def ranked(self, most: int) -> list[AnchorShare]:
         """The sentences that got most, so many at most, heaviest first."""
-        return ranked(self.columns, self.shares, self.shares / max(self.total, _NOT_ZERO), most)
+        total = self.total
+        return ranked(self.columns, self.shares, self.shares / total, most) if total > 0 else []
 
     def before(self, sentence: int) -> "SparseMass":
         """The part on sentences below a number."""

@@ -15,7 +15,7 @@ from stream_monitor.anchors.lock import AnchorLock
 from stream_monitor.anchors.matrix import ANCHOR_GAP, AnchorShare, SparseMass
 from stream_monitor.anchors.profile import Profile
 from stream_monitor.anchors.reference import Stratum
-from stream_monitor.anchors.shift import AnchorShift, Moved
+from stream_monitor.anchors.shift import AnchorShift
 from stream_monitor.anchors.untrusted import Rivals, UntrustedAnchor, candidates
 from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.anchors.verdict import Verdict
@@ -293,22 +293,22 @@ class Panel:
     def _alarm(self, kind: Kind, seen: Observation, far: SparseMass, near: SparseMass) -> Alarm:
         detector = self._detectors[kind]
         name = OPENING if seen.opening else kind
-        back, rests_on, detail = 0, far, ""
-        moved: Moved | None = None
+        back, before, now, detail = 0, list[AnchorShare](), far.ranked(MOST_ANCHORS), ""
         if kind is Kind.ANCHOR_SHIFT:
             back, moved = self.shift.began, self.shift.moved()
+            before, now = moved.lost(MOST_ANCHORS), moved.gained(MOST_ANCHORS)
             detail = f"divergence {self.shift.divergence:.2f} bit"
         elif kind is Kind.PROMPT_DETACHMENT:
             back = self.detachment.began
         elif kind is Kind.ANCHOR_LOCK:
             # A loop reads the sentences just before; the gap would hide them.
-            back, rests_on = self.lock.began, seen.mass.before(seen.index)
+            back, now = self.lock.began, seen.mass.before(seen.index).ranked(MOST_ANCHORS)
             detail = f"it reads itself {self.lock.period} tokens back"
         elif self.probe is None:
-            rests_on = near
+            now = near.ranked(MOST_ANCHORS)
         else:
             # What else it reads may be more: the probe does not compare.
-            rests_on = near.where(seen.roles[near.columns] == Role.UNTRUSTED)
+            now = near.where(seen.roles[near.columns] == Role.UNTRUSTED).ranked(MOST_ANCHORS)
             detail = "as before an instruction in it is followed"
         return Alarm(
             kind=kind,
@@ -316,8 +316,8 @@ class Panel:
             threshold=self.untrusted.opening_threshold if seen.opening else detector.threshold,
             p_value=None if self.profile is None else self.profile.p_value(name, detector.score),
             began=self._begins[kind].back(back),
-            before=moved.lost(MOST_ANCHORS) if moved else [],
-            now=moved.gained(MOST_ANCHORS) if moved else rests_on.ranked(MOST_ANCHORS),
+            before=before,
+            now=now,
             detail=detail,
         )
 
