@@ -69,7 +69,7 @@ test-matrix: install weights ## the engine tests against every CPU build of vLLM
 lint: $(INSTALLED) ## ruff, mypy, buf
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy stream_monitor kernels/stream_kernels
+	$(BIN)/mypy stream_monitor kernels/stream_kernels benchmarks
 	$(BIN)/buf lint
 
 format: $(INSTALLED) ## format the code, mend what ruff can mend

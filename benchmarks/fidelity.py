@@ -119,7 +119,7 @@ def main(
     )
     for tokens in lengths:
         found: dict[str, list[Found]] = {name: [] for name in methods}
-        answered = []
+        answered: list[bool] = []
         for place in depths:
             for number in range(seed, seed + seeds):
                 _prompt(traced, tokens, number, place, methods, candidates, found, answered)

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Annotated
@@ -52,7 +53,7 @@ def main(
             target.settled()
             with _Others(target) as others:
                 for name, once in ATTACKS.items():
-                    _examples(name, report, seconds, lambda draw, once=once: once(target, draw))
+                    _examples(name, report, seconds, partial(once, target))
             report.figures["grown_bytes"] = target.check()
             report.figures["refused"] = target.faults
             report.figures["others_served"] = others.served

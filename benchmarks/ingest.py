@@ -86,7 +86,10 @@ class Publisher:
         answered = asyncio.Event()
         unanswered: deque[int] = deque()
         async with grpc.aio.insecure_channel(self._running.ingest) as channel:
-            call = channel.stream_stream(_PUBLISH, response_deserializer=ingest_pb2.PublishResponse.FromString)()
+            publish: grpc.aio.StreamStreamMultiCallable[bytes, ingest_pb2.PublishResponse] = channel.stream_stream(
+                _PUBLISH, response_deserializer=ingest_pb2.PublishResponse.FromString
+            )
+            call = publish()
 
             async def settle() -> None:
                 async for answer in call:

@@ -160,7 +160,7 @@ def main(
         raised = {str(i): [float(one.raised)] for i, one in enumerate(others)}
         report.figures[f"raised/{name}"] = float(np.mean([one.raised for one in others]))
         report.ci[f"raised/{name}"] = bootstrap(raised, seed)
-    report.figures["raised/followed"] = float(np.mean([one.raised for one in followed] or [0]))
+    report.figures["raised/followed"] = float(np.mean([one.raised for one in followed] or [False]))
     report.finish()
 
 

@@ -88,7 +88,7 @@ def _publish(ingest: str, size: int, count: int, seed: int) -> None:
             yield engine.message({}, finished=ends)
 
     with grpc.insecure_channel(ingest) as channel:
-        publish = channel.stream_stream(
+        publish: grpc.StreamStreamMultiCallable[bytes, ingest_pb2.PublishResponse] = channel.stream_stream(
             "/stream_monitor.v1alpha1.IngestService/Publish",
             request_serializer=None,
             response_deserializer=ingest_pb2.PublishResponse.FromString,

@@ -116,15 +116,10 @@ def plant(model: TracedModel, seed: int, depth: float) -> Planted:
 
 def heaviest(model: TracedModel, planted: Planted, trace: RequestTrace) -> list[str]:
     """Texts of the `TOP` notes that the answer rests on most, heaviest first."""
-    first = trace.prompt_sentences
-    mass = np.zeros(first)
-    rows = 0
-    for index in range(first, len(trace.spans)):
-        row = trace.sentence_row(index)
-        seen = trace.observation(index, row).mass.before(first)
-        mass[seen.columns] += row.rows * seen.shares
-        rows += row.rows
-    assert rows, "no row of the answer was captured"
+    first, matrix = trace.prompt_sentences, trace.matrix()
+    assert matrix.captured[first:].any(), "no row of the answer was captured"
+    read = (matrix.rows >= first) & (matrix.columns < first)
+    mass = np.bincount(matrix.columns[read], matrix.captured[matrix.rows[read]] * matrix.shares[read], minlength=first)
     texts = [model.tokenizer.decode(planted.ids[span.start : span.end]).strip() for span in trace.spans[:first]]
     notes = [index for index in range(1, first) if "?" not in texts[index]]
     notes.sort(key=lambda index: -mass[index])

@@ -209,7 +209,7 @@ class _Pass:
     def go_on(self, ids: list[int], count: int) -> list[int]:
         """The tokens most likely behind `ids`, one after another."""
         self.over(ids, [0])
-        hidden, found = self._last, []
+        hidden, found = self._last, list[int]()
         while len(found) < count:
             found.append(int(self._model.logits(hidden)[0].argmax()))
             if len(found) < count:

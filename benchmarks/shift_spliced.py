@@ -124,13 +124,13 @@ def main(
     report.figures["false_alarms_over_nominal"] = calm.mean() / rate
     # As the output grows, both change by themselves.
     joints = [_joint(joined, joined.show()) for _, _, joined in seen]
-    untouched = _around(zip((one for one, _, _ in seen), joints, strict=True))
+    undisturbed = _around(zip((one for one, _, _ in seen), joints, strict=True))
     for name, (before, behind) in _around(zip((one for _, _, one in seen), joints, strict=True)).items():
         report.figures |= {f"{name}/before": before, f"{name}/behind": behind}
-        report.figures[f"{name}/untouched"] = untouched[name][1]
+        report.figures[f"{name}/untouched"] = undisturbed[name][1]
         print(
             f"{name:<28}{before:>7.3f} in the sentences before the joint, {behind:.3f} behind it, "
-            f"{untouched[name][1]:.3f} there in the untouched"
+            f"{undisturbed[name][1]:.3f} there in the untouched"
         )
     if delays:
         report.figures["sentences_until_found"] = float(np.median(delays))

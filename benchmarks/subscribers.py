@@ -21,6 +21,7 @@ import grpc
 
 from stream_monitor.v1alpha1 import monitor_pb2
 
+Kinds = Sequence[monitor_pb2.EventKind.ValueType]
 _SUBSCRIBE = "/stream_monitor.v1alpha1.MonitorService/Subscribe"
 
 
@@ -75,7 +76,7 @@ class Subscribers:
 
 
 @contextmanager
-def subscribers(address: str, count: int, core: int | None = None, kinds: Sequence[int] = ()) -> Iterator[Subscribers]:
+def subscribers(address: str, count: int, core: int | None = None, kinds: Kinds = ()) -> Iterator[Subscribers]:
     """Begins them, on one core if that is given, and ends them. They want findings, if no kinds are given."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.subscribers", address, *map(str, [count, *kinds])],
@@ -95,7 +96,7 @@ def subscribers(address: str, count: int, core: int | None = None, kinds: Sequen
 
 async def _subscribe(
     address: str,
-    kinds: Sequence[int],
+    kinds: Kinds,
     came: list[tuple[int, int]],
     counts: list[int],
     lost: list[int],
@@ -125,7 +126,7 @@ def _released(closed: int, steps: list[int]) -> int:
     return next(iter(steps[bisect.bisect_right(steps, closed) :]), closed)
 
 
-async def _main(address: str, count: int, kinds: Sequence[int]) -> None:
+async def _main(address: str, count: int, kinds: Kinds) -> None:
     came: list[tuple[int, int]] = []  # when its sentence was closed, and when it was here
     counts: list[int] = []
     lost = [0]
@@ -147,4 +148,6 @@ async def _main(address: str, count: int, kinds: Sequence[int]) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_main(sys.argv[1], int(sys.argv[2]), list(map(int, sys.argv[3:]))))
+    asyncio.run(
+        _main(sys.argv[1], int(sys.argv[2]), [monitor_pb2.EventKind.ValueType(int(kind)) for kind in sys.argv[3:]])
+    )

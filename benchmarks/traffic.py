@@ -167,7 +167,7 @@ class Traffic:
         begin = self._draw.zipf(1.3, (*lead, 1)) % inner
         blocks = CAPTURE.sink_blocks + (begin + apart) % inner
         anchors = self._draw.choice(int(inner.min()), 2, replace=False)
-        anchor = np.where(2 * token < self.shape.tokens, *anchors)[:, None, None]
+        anchor = anchors[(2 * token >= self.shape.tokens).astype(int)][:, None, None]
         shares = self._draw.dirichlet(np.full(CAPTURE.top_k + _FORCED + 1, 0.5), lead)
         twice = blocks == CAPTURE.sink_blocks + anchor[..., None]
         blocks[..., 0] = CAPTURE.sink_blocks + anchor

@@ -13,8 +13,9 @@ PROMPT, SENTENCE = 24, 6
 TOKENS = list(range(18))
 
 
-def trace(targets: list[int], texts: list[str], counts: int = 2) -> monitor_pb2.GetTraceResponse:
-    """Four sentences of a prompt, then one of the output for each target, which it looks at."""
+def trace(targets: list[int], texts: list[str], counts: int = 2, first_row: int = 0) -> monitor_pb2.GetTraceResponse:
+    """Four sentences of a prompt, then one of the output for each target, which it looks at from `counts` rows, every
+    second one from its token `first_row` on."""
     made = monitor_pb2.GetTraceResponse()
     made.info.prompt_tokens, made.info.output_tokens = PROMPT, SENTENCE * len(targets)
     made.info.state = monitor_pb2.REQUEST_STATE_FINISHED
@@ -24,11 +25,13 @@ def trace(targets: list[int], texts: list[str], counts: int = 2) -> monitor_pb2.
     made.matrix_row, made.matrix_column = rows.tobytes(), np.array(targets, "<u4").tobytes()
     made.matrix_share = np.full(len(targets), 0.6, "<f4").tobytes()
     made.captured_rows = np.array([0] * 4 + [counts] * len(targets), "<u4").tobytes()
+    inside = SENTENCE * rows[:, None] + first_row + 2 * np.arange(counts)
+    made.row_positions = inside.astype("<u4").tobytes()
     return made
 
 
-OWN = Reference(TOKENS, trace([1, 2, 3], ["a", "b", "c"]))
-OTHER = Reference(TOKENS, trace([3, 3, 1], ["x", "y", "z"]))
+OWN = Reference(TOKENS, [trace([2, 2, 3], list("abc"), first_row=1), trace([1, 2, 3], list("abc"))])
+OTHER = Reference(TOKENS, [trace([3, 3, 1], list("xyz"))])
 
 
 def held(found: monitor_pb2.GetTraceResponse, tokens: list[int] = TOKENS, text: str = "abc") -> Comparison:
@@ -53,6 +56,12 @@ def test_rows_or_text_of_another_request_are_seen(targets: list[int], text: str,
 def test_sentences_are_compared_as_far_as_the_tokens_agree_and_no_row_is_missing() -> None:
     assert len(held(trace([1, 2, 3], ["a", "b", "c"]), [*TOKENS[:13], 99]).distances) == 2
     assert held(trace([1, 2, 3], ["a", "b", "c"], counts=1)).distances == []
+
+
+def test_rows_at_other_positions_are_held_against_as_many_and_told_apart() -> None:
+    compared = held(trace([2, 2, 1], ["a", "b", "c"], first_row=2))
+    assert (compared.distances, compared.apart, compared.wrong) == ([], [0, 0, 1], 1)
+    assert held(trace([2, 2, 3], ["a", "b", "c"], first_row=1)).distances == [0, 0, 0]
 
 
 def test_a_request_whose_beginning_was_not_seen_has_other_sentences_and_is_not_compared() -> None:
