@@ -24,8 +24,8 @@ out.
 ACCOUNT = """\
 One **row** is the last query token of one request in one engine step. It is counted once for each watched layer and
 each watched query head, on every rank: 1 row, 4 layers and 8 heads make 32. `phase` is `token` for rows from which a
-token was sampled and `chunk` for rows that end a chunk of a prompt. Once nothing is in flight, the outcomes add up to
-what was expected:
+token was sampled and `chunk` for rows that end a chunk of a prompt, and those inside one that `prompt_stride` asks for.
+Once nothing is in flight, the outcomes add up to what was expected:
 
     expected = captured + sampled_out + dropped + raced + refused + discarded"""
 

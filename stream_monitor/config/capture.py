@@ -10,6 +10,9 @@ from stream_monitor.config.places import default_target
 from stream_monitor.target import Target
 from stream_monitor.tenants import check_tenant
 
+LEAST_PROMPT_STRIDE = 16
+"""Rows of prompts take memory for each stretch of so many tokens of a step."""
+
 
 def _whole(value: object) -> object:
     """A number as a variable has it, as text: a `Literal` takes no text for a number."""
@@ -42,6 +45,14 @@ class CaptureSettings(Layered):
         "The gateway must set it in every request, over what the client sent.",
     )
     stride: int = Field(4, ge=1, le=4096, description="Capture one row in every `stride` positions of a request.")
+    prompt_stride: int = Field(
+        0,
+        ge=0,
+        le=4096,
+        description="Capture one row in every `prompt_stride` positions of each prompt too as it is read, 64 of a "
+        "chunk at most, counted back from the chunk's last row, which is always captured; 16 or more. 0: that row "
+        "alone. What the prefix cache knows is not read again.",
+    )
     layers: str = Field(
         "auto",
         description="Layers to watch: auto, all, or a list such as 8,12,20-23. auto picks layers evenly over the upper "
@@ -99,6 +110,13 @@ class CaptureSettings(Layered):
     allow_untested_engine: bool = Field(
         False, description="Capture on a vLLM version this release was not tested with."
     )
+
+    @field_validator("prompt_stride")
+    @classmethod
+    def _prompt_stride(cls, value: int) -> int:
+        if 0 < value < LEAST_PROMPT_STRIDE:
+            raise ValueError(f"must be 0 or from {LEAST_PROMPT_STRIDE} to 4096")
+        return value
 
     @field_validator("target")
     @classmethod

@@ -7,7 +7,7 @@ waits, and hooks.py turns any exception into a fault that ends capture while dec
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stream_monitor.engine.blocks import BlockGenerations
@@ -35,7 +35,8 @@ MAX_BACKLOG = 256
 
 @dataclass
 class _CurrentStep:
-    """The step between `before_step` and its submission."""
+    """The step between `before_step` and its submission. `tokens` has those of each request, where rows of prompts are
+    captured."""
 
     number: int
     positions: dict[str, int]
@@ -43,6 +44,7 @@ class _CurrentStep:
     slot: StepSlot | None
     drafts: Drafts
     fresh: list[ScheduledRequest]
+    tokens: dict[str, int]
     forward_end_ns: int = 0
 
 
@@ -146,7 +148,7 @@ class Capture:
         self._take_arrived()
         self._follow_requests(step)
         drafts = Drafts({r.request_id: self._table.drafted(r) for r in step.requests if r.draft_tokens})
-        labels = [self._table.label(request) for request in step.requests if not request.draft_tokens]
+        labels = [row for request in step.requests if not request.draft_tokens for row in self._table.rows(request)]
         positions = {label.request_id: label.position for label in labels}
         for request_id, rows in drafts.rows.items():
             positions[request_id] = rows[0].position
@@ -154,7 +156,8 @@ class Capture:
         sampled = self._count_and_sample(labels, drafts)
         slot = self._acquire(sampled, drafts)
         fresh = [request for request in step.requests if request.fresh]
-        self._current = _CurrentStep(self.steps, positions, sampled, slot, drafts, fresh)
+        tokens = {r.request_id: r.scheduled_tokens for r in step.requests} if self._table.reads_prompts else {}
+        self._current = _CurrentStep(self.steps, positions, sampled, slot, drafts, fresh, tokens)
         self._estimator.step_begun()
 
     def _govern(self) -> None:
@@ -179,6 +182,8 @@ class Capture:
         current.forward_end_ns = time.time_ns()
         if current.slot is not None:
             batch = self._runner.batch()
+            if current.tokens:
+                batch = replace(batch, query_tokens=[current.tokens[name] for name in batch.request_ids])
             fault = misplaced(batch, current.fresh)
             fault = fault or current.slot.snapshot(batch, current.sampled, self._generations.now)
             if fault:

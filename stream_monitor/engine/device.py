@@ -14,6 +14,7 @@ so once, when it is enqueued; from then on the runner thread makes the device wa
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -83,3 +84,17 @@ class Device(Protocol):
 
     def stop(self) -> None:
         """Capture is off for good: the taps keep nothing from here on."""
+
+
+def places(batch: BatchRows, labels: Sequence[RowLabel], per_request: int, first: int, stride: int) -> list[int]:
+    """Where the query row of each label is kept: the last `per_request` rows of each request in batch order, and from
+    place `first` on rows of prompts, by the stretch of `stride` query tokens that they lie in."""
+    row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
+    ends = list(accumulate(batch.query_tokens))
+    return [
+        (row + 1) * per_request - 1 - label.after
+        if label.after < per_request
+        else first + (ends[row] - 1 - label.after) // stride
+        for label in labels
+        for row in (row_of[label.request_id],)
+    ]

@@ -29,6 +29,7 @@ from stream_monitor.engine.hooks import install_runner_hooks, install_worker_hoo
 from stream_monitor.engine.ledger import merged
 from stream_monitor.engine.marks import Marks
 from stream_monitor.engine.plan import CapturePlan, make_plan, target_refusals
+from stream_monitor.engine.prompt_rows import room
 from stream_monitor.engine.requests import RequestTable
 from stream_monitor.engine.search_settings import search_config
 from stream_monitor.engine.vocabulary import PromptRoles, token_flags
@@ -152,12 +153,21 @@ class Installation:
         config, settings = self._worker.vllm_config, self._settings
         query_len = runners.decode_query_len(config)
         if compat.platform_name() == "cpu":
-            return CpuDevice(self._layers, query_len)
+            return CpuDevice(self._layers, query_len, settings.prompt_stride)
         from stream_monitor.engine.gpu.device import GpuDevice
 
         requests = runners.max_requests(self._worker.model_runner)
         dtype = config.model_config.dtype
-        return GpuDevice(self._layers, self._runner, requests, query_len, dtype, settings.gpu_share)
+        return GpuDevice(
+            self._layers,
+            self._runner,
+            requests,
+            query_len,
+            dtype,
+            settings.gpu_share,
+            settings.prompt_stride,
+            config.scheduler_config.max_num_batched_tokens,
+        )
 
     def bind(self) -> None:
         """Build the search over the allocated KV cache, check it there against dense attention, install the hooks."""
@@ -209,13 +219,14 @@ class Installation:
                 "summaries on a GPU: strategy descent is used instead of beam. Watch layers of one group"
             )
             self._search_config = replace(self._search_config, strategy="descent")
+        last_rows = runners.max_requests(worker.model_runner) * runners.decode_query_len(config)
         binding = Binding(
             self._runner,
             self._layers,
             caches,
             facts.query_heads,
             self._query_heads,
-            runners.max_requests(worker.model_runner) * runners.decode_query_len(config),
+            last_rows + room(config.scheduler_config.max_num_batched_tokens, settings.prompt_stride),
             config.model_config.max_model_len,
             config.model_config.dtype,
             generations,
@@ -319,6 +330,7 @@ class Installation:
             channels,
             marks,
             settings.tenant_argument,
+            settings.prompt_stride,
         )
 
     def _engine_info(self) -> EngineInfo:

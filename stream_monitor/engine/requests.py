@@ -10,6 +10,7 @@ from stream_monitor.engine.channels import Channels
 from stream_monitor.engine.compat.schedule import NewRequest, ScheduledRequest
 from stream_monitor.engine.marks import Marks, Reading
 from stream_monitor.engine.policy import RequestPolicy, decide
+from stream_monitor.engine.prompt_rows import offsets, spacing
 from stream_monitor.engine.vocabulary import PromptRoles, overlay_untrusted
 from stream_monitor.records import Phase, RequestFinished, RequestStarted, TokenRun
 
@@ -30,7 +31,8 @@ MAX_PROMPT_IDS = 1 << 17
 
 @dataclass(frozen=True, slots=True)
 class RowLabel:
-    """One row of a step: the last query token of one request, or under speculative decoding one of its last.
+    """One row of a step: the last query token of one request, under speculative decoding one of its last, of a prompt
+    any that is captured on demand.
 
     Attributes:
         position: of the query token, from 0; the row attends to keys 0 .. position.
@@ -38,7 +40,7 @@ class RowLabel:
         refused_reason: why the request is not captured; empty when it is.
         sampled: the stride picked this row.
         governed: the configured stride did, and the one that the governor made of it did not.
-        after: query rows that the request has after this one in its step: draft tokens, if any.
+        after: query rows that the request has after this one in its step.
     """
 
     request_id: str
@@ -86,6 +88,7 @@ class RequestTable:
         channels: of the model's chats; None where it has none.
         marks: of sentence ends that no single token shows.
         tenant_argument: entry of the request's arguments in which the gateway says whose it is; empty for none.
+        prompt_stride: one row in so many of each chunk of a prompt is captured; 0: only the last.
     """
 
     def __init__(
@@ -99,8 +102,10 @@ class RequestTable:
         channels: Channels | None = None,
         marks: Marks | None = None,
         tenant_argument: str = "",
+        prompt_stride: int = 0,
     ) -> None:
         self._stride = stride
+        self._prompt_stride = prompt_stride
         self.factor = 1
         """By which the governor multiplies the stride."""
         self.step = 0
@@ -176,6 +181,18 @@ class RequestTable:
         if tracked := self._tracked.get(request_id):
             tracked.attempt += 1
 
+    def rows(self, request: ScheduledRequest) -> list[RowLabel]:
+        """The rows of a request without draft tokens that may be captured in the step, by position: of a prompt those
+        that are captured on demand, and its last one."""
+        if not self._prompt_stride or request.scheduled_tokens <= self._prompt_stride:
+            return [self.label(request)]
+        tracked = self._tracked.get(request.request_id)
+        ends = request.computed_tokens + request.scheduled_tokens
+        # What lies behind the prompt is output that is computed again.
+        behind = ends - tracked.prompt_tokens if tracked else ends
+        inside = [after for after in offsets(request.scheduled_tokens, self._prompt_stride) if after >= behind]
+        return [*(self.label(request, after) for after in inside), self.label(request)]
+
     def drafted(self, request: ScheduledRequest) -> list[RowLabel]:
         """The rows of a request that verifies draft tokens: each draft's, after that of its last certain token."""
         return [self.label(request, after) for after in range(request.draft_tokens, -1, -1)]
@@ -202,12 +219,21 @@ class RequestTable:
         # Requests are sampled in the same steps, as long as they advance by one position a step: most of what a
         # captured step costs does not depend on how many rows it has. Ends of chunks are few and show how the prompt
         # was read, so all are taken.
-        beat = place - tracked.ahead
-        sampled = phase is not Phase.DECODE or beat % (self._stride * self.factor) == 0
-        governed = not sampled and beat % self._stride == 0
+        beat, every = 0, 1
+        if phase is Phase.DECODE:
+            beat, every = place - tracked.ahead, self._stride
+        elif after and not request.draft_tokens:
+            beat = after // spacing(request.scheduled_tokens, self._prompt_stride)
+        sampled = beat % (every * self.factor) == 0
+        governed = not sampled and beat % every == 0
         return RowLabel(
             request.request_id, end - 1, tracked.attempt, phase, tracked.refused_reason, sampled, governed, after
         )
+
+    @property
+    def reads_prompts(self) -> bool:
+        """Whether more than the last row of each chunk of a prompt is captured."""
+        return self._prompt_stride > 0
 
     @property
     def stride(self) -> int:

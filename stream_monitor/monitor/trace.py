@@ -79,6 +79,7 @@ class RequestTrace:
         self._builder: SentenceBuilder | None = None
         self._settled = 0
         self._opening = -1
+        self._late = False
         self._prompt_split = False
 
     @property
@@ -162,6 +163,10 @@ class RequestTrace:
     def settle(self) -> list[int]:
         """What is to be scored, in order: sentences of the output whose rows are all in, as a later row arrived, a
         later sentence closed, or the request ended; and before the first the opening, by the prompt's last sentence."""
+        if self._late:
+            # All rows of a message at once: it may bring many of a prompt.
+            self.rows.fold_late(self.spans[self._settled - 1].end, self._opening)
+            self._late = False
         opening, first = self._settle_opening(), self._settled
         while self._settled < len(self.spans) and (
             self.finished or self._settled + 1 < len(self.spans) or self.rows.newest >= self.spans[self._settled].end
@@ -271,7 +276,7 @@ class RequestTrace:
             # The prompt's last sentence is over when the row of its last token is taken.
             self._closed_ns[self.prompt_sentences - 1] = self.last_seen_ns
         elif self._settled and row.position < self.spans[self._settled - 1].end:
-            self.rows.fold_late(self.spans[self._settled - 1].end, self._opening)
+            self._late = True
 
     def _close(self, span: Span) -> None:
         if len(self.spans) >= self.max_sentences:

@@ -33,7 +33,9 @@ class _PhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType
     DESCRIPTOR: _descriptor.EnumDescriptor
     PHASE_UNSPECIFIED: _Phase.ValueType  # 0
     PHASE_PREFILL_CHUNK: _Phase.ValueType  # 1
-    """Last row of a prefill chunk that does not end the known tokens: no token was sampled from it."""
+    """A row of a prompt from which no token was sampled: the last one of a prefill chunk that does not end the known
+    tokens, or one inside a chunk, where rows of prompts are captured too (setting `prompt_stride`).
+    """
     PHASE_PREFILL_END: _Phase.ValueType  # 2
     """Last row of a prefill: the first token (or the first one after a resumption) was sampled from it."""
     PHASE_DECODE: _Phase.ValueType  # 3
@@ -44,7 +46,9 @@ class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
 
 PHASE_UNSPECIFIED: Phase.ValueType  # 0
 PHASE_PREFILL_CHUNK: Phase.ValueType  # 1
-"""Last row of a prefill chunk that does not end the known tokens: no token was sampled from it."""
+"""A row of a prompt from which no token was sampled: the last one of a prefill chunk that does not end the known
+tokens, or one inside a chunk, where rows of prompts are captured too (setting `prompt_stride`).
+"""
 PHASE_PREFILL_END: Phase.ValueType  # 2
 """Last row of a prefill: the first token (or the first one after a resumption) was sampled from it."""
 PHASE_DECODE: Phase.ValueType  # 3
@@ -564,7 +568,7 @@ class Ledger(_message.Message):
 
     @_builtins.property
     def chunk_rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowCount]:
-        """Rows that end a prefill chunk from which no token was sampled."""
+        """Rows of prompts from which no token was sampled: phase PREFILL_CHUNK."""
 
     @_builtins.property
     def refused_arguments(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:

@@ -137,6 +137,30 @@ def test_a_wrong_capture_fails_the_same_check(mutant, exact_capture, exact_truth
     assert not passes(values), f"median {np.median(values):.4f}, p99 {np.quantile(values, 0.99):.4f}"
 
 
+def test_rows_of_a_prompt_equal_recomputed_attention(offline, model_dir, dtype):
+    prompts = {"long": prose(str(model_dir), 700), "other": prose(str(model_dir), 1000)[600:]}
+    engine = {"dtype": dtype, "enforce_eager": True, "max_model_len": 8192, "max_num_seqs": 4}
+    spec = Spec(
+        str(model_dir),
+        "stream",
+        engine | {"max_num_batched_tokens": 256},
+        [Request(i, ids, 2) for i, ids in prompts.items()],
+    )
+    result = offline(spec, strategy="exact", top_k=32, layers="0,9,29", heads="all", prompt_stride=32, stride=1)
+    of_prompt = {i: [row for row in result.rows if row.request_id == i and row.phase == 1] for i in prompts}
+    ends = [row.position for row in of_prompt["long"]]
+    assert ends == sorted(set(ends))
+    assert len(ends) >= 700 // 32 - 1
+    # Chunks are of 256 tokens in all, so that the other's are in some of them.
+    assert all(late - early <= 32 for late, early in zip(ends[1:], ends, strict=False)), ends
+    for name, rows in of_prompt.items():
+        truth = block_masses(attention_rows(str(model_dir), prompts[name], 0, torch.float32, [0, 9, 29]), BLOCK)
+        values = variation(rows, truth, 0)
+        assert passes(values), f"median {np.median(values):.4f}, p99 {np.quantile(values, 0.99):.4f}"
+        shifted = [replace(row, position=row.position + 1) for row in rows if row.position % BLOCK < BLOCK - 1]
+        assert not passes(variation(shifted, truth, 0)), "the next position's attention is another"
+
+
 @pytest.fixture(scope="session")
 def default_capture(offline, model_dir, dtype):
     """The default strategy and table over 7,000 tokens, every layer and head."""

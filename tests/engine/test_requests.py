@@ -58,6 +58,49 @@ def test_a_prompt_in_chunks_then_decoding():
     assert all(label.sampled and label.attempt == 0 and not label.refused_reason for label in labels)
 
 
+def test_of_a_prompt_rows_are_counted_back_from_the_end_of_each_chunk():
+    requests = table(prompt_stride=16)
+    requests.start(replace(new(), prompt_tokens=100))
+
+    def rows(*step):
+        return [(row.position, row.after, row.phase, row.sampled) for row in requests.rows(scheduled(*step))]
+
+    chunk, end = Phase.PREFILL_CHUNK, Phase.PREFILL_END
+    assert rows(0, 40, 0) == [(7, 32, chunk, True), (23, 16, chunk, True), (39, 0, chunk, True)]
+    assert rows(40, 16, 0) == [(55, 0, chunk, True)], "too short for one more"
+    assert rows(56, 44, 0) == [(67, 32, chunk, True), (83, 16, chunk, True), (99, 0, end, True)]
+    assert rows(100, 1, 1) == [(100, 0, Phase.DECODE, True)]
+    # Preempted after 30 tokens: what it wrote is no prompt, though it is read again.
+    requests.resume("a")
+    assert rows(60, 70, 30) == [
+        (65, 64, chunk, True),
+        (81, 48, chunk, True),
+        (97, 32, chunk, True),
+        (129, 0, end, True),
+    ]
+
+
+def test_the_governor_thins_out_rows_of_prompts_and_no_ends_of_chunks():
+    requests = table(prompt_stride=16)
+    requests.start(replace(new(), prompt_tokens=100))
+    requests.factor = 2
+    rows = requests.rows(scheduled(0, 100, 0))
+    assert [(row.after, row.sampled, row.governed) for row in rows] == [
+        (96, True, False),
+        (80, False, True),
+        (64, True, False),
+        (48, False, True),
+        (32, True, False),
+        (16, False, True),
+        (0, True, False),
+    ]
+
+
+def test_rows_of_an_unknown_request_are_refused():
+    (row,) = table(prompt_stride=16).rows(scheduled(0, 40, 0))
+    assert row.refused_reason == "unknown_request"
+
+
 def test_a_resumed_request_recomputes_chunks_before_it_samples_again():
     requests = table()
     requests.start(new())

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -113,8 +114,8 @@ def plain(interpreted) -> dict[bool, OfflineResult]:
 
 @pytest.fixture(scope="session", params=[False, True], ids=["synchronous", "asynchronous"])
 def exact(request, interpreted) -> tuple[bool, OfflineResult]:
-    """Every block of every row in every layer and head."""
-    everything = {"strategy": "exact", "layers": "all", "heads": "all", "top_k": 16}
+    """Every block of every row in every layer and head, and of each prompt one row in 16."""
+    everything = {"strategy": "exact", "layers": "all", "heads": "all", "top_k": 16, "prompt_stride": 16}
     return request.param, interpreted("stream", request.param, **everything)
 
 
@@ -135,6 +136,8 @@ def test_every_row_is_there_once_under_its_own_name(exact):
         rows = [row for row in result.rows if row.request_id == name]
         assert [row.position for row in rows if row.phase != 1] == list(range(length - 1, length + NEW_TOKENS - 1))
         assert {row.layers for row in rows} == {tuple(range(LAYERS))}
+        ends = [-1, *(row.position for row in rows if row.phase != 3)]
+        assert all(0 < late - early <= 16 for early, late in pairwise(ends)), ends
     assert [row for row in result.rows if row.phase == 1], "no prompt came in chunks"
     for kind in ("token_rows", "chunk_rows"):
         counts = ledger(result.summaries, kind)

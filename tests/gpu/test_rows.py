@@ -1,5 +1,9 @@
 """Gathering and snapshotting query rows, with the kernels interpreted where there is no GPU."""
 
+import json
+import os
+import subprocess
+import sys
 from collections import deque
 from pathlib import Path
 
@@ -12,6 +16,7 @@ from stream_monitor.engine.compat.schedule import ScheduledRequest, ScheduledSte
 from stream_monitor.engine.gpu.rows import GatherTap, GpuSlot, RowBuffers
 from stream_monitor.engine.gpu.streams import streams_of
 from stream_monitor.engine.gpu.tables import HostTables
+from stream_monitor.engine.prompt_rows import tokens_of
 from stream_monitor.engine.requests import RowLabel
 from stream_monitor.records import Phase
 
@@ -53,6 +58,50 @@ def test_of_a_request_with_drafts_its_last_rows_are_kept():
     assert (batch.rows[1, 3:5] == 0).all(), "a request has no rows but its own"
     assert torch.equal(batch.rows[1, 5:9], query[[3, 5, 6, 7]])
     assert batch.passes.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("lengths", [[40, 1, 17], [1, 1, 1, 1, 90], [33], [5, 16, 16], [1100, 20]])
+def test_rows_of_prompts_are_those_that_the_host_counts(lengths):
+    starts = np.cumsum([0, *lengths, *[0] * (REQUESTS - len(lengths))])
+    start_loc = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+    total, padding = sum(lengths), 3
+    batch = RowBuffers(LAYERS, REQUESTS, HEADS, DIM, torch.float16, start_loc, prompt_stride=16, tokens=total + padding)
+    query = queries(total + padding)
+    GatherTap(batch, 1).take(query)
+    assert batch.faults == []
+    wanted = torch.zeros_like(batch.rows[1, REQUESTS:])
+    for token in tokens_of(starts.tolist(), 16):
+        wanted[token // 16] = query[token]
+    assert torch.equal(batch.rows[1, REQUESTS:], wanted)
+    assert torch.equal(batch.rows[1, : len(lengths)], query[start_loc[1 : len(lengths) + 1].long() - 1])
+    assert (batch.rows[0] == 0).all()
+
+
+def test_a_row_of_a_prompt_has_its_own_length_and_pages():
+    lengths = [40, 17]
+    start_loc = torch.tensor([0, 40, 57, 57, 57, 57], dtype=torch.int32, device=DEVICE)
+    batch = RowBuffers(LAYERS, REQUESTS, HEADS, DIM, torch.float16, start_loc, prompt_stride=16, tokens=64)
+    query = queries(57)
+    for layer in range(LAYERS):
+        GatherTap(batch, layer).take(query)
+    contexts = torch.tensor([60, 17, 0, 0, 0], dtype=torch.int32, device=DEVICE)  # of the first 20 were known
+    table = torch.arange(REQUESTS * PAGES, dtype=torch.int32, device=DEVICE).view(REQUESTS, PAGES)
+    tables = HostTables([1], [PAGES, PAGES])
+    tables.follow(step(*(ScheduledRequest(i, 0, 1, 0, (), ([], list(table[n, :4])), True) for n, i in enumerate("ab"))))
+    slot = slot_of(batch, DeviceInputs(contexts, [table * 0, table]), tables, deque())
+    labels = [
+        label("a", 27, after=32),
+        label("a", 43, after=16),
+        label("a", 59),
+        label("b", 0, after=16),
+        label("b", 16),
+    ]
+    assert slot.snapshot(BatchRows(["a", "b"], [], [], lengths), labels, 3) == ""
+    assert torch.equal(slot.queries[:, :5], query[[7, 23, 39, 40, 56]].expand(LAYERS, -1, -1, -1))
+    assert slot.seq_lens[:5].tolist() == [28, 44, 60, 1, 17]
+    assert slot.block_tables[1, 1, :3].tolist() == [0, 1, 2]
+    assert slot.block_tables[1, 3, :1].tolist() == [6]
+    assert [len(pages) for pages in slot.pages[1]] == [2, 3, 4, 1, 2]
 
 
 def test_a_graph_of_more_tokens_than_the_batch_gathers_the_batch():
@@ -158,3 +207,22 @@ def test_host_tables_follow_requests_and_keep_what_rows_refer_to():
     tables.follow(step(finished=("a",)))
     with pytest.raises(KeyError):
         tables.pages("a", 0, 1)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_the_kernels_compile_for_a_real_gpu(capability):
+    """To machine code, which Triton can do where there is none."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.rows_compile", capability],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).resolve().parents[2],
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = json.loads(done.stdout.splitlines()[-1])
+    assert set(kernels) == {"gather_rows_kernel", "gather_prompt_rows_kernel", "snapshot_kernel"}
+    assert all(size > 0 for size in kernels.values())

@@ -336,6 +336,21 @@ def test_rows_before_the_start_make_a_late_trace(monitor: Running) -> None:
     assert monitor.metric("stream_monitor_traces_late_total") == 1
 
 
+def test_rows_inside_a_prompt_say_what_its_sentences_read(monitor: Running) -> None:
+    rank, chunk = Engine(), summary_pb2.PHASE_PREFILL_CHUNK
+    # Of two chunks; the second sentence from the end of the first chunk has two rows.
+    first = [Look("p", 13, 2, 0.5, phase=chunk), Look("p", 18, 2, 0.6, phase=chunk), Look("p", 23, 2, 0.2, phase=chunk)]
+    second = [Look("p", 40, 14, 0.4, phase=chunk), Look("p", 47, 20, 0.4, phase=summary_pb2.PHASE_PREFILL_END)]
+    monitor.publish([rank.summary(first, started=[started("p")]), rank.summary(second)])
+    monitor.publish([rank.summary(tokens=[tokens("p", 48)]), rank.summary(finished=[finished("p", 54)])])
+    found = trace(monitor, "p")
+    assert np.frombuffer(found.captured_rows, "<u4").tolist() == [0, 0, 1, 2, 0, 0, 1, 1, 0]
+    read = {(2, 0): 0.5, (3, 0): 0.4, (6, 2): 0.4, (7, 3): 0.4}
+    assert {place: matrix(found)[place] for place in read} == pytest.approx(read, abs=0.01)
+    assert np.frombuffer(found.row_positions, "<u4").tolist() == [47], "from which a token was sampled"
+    assert monitor.metric("stream_monitor_rows_total", phase="chunk", outcome="discarded") == 0
+
+
 def test_a_restarted_engine_is_another_trace(monitor: Running) -> None:
     monitor.publish(Engine().request("same", [4]))
     second = Engine()

@@ -19,11 +19,13 @@ class BatchRows:
         block_tables: per KV cache group, int32 [at least rows, pages]; a view of the runner's own buffer. Empty where
             the host has none.
         page_tokens: per group, tokens per page of that table.
+        query_tokens: of each in this step; the schedule's word, where rows of prompts are captured.
     """
 
     request_ids: list[str]
     block_tables: list[NDArray[np.int32]]
     page_tokens: list[int]
+    query_tokens: Sequence[int] = ()
 
 
 @dataclass(frozen=True)

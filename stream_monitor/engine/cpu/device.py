@@ -58,6 +58,7 @@ class CpuDevice:
     Args:
         layers: vLLM's attention layers to watch, in plan order.
         decode_query_len: most query rows of a decoding request.
+        prompt_stride: see `prompt_rows`; 0: no rows of prompts but the last of each chunk.
 
     Attributes:
         waits: none; a search that comes too late loses its row.
@@ -66,8 +67,9 @@ class CpuDevice:
     slots: list[CpuSlot]
     search: CpuRowSearch
 
-    def __init__(self, layers: list[Any], decode_query_len: int) -> None:
+    def __init__(self, layers: list[Any], decode_query_len: int, prompt_stride: int = 0) -> None:
         self._decode_query_len = decode_query_len
+        self._prompt_stride = prompt_stride
         self._taps = [LayerTap(index) for index in range(len(layers))]
         for layer, tap in zip(layers, self._taps, strict=True):
             layer.impl.stream_tap = tap
@@ -109,6 +111,7 @@ class CpuDevice:
                 pages,
                 binding.dtype,
                 self._decode_query_len,
+                self._prompt_stride,
             )
             for _ in range(slots)
         ]

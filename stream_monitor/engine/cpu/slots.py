@@ -1,6 +1,7 @@
 """Buffers of one captured step: filled on the runner thread, read by the estimator thread, then used again."""
 
 import time
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from stream_monitor.engine.compat.runner import BatchRows
+from stream_monitor.engine.device import places
+from stream_monitor.engine.prompt_rows import taken_from, tokens_of
 from stream_monitor.engine.requests import RowLabel
 
 
@@ -21,6 +24,7 @@ class CpuSlot:
         pages: most pages of a request, per KV cache group.
         dtype: of the model's queries.
         decode_query_len: most query rows of a decoding request: 1, and 1 more for each draft token.
+        prompt_stride: see `prompt_rows`; 0: no rows of prompts but the last of each chunk.
     """
 
     def __init__(
@@ -32,16 +36,19 @@ class CpuSlot:
         pages: list[int],
         dtype: torch.dtype,
         decode_query_len: int = 1,
+        prompt_stride: int = 0,
     ) -> None:
         self._taps = taps
         self._per_request = decode_query_len
+        self._prompt_stride = prompt_stride
         self.one_row_each = decode_query_len == 1
+        """Of a batch of decoding requests alone, so that all query rows are kept as they stand."""
         self._last = torch.arange(-decode_query_len, 0, dtype=torch.int32)
         self._start_loc: torch.Tensor | None = None
         self._index = torch.zeros(0, dtype=torch.int32)
         self._targets: list[torch.Tensor] = []
         self.queries = torch.zeros((len(taps), rows, query_heads, head_dim), dtype=dtype)
-        """[L, rows, H, D]; the last `decode_query_len` rows of each request, in batch order."""
+        """[L, rows, H, D]; the last `decode_query_len` rows of each request, in batch order, then rows of prompts."""
         self.tables = [np.zeros((rows, width), np.int32) for width in pages]
         """Per group, pages of each sampled row, int32 [rows, pages]."""
         self.taken = np.zeros(len(taps), np.int32)
@@ -68,14 +75,25 @@ class CpuSlot:
         if query_start_loc is not self._start_loc:
             self._start_loc = query_start_loc
             self._index = (query_start_loc[1:, None] + self._last).view(-1).clamp_(min=0)
+            if self._prompt_stride:
+                self._index = torch.cat([self._index, self._prompt_index(query_start_loc.tolist())])
             rows = len(self._index)
             if not self._targets or len(self._targets[0]) != rows:
                 self._targets = [layer[:rows] for layer in self.queries]
         return self._index, self._targets
 
+    def _prompt_index(self, starts: list[int]) -> torch.Tensor:
+        """The query rows of prompts, each at its place; at the others any."""
+        lengths = [end - begin for begin, end in pairwise(starts)]
+        index = torch.zeros(taken_from(lengths, self._prompt_stride), dtype=torch.int32)
+        for token in tokens_of(starts, self._prompt_stride):
+            index[token // self._prompt_stride] = token
+        return index
+
     def snapshot(self, batch: BatchRows, labels: list[RowLabel], generation: int) -> str:
         """Check that every watched layer left exactly the batch's rows, then copy the tables of the sampled ones."""
-        expected = len(batch.request_ids) * self._per_request
+        first = len(batch.request_ids) * self._per_request
+        expected = first + taken_from(batch.query_tokens, self._prompt_stride)
         for layer, tap in enumerate(self._taps):
             tap.slot = None
             if tap.fault:
@@ -84,9 +102,9 @@ class CpuSlot:
                 return f"watched layer {layer} left {self.taken[layer]} query rows where the batch has {expected}"
         row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
         self.labels = labels
+        self.batch_rows[: len(labels)] = places(batch, labels, self._per_request, first, self._prompt_stride)
         for n, label in enumerate(labels):
             row = row_of[label.request_id]
-            self.batch_rows[n] = (row + 1) * self._per_request - 1 - label.after
             self.contexts[n] = label.position + 1
             for group, table in enumerate(batch.block_tables):
                 pages = -(-(label.position + 1) // batch.page_tokens[group])
@@ -120,7 +138,7 @@ class LayerTap:
         begin = time.perf_counter_ns()
         try:
             index, targets = slot.aim(query_start_loc)
-            if slot.one_row_each and len(query) == len(index):
+            if slot.one_row_each and len(query) == len(query_start_loc) - 1 == len(index):
                 targets[self._layer].copy_(query)  # in half the time
             else:
                 torch.index_select(query, 0, index, out=targets[self._layer])

@@ -30,6 +30,7 @@ class GpuDevice:
         decode_query_len: most query rows of a decoding request.
         dtype: of the model's queries.
         share: of the GPU's multiprocessors, the part that a search may occupy.
+        prompt_stride, tokens: see `prompt_rows`, and most query tokens of a batch.
     """
 
     slots: list[GpuSlot]
@@ -43,6 +44,8 @@ class GpuDevice:
         decode_query_len: int,
         dtype: torch.dtype,
         share: float,
+        prompt_stride: int = 0,
+        tokens: int = 0,
     ) -> None:
         first = layers[0]
         self._buffers = RowBuffers(
@@ -53,6 +56,8 @@ class GpuDevice:
             dtype,
             runner.query_start_loc(),
             decode_query_len,
+            prompt_stride,
+            tokens,
         )
         for index, layer in enumerate(layers):
             layer.impl.stream_tap = GatherTap(self._buffers, index)

@@ -38,8 +38,50 @@ def gather_rows_kernel(
 
 
 @triton.jit
+def gather_prompt_rows_kernel(
+    query,
+    query_stride,
+    query_start_loc,
+    requests,
+    rows,
+    width,
+    STRIDE: tl.constexpr,
+    MOST: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Copies the query rows of prompts that are captured on demand (`prompt_rows`).
+
+    Grid (stretches of STRIDE query tokens, chunks of a row). In a stretch lies one such row at most, of any request.
+
+    Args:
+        query, query_start_loc: as `gather_rows_kernel` has them.
+        requests: most of a batch, REQUESTS at most.
+        rows: [stretches, width]; of a stretch without such a row it stays as it is.
+    """
+    stretch = tl.program_id(0)
+    begin = stretch * STRIDE
+    request = tl.arange(0, REQUESTS)
+    known = request < requests
+    first = tl.load(query_start_loc + request, mask=known, other=0)
+    last = tl.load(query_start_loc + request + 1, mask=known, other=0) - 1
+    spacing = STRIDE * tl.maximum(1, tl.cdiv(last + 1 - first, STRIDE * MOST))
+    # The last row of each request at a multiple of its spacing from the end that is not behind the stretch.
+    back = tl.maximum(0, last - (begin + STRIDE - 1))
+    token = last - tl.cdiv(back, spacing) * spacing
+    captured = (token >= begin) & (token < begin + STRIDE) & (token >= first) & (token < last)
+    found = tl.max(tl.where(captured, token, -1))
+    if found >= 0:
+        element = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+        inside = element < width
+        row = tl.load(query + found.to(tl.int64) * query_stride + element, mask=inside)
+        tl.store(rows + stretch.to(tl.int64) * width + element, row, mask=inside)
+
+
+@triton.jit
 def snapshot_kernel(
     batch_rows,
+    batch_rows_stride,
     rows,
     layer_stride,
     queries,
@@ -53,7 +95,6 @@ def snapshot_kernel(
     slot_table,
     slot_table_stride,
     page_tokens,
-    PER_REQUEST: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     """Copies query rows, lengths and block-table rows of the sampled requests into a slot.
@@ -61,8 +102,9 @@ def snapshot_kernel(
     Grid (sampled rows, layers + 1): the last program of a row copies its length and its pages.
 
     Args:
-        batch_rows: int32 [sampled rows], where each is in `rows`.
-        rows: [layers, requests * PER_REQUEST, width]; queries: [layers, slot rows, width].
+        batch_rows: int32 [3, sampled rows], `batch_rows_stride` apart: where each is in `rows`, its request, and how
+            many query rows of that come after it.
+        rows: [layers, places, width]; queries: [layers, slot rows, width].
         seq_lens: int32 [requests], after the last row; slot_seq_lens: int32 [slot rows].
         table: int32 [requests, pages]; slot_table: int32 [slot rows, pages].
     """
@@ -77,8 +119,8 @@ def snapshot_kernel(
             inside = start + offset < width
             tl.store(target + start + offset, tl.load(source + start + offset, mask=inside), mask=inside)
     else:
-        request = batch_row // PER_REQUEST
-        length = tl.load(seq_lens + request) - (PER_REQUEST - 1 - batch_row % PER_REQUEST).to(tl.int32)
+        request = tl.load(batch_rows + batch_rows_stride + n).to(tl.int64)
+        length = tl.load(seq_lens + request) - tl.load(batch_rows + 2 * batch_rows_stride + n)
         tl.store(slot_seq_lens + n, length)
         pages = tl.minimum((length + page_tokens - 1) // page_tokens, slot_table_stride)
         for start in range(0, pages, CHUNK):

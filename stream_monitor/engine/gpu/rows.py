@@ -8,9 +8,11 @@ import triton
 from numpy.typing import NDArray
 
 from stream_monitor.engine.compat.runner import BatchRows, DeviceInputs
-from stream_monitor.engine.gpu.kernels import gather_rows_kernel, snapshot_kernel
+from stream_monitor.engine.device import places
+from stream_monitor.engine.gpu.kernels import gather_prompt_rows_kernel, gather_rows_kernel, snapshot_kernel
 from stream_monitor.engine.gpu.streams import Streams
 from stream_monitor.engine.gpu.tables import HostTables, Pages
+from stream_monitor.engine.prompt_rows import MOST_OF_CHUNK, room
 from stream_monitor.engine.requests import RowLabel
 
 _CHUNK = 1024
@@ -33,6 +35,7 @@ class RowBuffers:
         requests: most requests of a batch.
         query_start_loc: the runner's own, int32 [requests + 1].
         decode_query_len: rows of a request that are kept: 1, and 1 more for each draft token.
+        prompt_stride, tokens: see `prompt_rows`, and most query tokens of a batch; rows of prompts come after the rest.
     """
 
     def __init__(
@@ -44,10 +47,14 @@ class RowBuffers:
         dtype: torch.dtype,
         query_start_loc: torch.Tensor,
         decode_query_len: int = 1,
+        prompt_stride: int = 0,
+        tokens: int = 0,
     ) -> None:
         device = query_start_loc.device
         self.per_request = decode_query_len
-        shape = (layers, requests * decode_query_len, query_heads, head_dim)
+        self.prompt_stride = prompt_stride
+        self.first_of_prompts = requests * decode_query_len
+        shape = (layers, self.first_of_prompts + room(tokens, prompt_stride), query_heads, head_dim)
         self.rows = torch.zeros(shape, dtype=dtype, device=device)
         self.passes = torch.zeros(layers, dtype=torch.int32, device=device)
         """Forward passes that each layer has seen."""
@@ -62,6 +69,7 @@ class GatherTap:
     def __init__(self, buffers: RowBuffers, layer: int) -> None:
         self._buffers = buffers
         self._rows = as_bits(buffers.rows[layer])
+        self._prompt_rows = self._rows[buffers.first_of_prompts :]
         self._passes = buffers.passes[layer : layer + 1]
         self._dtype = buffers.rows.dtype
         self._layer = layer
@@ -69,23 +77,38 @@ class GatherTap:
     def take(self, query: torch.Tensor, query_start_loc: torch.Tensor | None = None) -> None:
         """Launch the kernel for as many requests as there may be among these tokens; neither waits nor allocates."""
         try:
-            rows, heads, dim = self._rows.shape
+            _, heads, dim = self._rows.shape
             if query.dtype != self._dtype or query.stride()[1:] != (dim, 1) or query.shape[1:] != (heads, dim):
                 raise ValueError(f"queries are {query.dtype} {list(query.shape)} with strides {query.stride()}")
             if not len(query):
                 return
+            buffers, chunks = self._buffers, triton.cdiv(heads * dim, _CHUNK)
             # Each request has a token at least.
-            grid = (min(rows, query.shape[0] * self._buffers.per_request), triton.cdiv(heads * dim, _CHUNK))
-            gather_rows_kernel[grid](
+            last_rows = min(buffers.first_of_prompts, query.shape[0] * buffers.per_request)
+            gather_rows_kernel[last_rows, chunks](
                 as_bits(query),
                 query.stride(0),
-                self._buffers.query_start_loc,
+                buffers.query_start_loc,
                 self._rows,
                 self._passes,
                 heads * dim,
-                PER_REQUEST=self._buffers.per_request,
+                PER_REQUEST=buffers.per_request,
                 CHUNK=_CHUNK,
             )
+            if buffers.prompt_stride and query.shape[0] > buffers.prompt_stride:
+                requests = len(buffers.query_start_loc) - 1
+                gather_prompt_rows_kernel[room(query.shape[0], buffers.prompt_stride), chunks](
+                    as_bits(query),
+                    query.stride(0),
+                    buffers.query_start_loc,
+                    requests,
+                    self._prompt_rows,
+                    heads * dim,
+                    STRIDE=buffers.prompt_stride,
+                    MOST=MOST_OF_CHUNK,
+                    REQUESTS=triton.next_power_of_2(requests),
+                    CHUNK=_CHUNK,
+                )
         except Exception as error:  # must not reach the engine
             self._buffers.faults.append(f"query rows of watched layer {self._layer} could not be gathered: {error}")
 
@@ -126,8 +149,9 @@ class GpuSlot:
         self.seq_lens = torch.zeros(max_rows, dtype=torch.int32, device=device)
         """Lengths as the device had them: the truth about where a row stands."""
         self.passes = torch.zeros(layers, dtype=torch.int32, device=device)
-        self._batch_rows = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._staged = torch.zeros(max_rows, dtype=torch.int32, pin_memory=pinned)
+        self._from = torch.zeros(3, max_rows, dtype=torch.int32, device=device)
+        """Of each sampled row its place in the buffers, its request's in the batch, and the request's rows after it."""
+        self._staged = torch.zeros(3, max_rows, dtype=torch.int32, pin_memory=pinned)
         self.ready, self.done = streams.event(), streams.event()
         """Recorded after the snapshot, on the engine's stream; after the search, on the side stream."""
         self.launched = False
@@ -147,10 +171,13 @@ class GpuSlot:
         if self._buffers.faults:
             return self._buffers.faults[0]
         row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
-        places, per_request = self._staged.numpy(), self._buffers.per_request
-        for n, label in enumerate(labels):
-            places[n] = (row_of[label.request_id] + 1) * per_request - 1 - label.after
-        self._batch_rows.copy_(self._staged, non_blocking=True)
+        buffers, staged = self._buffers, self._staged.numpy()
+        staged[:, : len(labels)] = (
+            places(batch, labels, buffers.per_request, buffers.first_of_prompts, buffers.prompt_stride),
+            [row_of[label.request_id] for label in labels],
+            [label.after for label in labels],
+        )
+        self._from.copy_(self._staged, non_blocking=True)
         self.pages = {
             group: [
                 self._tables.pages(label.request_id, group, -(-(label.position + 1) // self._page_tokens[group]))
@@ -186,7 +213,8 @@ class GpuSlot:
             layers = 0 if number else len(source)
             table, slot_table = self._inputs.block_tables[group], self.block_tables[group]
             snapshot_kernel[(rows, layers + 1)](
-                self._batch_rows,
+                self._from,
+                self._from.stride(0),
                 source,
                 source.stride(0),
                 target,
@@ -200,7 +228,6 @@ class GpuSlot:
                 slot_table,
                 slot_table.stride(0),
                 self._page_tokens[group],
-                PER_REQUEST=self._buffers.per_request,
                 CHUNK=_CHUNK,
             )
 
