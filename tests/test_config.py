@@ -63,6 +63,15 @@ def test_every_default_of_the_capture_may_be_given_by_its_variable(monkeypatch: 
         load(CaptureSettings)
 
 
+def test_rows_of_prompts_are_none_or_one_in_16_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(CaptureSettings).prompt_stride == 0
+    monkeypatch.setenv("STREAM_MONITOR_PROMPT_STRIDE", "16")
+    assert load(CaptureSettings).prompt_stride == 16
+    monkeypatch.setenv("STREAM_MONITOR_PROMPT_STRIDE", "5")
+    with pytest.raises(SettingsError, match=r"prompt_stride: .*must be 0 or from 16 to 4096.*'5'"):
+        load(CaptureSettings)
+
+
 @pytest.mark.parametrize("address", ["unix:/run/x.sock", "localhost:0", "[::1]:9750", "10.0.0.1:65535"])
 def test_addresses(address: str) -> None:
     assert check_address(address) == address

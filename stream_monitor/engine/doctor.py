@@ -69,10 +69,11 @@ def show(plan: CapturePlan, settings: CaptureSettings, console: Console) -> None
     watched = plan.watched
     if watched:
         heads = watched[0].query_heads
+        of_prompts = f", of prompts one in {settings.prompt_stride}" if settings.prompt_stride else ""
         console.print(
             f"Will capture {len(watched)} of {len(plan.layers)} attention layers, {len(heads)} query heads each, "
-            f"one row in every {settings.stride} tokens, {settings.top_k} key blocks of {settings.block_size} tokens "
-            f"a head by {settings.strategy}."
+            f"one row in every {settings.stride} tokens{of_prompts}, {settings.top_k} key blocks of "
+            f"{settings.block_size} tokens a head by {settings.strategy}."
         )
     else:
         console.print("[bold]Nothing can be captured.[/bold]")

@@ -41,9 +41,10 @@ def stream_monitor(*arguments: str, **settings: str) -> subprocess.CompletedProc
 
 
 def test_a_model_that_can_be_captured(model_dir: Path):
-    result = stream_monitor("doctor", str(model_dir), heads="0-2")
+    result = stream_monitor("doctor", str(model_dir), heads="0-2", prompt_stride="64")
     assert result.returncode == 0, result.stderr[-2000:]
     assert result.stdout.startswith("Will capture 4 of 30 attention layers, 3 query heads each")
+    assert "one row in every 4 tokens, of prompts one in 64," in " ".join(result.stdout.split())
     assert result.stdout.count("watched") - result.stdout.count("not watched") == 4
 
 
