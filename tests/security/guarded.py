@@ -85,8 +85,14 @@ class Guarded(Running):
         trusted = ca or self.ca
         if trusted is None or address.startswith("unix:"):
             return grpc.insecure_channel(address, FRESH)
-        shown = (client.private_key_pem.bytes(), b"".join(b.bytes() for b in client.cert_chain_pems)) if client else ()
-        return grpc.secure_channel(address, grpc.ssl_channel_credentials(trusted.cert_pem.bytes(), *shown), FRESH)
+        return grpc.secure_channel(address, grpc.ssl_channel_credentials(*self.shown(client, trusted)), FRESH)
+
+    def shown(self, client: trustme.LeafCert | None, ca: trustme.CA | None = None) -> tuple[bytes, ...]:
+        """The PEM files of a client's credentials: who it trusts, and if it has a certificate, its key and that."""
+        trusted = ca or self.ca
+        assert trusted is not None
+        own = (client.private_key_pem.bytes(), b"".join(b.bytes() for b in client.cert_chain_pems)) if client else ()
+        return trusted.cert_pem.bytes(), *own
 
     def monitor(self, **how: Any) -> monitor_pb2_grpc.MonitorServiceStub:
         return monitor_pb2_grpc.MonitorServiceStub(self.open(**how))
