@@ -86,15 +86,25 @@ class Device(Protocol):
         """Capture is off for good: the taps keep nothing from here on."""
 
 
-def places(batch: BatchRows, labels: Sequence[RowLabel], per_request: int, first: int, stride: int) -> list[int]:
+def places(
+    labels: Sequence[RowLabel],
+    rows: Sequence[int],
+    query_tokens: Sequence[int],
+    per_request: int,
+    first: int,
+    stride: int,
+) -> list[int]:
     """Where the query row of each label is kept: the last `per_request` rows of each request in batch order, and from
-    place `first` on rows of prompts, by the stretch of `stride` query tokens that they lie in."""
-    row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
-    ends = list(accumulate(batch.query_tokens))
+    place `first` on rows of prompts, by the stretch of `stride` query tokens that they lie in.
+
+    Args:
+        rows: batch row of each label's request.
+        query_tokens: of each request of the batch; needed for rows of prompts alone.
+    """
+    ends = list(accumulate(query_tokens))
     return [
         (row + 1) * per_request - 1 - label.after
         if label.after < per_request
         else first + (ends[row] - 1 - label.after) // stride
-        for label in labels
-        for row in (row_of[label.request_id],)
+        for label, row in zip(labels, rows, strict=True)
     ]

@@ -42,7 +42,7 @@ class CpuSlot:
         self._per_request = decode_query_len
         self._prompt_stride = prompt_stride
         self.one_row_each = decode_query_len == 1
-        """Of a batch of decoding requests alone, so that all query rows are kept as they stand."""
+        """Whether, where requests only decode, all query rows are kept, as they stand."""
         self._last = torch.arange(-decode_query_len, 0, dtype=torch.int32)
         self._start_loc: torch.Tensor | None = None
         self._index = torch.zeros(0, dtype=torch.int32)
@@ -101,10 +101,12 @@ class CpuSlot:
             if self.taken[layer] != expected:
                 return f"watched layer {layer} left {self.taken[layer]} query rows where the batch has {expected}"
         row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
+        rows = [row_of[label.request_id] for label in labels]
         self.labels = labels
-        self.batch_rows[: len(labels)] = places(batch, labels, self._per_request, first, self._prompt_stride)
-        for n, label in enumerate(labels):
-            row = row_of[label.request_id]
+        self.batch_rows[: len(labels)] = places(
+            labels, rows, batch.query_tokens, self._per_request, first, self._prompt_stride
+        )
+        for n, (label, row) in enumerate(zip(labels, rows, strict=True)):
             self.contexts[n] = label.position + 1
             for group, table in enumerate(batch.block_tables):
                 pages = -(-(label.position + 1) // batch.page_tokens[group])

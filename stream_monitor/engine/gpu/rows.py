@@ -171,10 +171,13 @@ class GpuSlot:
         if self._buffers.faults:
             return self._buffers.faults[0]
         row_of = {request_id: row for row, request_id in enumerate(batch.request_ids)}
+        rows = [row_of[label.request_id] for label in labels]
         buffers, staged = self._buffers, self._staged.numpy()
         staged[:, : len(labels)] = (
-            places(batch, labels, buffers.per_request, buffers.first_of_prompts, buffers.prompt_stride),
-            [row_of[label.request_id] for label in labels],
+            places(
+                labels, rows, batch.query_tokens, buffers.per_request, buffers.first_of_prompts, buffers.prompt_stride
+            ),
+            rows,
             [label.after for label in labels],
         )
         self._from.copy_(self._staged, non_blocking=True)
