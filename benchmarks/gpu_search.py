@@ -1,12 +1,11 @@
 """What the search costs on a GPU: its time over that of vLLM's Triton attention on the same step and layers.
 
-Not run on a GPU yet. tests/benchmarks/test_gpu_search.py runs all of it but clocks and graphs, interpreted.
-
 For each batch, context and group of query heads one decoding step is made up: bfloat16 caches of pages of 16, keys that
 gather in topics, queries that look for a few of them. Search and attention are captured in one CUDA graph each and
 replayed in turn with a cold second-level cache. `search/attention` is the quotient of the median times; `reads` the
 keys and summary vectors that the search read over all keys; `bandwidth` what it read per second, over that of a copy on
-the same GPU; `most` the quotient when the search never stops early, whatever the keys.
+the same GPU; `most` the quotient when the search never stops early, whatever the keys. `of all ... layers' attention`
+is what the search of the layers that a plug-in watches costs beside the attention of a whole model.
 """
 
 import statistics
@@ -31,6 +30,8 @@ GROUPS = (4, 7)
 MUSTS = {32768: 0.08, 131072: 0.03}
 KV_HEADS, HEAD_DIM, PAGE = 8, 128, 16
 WATCHED_LAYERS = 4
+"""As many as the plug-in watches by default, and of MODEL_LAYERS that a model may have."""
+MODEL_LAYERS = 28
 TOPIC_TOKENS = 512
 CONFIG = SearchConfig(strategy="beam")
 DEVICE = "cuda"
@@ -199,6 +200,9 @@ def main(
     contexts: Annotated[list[int], typer.Option("--context")] = list(CONTEXTS),  # noqa: B006
     groups: Annotated[list[int], typer.Option("--group")] = list(GROUPS),  # noqa: B006
     repeats: int = 50,
+    watched: Annotated[
+        int, typer.Option("--layers", help="Layers that are searched and attended to.")
+    ] = WATCHED_LAYERS,
     seed: int = 0,
 ) -> None:
     """Compares the search with vLLM's attention on made-up steps; needs a GPU, and vLLM built for it."""
@@ -215,7 +219,7 @@ def main(
         worst = 0.0
         for batch in batches:
             # As many of the watched layers as memory has room for.
-            layers = min(WATCHED_LAYERS, int(0.7 * free_memory() / (batch * context * KV_HEADS * HEAD_DIM * 4)))
+            layers = min(watched, int(0.7 * free_memory() / (batch * context * KV_HEADS * HEAD_DIM * 4)))
             layers_used[f"{batch}x{context}"] = layers
             for group in groups if layers else ():
                 name = f"batch {batch}, context {context}, group {group}"
@@ -236,6 +240,7 @@ def main(
                 report.figures |= {
                     f"search_seconds, {name}": search_time,
                     f"search/attention, {name}": ratio,
+                    f"of all {MODEL_LAYERS} layers' attention, {name}": ratio * layers / MODEL_LAYERS,
                     f"most, {name}": most_time / attention_time,
                     f"reads, {name}": read / (layers * batch * context * KV_HEADS),
                     f"bandwidth, {name}": read * HEAD_DIM * 2 / search_time / copied,

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Without an NVIDIA driver, Triton kernels are interpreted. Triton settles that for its own library as it is imported,
 # so that must be here, before any test imports vLLM; engines that tests start shall not inherit it.
-if not Path("/proc/driver/nvidia").exists():
+if not any(Path(trace).exists() for trace in ("/proc/driver/nvidia", "/dev/nvidiactl")):
     with suppress(ImportError):
         os.environ["TRITON_INTERPRET"] = "1"
         import triton

@@ -87,6 +87,8 @@ def engine_arguments(
         arguments |= {"load_format": "dummy", "generation_config": "vllm"}
     if torch.cuda.is_available():
         arguments["gpu_memory_utilization"] = gpu_memory
+        # Else vLLM measures what is left, and the engines beside it disturb that.
+        arguments["kv_cache_memory_bytes"] = int(gpu_memory * torch.cuda.get_device_properties(0).total_memory)
         # One size for all: else the memory of block summaries would change the schedule.
         arguments["num_gpu_blocks_override"] = 1 + requests * -(-(longest + 1) // 16)
         arguments["block_size"] = 16

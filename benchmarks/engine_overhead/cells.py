@@ -144,7 +144,17 @@ def print_start(name: str, cell: Cell) -> None:
         for arm, ratios in cell.within_run.items()
         if latest in ratios
     ]
-    print(f"start {latest}, {name}, p50: {'; '.join(shown)}", flush=True)
+    for arm, accounts in cell.accounts.items():
+        here = [account for start, account in zip(cell.starts, accounts, strict=True) if str(start) == latest]
+        if here[0]:
+            seconds = sum(account["seconds"] for account in here)
+            hooks = sum(value for account in here for key, value in account.items() if key.startswith("hook: "))
+            shown.append(f"{arm} in its hooks {hooks / seconds:.2%}, captured share {captured_share(here):.3f}")
+    plain = statistics.median(
+        times.p50 for start, times in zip(cell.starts, cell.times["plain"], strict=True) if str(start) == latest
+    )
+    same = "the same" if cell.same else "NOT the same"
+    print(f"start {latest}, {name}, p50 of plain {plain * 1e3:.2f} ms; {'; '.join(shown)}; tokens {same}", flush=True)
 
 
 def report_account(report: Report, name: str, accounts: list[dict[str, float]]) -> None:

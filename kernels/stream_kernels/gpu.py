@@ -14,6 +14,7 @@ from stream_kernels.gpu_setup import (
     make_plan,
     make_scratch,
     make_shape,
+    make_top_scratch,
     programs_on,
     pyramid_refusals,
     refusals,
@@ -108,6 +109,7 @@ class GpuSearch:
         self._programs = min(most_programs, self.layers * max_rows * self.units)
         self._update_programs = most_programs
         self._scratch = make_scratch(self._shape, self._programs, self.device)
+        self._top_scratch = make_top_scratch(self._shape, self._programs, self.device)
         # Twice the warps where the registers of 4 would not hold what a program works on.
         self._warps = 8 if self._shape.dim_tile > 128 or self._shape.nodes_tile > 2048 else 4
         slots = summary_slots if config.strategy == "beam" else 0
@@ -228,17 +230,34 @@ class GpuSearch:
         out.status.zero_()
         grid = (self._programs,)
         if self.config.strategy == "exact":
-            exact_kernel[grid](self._cache, self._plan, batch, results, self._shape, num_warps=self._warps)
+            exact_kernel[grid](
+                self._cache, self._plan, batch, results, self._top_scratch, self._shape, num_warps=self._warps
+            )
         elif self.config.strategy == "descent":
             descent_kernel[grid](
-                self._cache, self._plan, batch, results, self._scratch, self._shape, num_warps=self._warps
+                self._cache,
+                self._plan,
+                batch,
+                results,
+                self._top_scratch,
+                self._scratch,
+                self._shape,
+                num_warps=self._warps,
             )
         else:
             if node_slots is None:
                 raise ValueError("beam needs node_slots")
             pyramid = self._pyramid(node_slots)
             beam_kernel[grid](
-                self._cache, self._plan, batch, pyramid, results, self._scratch, self._shape, num_warps=self._warps
+                self._cache,
+                self._plan,
+                batch,
+                pyramid,
+                results,
+                self._top_scratch,
+                self._scratch,
+                self._shape,
+                num_warps=self._warps,
             )
 
     def _batch(

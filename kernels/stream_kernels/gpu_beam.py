@@ -6,10 +6,18 @@
 import triton
 import triton.language as tl
 
-from stream_kernels.gpu_keys import capped, from_bfloat16_bits, logaddexp, logsumexp, open_unit, read_blocks
+from stream_kernels.gpu_keys import (
+    capped,
+    from_bfloat16_bits,
+    logaddexp,
+    logsumexp,
+    open_unit,
+    products,
+    read_blocks,
+)
 from stream_kernels.gpu_moments import expected_excess, fit_line, join_moments, no_moments, predicted_mean
-from stream_kernels.gpu_selection import empty_top, fold, largest, sortable
-from stream_kernels.gpu_structures import Batch, BeamScratch, Cache, Fit, Plan, Pyramid, Results, Unit
+from stream_kernels.gpu_selection import clear_top, keep_heaviest, largest, load_top, new_blocks, own_top, sortable
+from stream_kernels.gpu_structures import Batch, BeamScratch, Cache, Fit, Plan, Pyramid, Results, TopScratch, Unit
 from stream_kernels.gpu_summaries import node_blocks
 from stream_kernels.gpu_unit import item_count, read_forced, spread_profile, store_unit, used_blocks
 
@@ -44,16 +52,15 @@ def _node_place(unit: Unit, pyramid: Pyramid, node, level, wanted, SHAPE: tl.con
 @triton.jit
 def _vector_logits(unit: Unit, pyramid: Pyramid, place, there, WHICH: tl.constexpr, SHAPE: tl.constexpr):
     """Logits of every head, not capped, and the nodes' means (`WHICH` 0) or outliers (1 on), [group_tile, nodes]."""
+    TYPE: tl.constexpr = SHAPE.vector_type
     channel = tl.arange(0, SHAPE.dim_tile)
-    at = (
-        pyramid.summaries
-        + place[:, None] * (SHAPE.vectors * SHAPE.head_dim)
-        + WHICH * SHAPE.head_dim
-        + channel[None, :]
-    )
+    at = place[:, None] * (SHAPE.vectors * SHAPE.head_dim) + WHICH * SHAPE.head_dim + channel[None, :]
     mask = there[:, None] & (channel < SHAPE.head_dim)[None, :]
-    vectors = from_bfloat16_bits(tl.load(at, mask=mask, other=0))
-    return tl.dot(unit.query, tl.trans(vectors), input_precision=SHAPE.dot_precision) * unit.scale
+    if TYPE == "bfloat16":
+        vectors = tl.load(pyramid.summaries.to(tl.pointer_type(tl.bfloat16)) + at, mask=mask, other=0.0)
+    else:
+        vectors = from_bfloat16_bits(tl.load(pyramid.summaries + at, mask=mask, other=0))
+    return products(unit, vectors, TYPE, SHAPE)
 
 
 @triton.jit
@@ -104,26 +111,21 @@ def _look_again(unit: Unit, pyramid: Pyramid, scratch: BeamScratch, level, count
 
 
 @triton.jit
-def _node_masses(unit: Unit, scratch: BeamScratch, level, at, count, SHAPE: tl.constexpr):
-    """Estimated log-sum-exp of the nodes at places `at` of a level's `count`, [group_tile, nodes]; -inf for none."""
-    within = at < count
-    place = (level * SHAPE.group + tl.arange(0, SHAPE.group_tile)[:, None]) * SHAPE.nodes_tile + at[None, :]
-    mask = unit.present[:, None] & within[None, :]
-    estimate = tl.load(scratch.log_mass + place, mask=mask, other=float("-inf"))
-    weight = tl.load(scratch.weight + level * SHAPE.nodes_tile + at, mask=within, other=0.0)
-    return estimate + weight[None, :]
-
-
-@triton.jit
 def _top_norm(unit: Unit, scratch: BeamScratch, level, count, outside, SHAPE: tl.constexpr):
     """What shares are relative to, [group_tile]: `outside` and the estimated masses of the top level's nodes."""
-    tile = tl.arange(0, SHAPE.nodes_read)
+    tile = tl.arange(0, SHAPE.nodes_scanned)
+    head = tl.arange(0, SHAPE.group_tile)[:, None]
     tl.debug_barrier()
     # Masses are summed element by element and over elements only once, after the loop.
-    peak = tl.full([SHAPE.group_tile, SHAPE.nodes_read], float("-inf"), tl.float32)
-    total = tl.full([SHAPE.group_tile, SHAPE.nodes_read], 0.0, tl.float32)
-    for first in range(0, count, SHAPE.nodes_read):
-        mass = _node_masses(unit, scratch, level, first + tile, count, SHAPE)
+    peak = tl.full([SHAPE.group_tile, SHAPE.nodes_scanned], float("-inf"), tl.float32)
+    total = tl.full([SHAPE.group_tile, SHAPE.nodes_scanned], 0.0, tl.float32)
+    for first in range(0, count, SHAPE.nodes_scanned):
+        at = first + tile
+        place = (level * SHAPE.group + head) * SHAPE.nodes_tile + at[None, :]
+        mask = unit.present[:, None] & (at < count)[None, :]
+        estimate = tl.load(scratch.log_mass + place, mask=mask, other=float("-inf"))
+        weight = tl.load(scratch.weight + level * SHAPE.nodes_tile + at, mask=at < count, other=0.0)
+        mass = estimate + weight[None, :]
         higher = tl.maximum(peak, mass)
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(peak - safe) + tl.exp(mass - safe)
@@ -132,17 +134,33 @@ def _top_norm(unit: Unit, scratch: BeamScratch, level, count, outside, SHAPE: tl
 
 
 @triton.jit
+def _share(unit: Unit, scratch: BeamScratch, level, within, weight, norm, HEAD: tl.constexpr, SHAPE: tl.constexpr):
+    """Logarithm of one head's share of each node of a level, by the estimates in `scratch`, [nodes_tile]."""
+    place = (level * SHAPE.group + HEAD) * SHAPE.nodes_tile + tl.arange(0, SHAPE.nodes_tile)
+    estimate = tl.load(scratch.log_mass + place, mask=within, other=float("-inf"))
+    own = unit.present & (tl.arange(0, SHAPE.group_tile) == HEAD)
+    # Of a head that there is not, nothing counts.
+    return estimate + weight - tl.sum(tl.where(own, norm, 0.0), 0) + tl.max(tl.where(own, 0.0, float("-inf")), 0)
+
+
+@triton.jit
 def _unit_scores(unit: Unit, scratch: BeamScratch, level, count, norm, SHAPE: tl.constexpr):
     """The unit's score of each of the `count` nodes of a level, by the estimates in `scratch`: the sum of its heads'
     shares, float32 [nodes_tile]; -inf for none."""
-    tile = tl.arange(0, SHAPE.nodes_read)
-    tl.debug_barrier()
-    for first in range(0, count, SHAPE.nodes_read):
-        mass = _node_masses(unit, scratch, level, first + tile, count, SHAPE)
-        tl.store(scratch.score + first + tile, logsumexp(mass - norm[:, None], 0), mask=first + tile < count)
-    tl.debug_barrier()
     place = tl.arange(0, SHAPE.nodes_tile)
-    return tl.load(scratch.score + place, mask=place < count, other=float("-inf"))
+    group: tl.constexpr = SHAPE.group
+    within = place < count
+    tl.debug_barrier()
+    weight = tl.load(scratch.weight + level * SHAPE.nodes_tile + place, mask=within, other=0.0)
+    # Head after head, so that a thread has all that its nodes' scores are made of.
+    peak = tl.full([SHAPE.nodes_tile], float("-inf"), tl.float32)
+    for head in tl.static_range(group):
+        peak = tl.maximum(peak, _share(unit, scratch, level, within, weight, norm, head, SHAPE))
+    safe = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.full([SHAPE.nodes_tile], 0.0, tl.float32)
+    for head in tl.static_range(group):
+        total += tl.exp(_share(unit, scratch, level, within, weight, norm, head, SHAPE) - safe)
+    return safe + tl.log(total)
 
 
 @triton.jit
@@ -180,34 +198,34 @@ def _score_levels(
             tl.store(scratch.weight + level * SHAPE.nodes_tile + at, weight, mask=at < count)
         if step == 0:
             norm = _top_norm(unit, scratch, level, count, outside, SHAPE)
-        score = _unit_scores(unit, scratch, level, count, norm, SHAPE)
-
         node = _node_at(place, parents, parent_count, orphans, SHAPE)
         blocks = node_blocks(node, level, SHAPE)
         front = (place < count) & (blocks > 0)
         scored = tl.sum(front.to(tl.int32), 0)
         twice = (scored * SHAPE.outlier_256ths + 255) // 256
         reads += scored + twice * SHAPE.outlier_keys
-        again = largest(sortable(score, front), twice)
-        to = tl.cumsum(again.to(tl.int32), 0) - 1
-        tl.store(scratch.again + to, place, mask=again)
-        tl.store(scratch.again + SHAPE.nodes_tile + to, node, mask=again)
-        tl.debug_barrier()
-        _look_again(unit, pyramid, scratch, level, twice, SHAPE)
-        score = _unit_scores(unit, scratch, level, count, norm, SHAPE)
-
-        key = sortable(score, front)
-        selected = largest(key, tl.where(level > 0, SHAPE.box_width, most))
-        taken = tl.sum(selected.to(tl.int32), 0)
-        to = tl.cumsum(selected.to(tl.int32), 0) - 1
-        weight = tl.log(tl.maximum(blocks, 1).to(tl.float32))
-        weight = tl.where(front & ((selected == 0) | (level == 0)), weight, float("-inf"))
-        tl.store(scratch.weight + level * SHAPE.nodes_tile + place, weight, mask=place < count)
-        if level > 0:
-            tl.store(scratch.kept + level * SHAPE.kept_tile + to, node, mask=selected)
-        else:
-            tl.store(scratch.chosen + to, place, mask=selected)
-            tl.store(scratch.chosen + SHAPE.candidates_tile + to, key, mask=selected)
+        # First by the nodes' bulk alone, to find those whose outliers are looked at; then by both.
+        for again in range(2):
+            key = sortable(_unit_scores(unit, scratch, level, count, norm, SHAPE), front)
+            wanted = tl.where(again == 0, twice, tl.where(level > 0, SHAPE.box_width, most))
+            selected = largest(key, wanted)
+            to = tl.cumsum(selected.to(tl.int32), 0) - 1
+            if again == 0:
+                tl.store(scratch.again + to, place, mask=selected)
+                tl.store(scratch.again + SHAPE.nodes_tile + to, node, mask=selected)
+                tl.debug_barrier()
+                _look_again(unit, pyramid, scratch, level, twice, SHAPE)
+            else:
+                taken = tl.sum(selected.to(tl.int32), 0)
+                weight = tl.log(tl.maximum(blocks, 1).to(tl.float32))
+                weight = tl.where(front & ((selected == 0) | (level == 0)), weight, float("-inf"))
+                tl.store(scratch.weight + level * SHAPE.nodes_tile + place, weight, mask=place < count)
+                if level > 0:
+                    tl.store(scratch.kept + level * SHAPE.kept_tile + to, node, mask=selected)
+                else:
+                    tl.store(scratch.chosen + to, place, mask=selected)
+                    tl.store(scratch.chosen + SHAPE.candidates_tile + to, key, mask=selected)
+        if level == 0:
             _order(scratch, parents, parent_count, orphans, taken, SHAPE)
         parent_count = taken
         tl.debug_barrier()
@@ -223,10 +241,10 @@ def _order(scratch: BeamScratch, parents, parent_count, orphans, count, SHAPE: t
     key = tl.load(scratch.chosen + SHAPE.candidates_tile + mine, mask=mine < count, other=0)
     rank = tl.full([SHAPE.candidates_tile], 0, tl.int32)
     for first in range(0, count, 16):
-        other = first + tl.arange(0, 16)
+        other = (first + tl.arange(0, 16))[:, None]
         their = tl.load(scratch.chosen + SHAPE.candidates_tile + other, mask=other < count, other=-0x80000000)
-        before = (their[None, :] > key[:, None]) | ((their[None, :] == key[:, None]) & (other[None, :] < mine[:, None]))
-        rank += tl.sum((before & (other < count)[None, :]).to(tl.int32), 1)
+        before = (their > key[None, :]) | ((their == key[None, :]) & (other < mine[None, :]))
+        rank += tl.sum((before & (other < count)).to(tl.int32), 0)
     block = _node_at(position, parents, parent_count, orphans, SHAPE)
     tl.store(scratch.order + rank, block, mask=mine < count)
     tl.store(scratch.order + SHAPE.candidates_tile + rank, position, mask=mine < count)
@@ -243,13 +261,14 @@ def _estimates(unit: Unit, scratch: BeamScratch, first, count, SHAPE: tl.constex
 
 
 @triton.jit
-def _read_by_gain(unit: Unit, scratch: BeamScratch, outside, most, SHAPE: tl.constexpr):
+def _read_by_gain(unit: Unit, scratch: BeamScratch, tops: TopScratch, outside, most, SHAPE: tl.constexpr):
     """Reads blocks in their order: `first_lot`, then top_k at a time while that is expected to be worth it.
 
     Returns:
         The `Top`, the regression of truth on estimate over all blocks read, and how many those are.
     """
-    top = empty_top(SHAPE)
+    rest = clear_top(tops, SHAPE)
+    head = tl.arange(0, SHAPE.group_tile)
     moments = no_moments(SHAPE)
     observed = outside
     taken = tl.full([], 0, tl.int32)
@@ -257,18 +276,21 @@ def _read_by_gain(unit: Unit, scratch: BeamScratch, outside, most, SHAPE: tl.con
     going = most > 0
     while going:
         count = tl.minimum(most - taken, SHAPE.top_k)
-        lse, key = read_blocks(unit, scratch.order, taken, count, True, SHAPE)
+        lse, key = read_blocks(unit, scratch.order + taken, count, True, SHAPE)
+        lse = new_blocks(tops, lse, key, SHAPE)
         moments = join_moments(moments, _estimates(unit, scratch, taken, count, SHAPE), lse, column < count, count)
         observed = logaddexp(observed, logsumexp(lse, 1))
-        top = fold(top, lse, key, SHAPE)
+        rest = keep_heaviest(tops, rest, SHAPE)
         taken += count
 
         more = tl.minimum(most - taken, SHAPE.top_k)
-        threshold = tl.max(tl.where(column == SHAPE.top_k - 1, top.lse, float("-inf")), 1)
+        tl.debug_barrier()
+        threshold = tl.load(tops.lse + head * (2 * SHAPE.top_tile) + SHAPE.top_k - 1)
         estimate = _estimates(unit, scratch, taken, more, SHAPE)
         excess = expected_excess(fit_line(moments, SHAPE), estimate, threshold, observed)
         gain = tl.sum(tl.sum(tl.where(unit.present[:, None] & (column < more), excess, 0.0), 1), 0)
         going = (more > 0) & ((taken < SHAPE.first_lot) | (gain >= SHAPE.min_gain * more))
+    top = load_top(tops, rest, SHAPE)
     return top, fit_line(moments, SHAPE), taken
 
 
@@ -280,12 +302,12 @@ def _unread(unit: Unit, scratch: BeamScratch, fit: Fit, top, taken, SHAPE: tl.co
     nothing = tl.full([SHAPE.candidates_tile], float("-inf"), tl.float32)
     tl.store(scratch.weight + position, nothing, mask=column < taken)
     tl.debug_barrier()
-    tile = tl.arange(0, SHAPE.nodes_read)
+    tile = tl.arange(0, SHAPE.nodes_scanned)
     head = tl.arange(0, SHAPE.group_tile)[:, None]
-    peak = tl.full([SHAPE.group_tile, SHAPE.nodes_read], float("-inf"), tl.float32)
-    total = tl.full([SHAPE.group_tile, SHAPE.nodes_read], 0.0, tl.float32)
+    peak = tl.full([SHAPE.group_tile, SHAPE.nodes_scanned], float("-inf"), tl.float32)
+    total = tl.full([SHAPE.group_tile, SHAPE.nodes_scanned], 0.0, tl.float32)
     for level in range(top + 1):
-        for first in range(0, tl.load(scratch.scored + level), SHAPE.nodes_read):
+        for first in range(0, tl.load(scratch.scored + level), SHAPE.nodes_scanned):
             at = first + tile
             within = at < tl.load(scratch.scored + level)
             place = (level * SHAPE.group + head) * SHAPE.nodes_tile + at[None, :]
@@ -322,11 +344,13 @@ def beam_kernel(
     batch: Batch,
     pyramid: Pyramid,
     out: Results,
+    tops: TopScratch,
     scratch: BeamScratch,
     SHAPE: tl.constexpr,
 ):
     """Searches all units of all rows and layers, program by program in turn."""
     own = _own(scratch, tl.program_id(0), SHAPE)
+    top_scratch = own_top(tops, tl.program_id(0), SHAPE)
     column = tl.arange(0, SHAPE.candidates_tile)
     items = item_count(batch, out, SHAPE)
     for item in range(tl.program_id(0), items, tl.num_programs(0)):
@@ -349,6 +373,6 @@ def beam_kernel(
         stretch = SHAPE.spread_weight * tl.sum(query * query * profile[None, :], 1)
         scored, reads = _score_levels(unit, pyramid, own, outside, stretch, end, top_level, most, SHAPE)
         tl.debug_barrier()
-        found, fit, taken = _read_by_gain(unit, own, outside, tl.where(few, inner, scored), SHAPE)
+        found, fit, taken = _read_by_gain(unit, own, top_scratch, outside, tl.where(few, inner, scored), SHAPE)
         unread = _unread(unit, own, fit, top_level, taken, SHAPE)
         store_unit(unit, out, found, unread, keys + reads + taken * SHAPE.block_size, item % SHAPE.units, SHAPE)

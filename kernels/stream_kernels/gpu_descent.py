@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from stream_kernels.gpu_keys import key_logits, logaddexp, logsumexp, open_unit
-from stream_kernels.gpu_selection import largest, sortable
-from stream_kernels.gpu_structures import Batch, Cache, DescentScratch, Plan, Results, Unit
+from stream_kernels.gpu_selection import largest, own_top, sortable
+from stream_kernels.gpu_structures import Batch, Cache, DescentScratch, Plan, Results, TopScratch, Unit
 from stream_kernels.gpu_unit import item_count, read_candidates, read_forced, store_unit, used_blocks
 
 
@@ -106,9 +106,18 @@ def _descend(unit: Unit, span, best_place, mass_place, inner, SHAPE: tl.constexp
 
 
 @triton.jit
-def descent_kernel(cache: Cache, plan: Plan, batch: Batch, out: Results, scratch: DescentScratch, SHAPE: tl.constexpr):
+def descent_kernel(
+    cache: Cache,
+    plan: Plan,
+    batch: Batch,
+    out: Results,
+    tops: TopScratch,
+    scratch: DescentScratch,
+    SHAPE: tl.constexpr,
+):
     """Searches all units of all rows and layers, program by program in turn."""
     program = tl.program_id(0)
+    top_scratch = own_top(tops, program, SHAPE)
     span = scratch.span + program * (2 * SHAPE.candidates_tile)
     place = program.to(tl.int64) * (SHAPE.group * 2 * SHAPE.candidates_tile)
     branch = tl.arange(0, SHAPE.candidates_tile)
@@ -128,5 +137,5 @@ def descent_kernel(cache: Cache, plan: Plan, batch: Batch, out: Results, scratch
         block = SHAPE.sink_blocks + tl.where(inner <= few, branch, start)
         tl.store(span + branch, block, mask=branch < left)
         tl.debug_barrier()
-        top = read_candidates(unit, span, 0, left, True, SHAPE)
+        top = read_candidates(unit, span, 0, left, top_scratch, True, SHAPE)
         store_unit(unit, out, top, unread, keys + reads + left * SHAPE.block_size, item % SHAPE.units, SHAPE)

@@ -23,11 +23,26 @@ def to_bfloat16_bits(values):
 
 
 @triton.jit
-def load_keys(pointers, mask, SHAPE: tl.constexpr):
-    """Stored keys as float32, 0 where masked. 8-bit types go by float16, whose format both are part of: no hardware
+def as_type(values, TYPE: tl.constexpr):
+    """Numbers as the type of that name."""
+    if TYPE == "bfloat16":
+        numbers = values.to(tl.bfloat16)
+    elif TYPE == "float16":
+        numbers = values.to(tl.float16)
+    else:
+        numbers = values.to(tl.float32)
+    return numbers
+
+
+@triton.jit
+def load_keys(pointers, mask, TYPE: tl.constexpr, SHAPE: tl.constexpr):
+    """Stored keys as TYPE, 0 where masked. 8-bit types go by float16, whose format both are part of: no hardware
     conversion is needed."""
     if SHAPE.key_type == "bfloat16":
-        keys = from_bfloat16_bits(tl.load(pointers, mask=mask, other=0))
+        if SHAPE.dot_type == "bfloat16":
+            keys = tl.load(pointers, mask=mask, other=0.0)
+        else:
+            keys = from_bfloat16_bits(tl.load(pointers, mask=mask, other=0))
     elif SHAPE.key_type == "float8_e5m2":
         bits = tl.load(pointers, mask=mask, other=0).to(tl.int16) << 8
         keys = bits.to(tl.float16, bitcast=True).to(tl.float32)
@@ -37,8 +52,8 @@ def load_keys(pointers, mask, SHAPE: tl.constexpr):
         bits = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         keys = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
     else:
-        keys = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-    return keys
+        keys = tl.load(pointers, mask=mask, other=0.0)
+    return as_type(keys, TYPE)
 
 
 @triton.jit
@@ -46,7 +61,11 @@ def key_pointer(address, SHAPE: tl.constexpr):
     """An address as a pointer to stored keys. All addresses and strides are multiples of 16 bytes (GpuSearch checks);
     saying so lets the compiler load 16 bytes at a time."""
     if SHAPE.key_type == "bfloat16":
-        pointer = address.to(tl.pointer_type(tl.int16))
+        # Triton's interpreter has no such type, and no product is formed in it there.
+        if SHAPE.dot_type == "bfloat16":
+            pointer = address.to(tl.pointer_type(tl.bfloat16))
+        else:
+            pointer = address.to(tl.pointer_type(tl.int16))
     elif SHAPE.key_type == "float16":
         pointer = address.to(tl.pointer_type(tl.float16))
     elif SHAPE.key_type == "float32":
@@ -120,7 +139,7 @@ def open_unit(item, cache: Cache, plan: Plan, batch: Batch, out: Results, SHAPE:
         layer,
         row,
         kv_head,
-        keys + kv_head * load_stride(cache.head_stride + layer, SHAPE),
+        keys + kv_head.to(tl.int64) * load_stride(cache.head_stride + layer, SHAPE),
         load_stride(cache.page_stride + layer, SHAPE),
         load_stride(cache.token_stride + layer, SHAPE),
         tl.load(cache.num_pages + layer),
@@ -130,7 +149,7 @@ def open_unit(item, cache: Cache, plan: Plan, batch: Batch, out: Results, SHAPE:
         tl.where(allowed, context, 0),
         tl.load(cache.scale + layer),
         tl.load(cache.softcap + layer),
-        query.to(tl.float32),
+        query if SHAPE.dot_type != "float32" else query.to(tl.float32),
         tl.load(plan.slot + heads),
         head >= 0,
         out.status + row,
@@ -138,63 +157,88 @@ def open_unit(item, cache: Cache, plan: Plan, batch: Batch, out: Results, SHAPE:
 
 
 @triton.jit
-def read_keys(unit: Unit, tokens, wanted, SHAPE: tl.constexpr):
-    """The keys at positions `tokens` [T], float32 [T, dim_tile], 0 where not wanted; and bool [T], which were read.
+def read_keys(unit: Unit, tokens, wanted, TYPE: tl.constexpr, SHAPE: tl.constexpr):
+    """The keys at positions `tokens` [T], [T, dim_tile] as TYPE, 0 where not wanted; and bool [T], which were read.
 
     A page id outside the cache marks the row as invalid, and nothing is read there.
     """
     page = tl.load(unit.pages + tokens // SHAPE.page_size, mask=wanted, other=0)
     inside = (page >= 0) & (page < unit.num_pages)
     tl.store(unit.status + tl.zeros_like(tokens), 2, mask=wanted & (inside == 0))
-    place = page.to(tl.int64) * unit.page_stride + (tokens % SHAPE.page_size).to(tl.int64) * unit.token_stride
+    place = page.to(tl.int64) * unit.page_stride + tokens % SHAPE.page_size * unit.token_stride
     channel = tl.arange(0, SHAPE.dim_tile)
     there = wanted & inside
     mask = there[:, None] & (channel < SHAPE.head_dim)[None, :]
-    return load_keys(unit.keys + place[:, None] + channel[None, :], mask, SHAPE), there
+    return load_keys(unit.keys + place[:, None] + channel[None, :], mask, TYPE, SHAPE), there
+
+
+@triton.jit
+def products(unit: Unit, vectors, TYPE: tl.constexpr, SHAPE: tl.constexpr):
+    """Scaled products of every head's query and `vectors` [T, dim_tile] of TYPE, float32 [group_tile, T]."""
+    query = as_type(unit.query, TYPE)
+    if TYPE == "float32":
+        logits = tl.dot(query, tl.trans(vectors), input_precision=SHAPE.dot_precision)
+    else:
+        # Heads are a tensor-core product's columns, of which there may be as few as 8; of rows there are 16 at least.
+        # Not so in float32, where the compiler would load vectors 8 bytes at a time for that.
+        logits = tl.trans(tl.dot(vectors, tl.trans(query)))
+    return logits * unit.scale
 
 
 @triton.jit
 def key_logits(unit: Unit, tokens, wanted, SHAPE: tl.constexpr):
     """Logits of every head and the keys that `read_keys` reads, float32 [group_tile, T]; -inf for the others."""
-    keys, there = read_keys(unit, tokens, wanted, SHAPE)
-    logits = tl.dot(unit.query, tl.trans(keys), input_precision=SHAPE.dot_precision) * unit.scale
+    TYPE: tl.constexpr = SHAPE.dot_type
+    keys, there = read_keys(unit, tokens, wanted, TYPE, SHAPE)
+    logits = products(unit, keys, TYPE, SHAPE)
     if SHAPE.softcap:
         logits = capped(logits, unit.softcap)
     return tl.where(there[None, :], logits, float("-inf"))
 
 
 @triton.jit
-def read_blocks(unit: Unit, listed, first, count, LISTED: tl.constexpr, SHAPE: tl.constexpr):
+def _block_at(unit: Unit, blocks, place, count, LISTED: tl.constexpr):
+    """The block that `read_blocks` reads at a place; one beyond the context where there is none."""
+    if LISTED:
+        block = tl.load(blocks + place, mask=place < count, other=0)
+    else:
+        first, split, shift = blocks
+        number = first + place
+        shifted = tl.where(number + shift < split, unit.context, number + shift)
+        block = tl.where(number < split, number, shifted)
+    return block
+
+
+@triton.jit
+def read_blocks(unit: Unit, blocks, count, LISTED: tl.constexpr, SHAPE: tl.constexpr):
     """Reads up to `top_tile` blocks in full.
 
     Args:
-        listed: where `LISTED`, pointer to int32 block ids, of which those from `first` on are read; else the blocks
-            are numbered from `first`.
-        count: how many.
+        blocks: where `LISTED`, pointer to int32 block ids; else (first, split, shift): place n is number first + n, and
+            numbers below `split` are block ids, those above it are block ids less `shift`, none of which is below it.
+        count: how many places.
 
     Returns:
-        float32 [group_tile, top_tile], each block's log-sum-exp, -inf beyond `count`; and int32 likewise, the position
-        in the context of its strongest key.
+        float32 [group_tile, top_tile], each block's log-sum-exp, -inf where there is none; and int32 likewise, the
+        position in the context of its strongest key.
     """
     TILES: tl.constexpr = SHAPE.top_tile // SHAPE.read_tile
     lse = tl.full([SHAPE.group_tile, TILES, SHAPE.read_tile], float("-inf"), tl.float32)
     strongest = tl.full([SHAPE.group_tile, TILES, SHAPE.read_tile], 0, tl.int32)
     number = tl.arange(0, TILES)[None, :, None]
     key = tl.arange(0, SHAPE.read_tile * SHAPE.block_size)
+    of_block = tl.arange(0, SHAPE.block_size)[None, None, :]
     of_tile = tl.arange(0, SHAPE.read_tile)
     for tile in range((count + SHAPE.read_tile - 1) // SHAPE.read_tile):
         place = tile * SHAPE.read_tile + key // SHAPE.block_size
-        at = tile * SHAPE.read_tile + of_tile
-        if LISTED:
-            block = tl.load(listed + first + place, mask=place < count, other=0)
-            start = tl.load(listed + first + at, mask=at < count, other=0) * SHAPE.block_size
-        else:
-            block = first + place
-            start = (first + at) * SHAPE.block_size
+        block = _block_at(unit, blocks, place, count, LISTED)
+        start = _block_at(unit, blocks, tile * SHAPE.read_tile + of_tile, count, LISTED) * SHAPE.block_size
         tokens = block * SHAPE.block_size + key % SHAPE.block_size
         logits = key_logits(unit, tokens, (place < count) & (tokens < unit.context), SHAPE)
         logits = tl.reshape(logits, [SHAPE.group_tile, SHAPE.read_tile, SHAPE.block_size])
-        peak = start[None, :] + tl.argmax(logits, 2, tie_break_left=True)
+        highest = tl.expand_dims(tl.max(logits, 2), 2)
+        first = tl.min(tl.where(logits == highest, of_block, SHAPE.block_size - 1), 2)
+        peak = start[None, :] + first
         lse = tl.where(number == tile, logsumexp(logits, 2)[:, None, :], lse)
         strongest = tl.where(number == tile, peak[:, None, :], strongest)
     return (

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 import triton
 
-from stream_kernels.gpu_structures import BeamScratch, Cache, DescentScratch, Plan, Shape
+from stream_kernels.gpu_structures import BeamScratch, Cache, DescentScratch, Plan, Shape, TopScratch
 from stream_kernels.index import Levels, levels_for
 from stream_kernels.layout import DeviceKeys, layer_refusals
 from stream_kernels.search import SearchConfig
@@ -18,8 +18,10 @@ MOST_HEADS = 16
 """Query heads of a unit: the rows of one tensor-core product."""
 MOST_TOP_K = 64
 MOST_CANDIDATES = 512
-_KEYS_READ = 64
-"""Keys or summaries that a program reads at a time, and multiplies in one product; half of it above 128 channels."""
+_KEYS_READ = 128
+"""Keys or summaries that a program reads at a time, and multiplies in one product; half of it above 128 channels or
+where they are multiplied in float32."""
+_NODES_SCANNED = 256
 _PROGRAMS_PER_PROCESSOR = 2
 """As many as a multiprocessor has registers for, in the code compiled for compute capability 9.0."""
 _ALIGNMENT = 16
@@ -58,6 +60,8 @@ def refusals(
         size = layer.tensor.element_size()
         if layer.tensor.data_ptr() % _ALIGNMENT or any(s * size % _ALIGNMENT for s in layer.tensor.stride()[:3]):
             reasons.append(f"layer {index} has keys that do not start at a multiple of {_ALIGNMENT} bytes")
+        if max(layer.tensor.stride()) >= 2**31:
+            reasons.append(f"layer {index} has keys that lie 2^31 elements or more apart from one to the next")
         if layer.table < 0:
             reasons.append(f"layer {index} names block table {layer.table}")
     if not 16 <= first.layout.head_dim <= 256:
@@ -96,6 +100,13 @@ def programs_on(device: torch.device) -> int:
     return _PROGRAMS_PER_PROCESSOR * processors
 
 
+def _dot_type(query_dtype: torch.dtype, stored: torch.dtype) -> str:
+    """What a product of queries and what is stored as `stored` is formed in: their own type where both are of one that
+    tensor cores multiply; else float32, as everywhere under Triton's interpreter, whose other products are wrong."""
+    native = stored == query_dtype and query_dtype.itemsize == 2 and not triton.knobs.runtime.interpret
+    return str(query_dtype).removeprefix("torch.") if native else "float32"
+
+
 def make_shape(
     keys: Sequence[DeviceKeys],
     config: SearchConfig,
@@ -108,7 +119,10 @@ def make_shape(
 ) -> Shape:
     dtype, layout = keys[0].tensor.dtype, keys[0].layout
     dim_tile = triton.next_power_of_2(layout.head_dim)
-    keys_read = _KEYS_READ if dim_tile <= 128 else _KEYS_READ // 2
+    dot_type, vector_type = _dot_type(query_dtype, dtype), _dot_type(query_dtype, torch.bfloat16)
+    # Of a tensor-core product the columns, or in float32 the rows.
+    fewest_heads = 16 if "float32" in (dot_type, vector_type) else 8
+    keys_read = _KEYS_READ if dim_tile <= 128 and dot_type != "float32" else _KEYS_READ // 2
     read_tile = max(1, min(keys_read // config.block_size, triton.next_power_of_2(config.top_k)))
     candidates = _candidates(config, max_context)
     probe_tile = triton.next_power_of_2(config.probe_keys)
@@ -118,12 +132,14 @@ def make_shape(
         query_heads=query_heads,
         kv_heads=keys[0].kv_heads,
         group=group,
-        group_tile=max(16, triton.next_power_of_2(group)),
+        group_tile=max(fewest_heads, triton.next_power_of_2(group)),
         head_dim=layout.head_dim,
         dim_tile=dim_tile,
         page_size=layout.page_size,
         block_size=config.block_size,
         key_type=str(dtype).removeprefix("torch."),
+        dot_type=dot_type,
+        vector_type=vector_type,
         # Products of numbers of at most 11 binary digits are exact in TF32; wider ones are taken in three parts.
         dot_precision="tf32x3" if torch.float32 in (dtype, query_dtype) else "tf32",
         softcap=any(layer.softcap > 0 for layer in keys),
@@ -131,8 +147,8 @@ def make_shape(
         top_tile=max(read_tile, triton.next_power_of_2(config.top_k)),
         sink_blocks=config.sink_blocks,
         recent_blocks=config.recent_blocks,
-        forced_tile=triton.next_power_of_2(config.forced_blocks),
         read_tile=read_tile,
+        profile_tile=max(1, min(64 // config.block_size, triton.next_power_of_2(config.recent_blocks))),
         max_context=max_context,
         strategy=config.strategy,
         rerank=config.rerank,
@@ -155,6 +171,7 @@ def make_shape(
         box_width=config.box_width,
         kept_tile=triton.next_power_of_2(config.box_width),
         nodes_read=keys_read,
+        nodes_scanned=_NODES_SCANNED,
     )
 
 
@@ -166,9 +183,9 @@ def make_cache(keys: Sequence[DeviceKeys]) -> Cache:
 
     return Cache(
         address=numbers([layer.tensor.data_ptr() for layer in keys], torch.int64),
-        page_stride=numbers([layer.tensor.stride(0) for layer in keys], torch.int64),
-        token_stride=numbers([layer.tensor.stride(1) for layer in keys], torch.int64),
-        head_stride=numbers([layer.tensor.stride(2) for layer in keys], torch.int64),
+        page_stride=numbers([layer.tensor.stride(0) for layer in keys], torch.int32),
+        token_stride=numbers([layer.tensor.stride(1) for layer in keys], torch.int32),
+        head_stride=numbers([layer.tensor.stride(2) for layer in keys], torch.int32),
         num_pages=numbers([layer.num_pages for layer in keys], torch.int32),
         table=numbers([layer.table for layer in keys], torch.int32),
         scale=torch.tensor([layer.scale for layer in keys], device=device),
@@ -194,6 +211,12 @@ def sink_logits(keys: Sequence[DeviceKeys], watched: Sequence[int]) -> torch.Ten
     """Learned sinks of the watched heads, float32 [L, H] on the CPU; -inf where a layer has none."""
     none = torch.full((len(watched),), -math.inf)
     return torch.stack([none if layer.sinks is None else layer.sinks.cpu()[list(watched)] for layer in keys])
+
+
+def make_top_scratch(shape: Shape, programs: int, device: torch.device) -> TopScratch:
+    """Working memory of every program for the heaviest blocks."""
+    sizes = programs, shape.group_tile, 2 * shape.top_tile
+    return TopScratch(torch.zeros(sizes, device=device), torch.zeros(sizes, dtype=torch.int32, device=device))
 
 
 def make_scratch(shape: Shape, programs: int, device: torch.device) -> BeamScratch | DescentScratch | None:

@@ -21,24 +21,29 @@ class Shape:
     group: int
     """Most query heads of a unit."""
     group_tile: int
-    """At least 16, the fewest rows of a tensor-core product."""
+    """At least as many as a tensor-core product has of them."""
     head_dim: int
     dim_tile: int
     page_size: int
     block_size: int
     key_type: str
     """`bfloat16`, `float8_e4m3fn`, ...: the name of the cache's element type."""
+    dot_type: str
+    """What queries and keys are multiplied as, `bfloat16`, `float16` or `float32`; products are summed in float32."""
+    vector_type: str
+    """The same of queries and summaries."""
     dot_precision: str
-    """Triton's name for how products of queries and keys are formed."""
+    """Triton's name for how products in float32 are formed."""
     softcap: bool
     """Some layer has one."""
     top_k: int
     top_tile: int
     sink_blocks: int
     recent_blocks: int
-    forced_tile: int
     read_tile: int
     """Blocks read at a time; divides `top_tile`."""
+    profile_tile: int
+    """Blocks read at a time for the profile of the keys' spread."""
     max_context: int
     strategy: str
     rerank: bool
@@ -69,6 +74,8 @@ class Shape:
     kept_tile: int
     nodes_read: int
     """Summaries read at a time."""
+    nodes_scanned: int
+    """Nodes whose estimates are gone through at a time."""
 
 
 class Cache(NamedTuple):
@@ -77,7 +84,7 @@ class Cache(NamedTuple):
     address: Any
     """int64, of the first key."""
     page_stride: Any
-    """int64, in elements, as all strides here."""
+    """int32, in elements, as all strides here."""
     token_stride: Any
     head_stride: Any
     num_pages: Any
@@ -171,7 +178,7 @@ class Unit(NamedTuple):
     scale: Any
     softcap: Any
     query: Any
-    """float32 [group_tile, dim_tile], unscaled."""
+    """[group_tile, dim_tile] as stored, unscaled."""
     slot: Any
     """int32 [group_tile]."""
     present: Any
@@ -189,6 +196,15 @@ class Top(NamedTuple):
     """int32 [group_tile, top_tile], the position in the context of the block's strongest key."""
     rest: Any
     """float32 [group_tile], log-sum-exp."""
+
+
+class TopScratch(NamedTuple):
+    """Working memory for a unit's heaviest blocks, [group_tile, 2 * top_tile]: those so far, then new ones."""
+
+    lse: Any
+    """float32."""
+    key: Any
+    """int32."""
 
 
 class Moments(NamedTuple):

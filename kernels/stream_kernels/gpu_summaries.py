@@ -70,12 +70,12 @@ def summarise_blocks_kernel(cache: Cache, batch: Batch, pyramid: Pyramid, jobs: 
             inside = (page >= 0) & (page < tl.load(cache.num_pages + layer))
             place = (
                 page.to(tl.int64) * load_stride(cache.page_stride + layer, SHAPE)
-                + (position % SHAPE.page_size).to(tl.int64) * load_stride(cache.token_stride + layer, SHAPE)
-                + kv_head * load_stride(cache.head_stride + layer, SHAPE)
+                + position % SHAPE.page_size * load_stride(cache.token_stride + layer, SHAPE)
+                + kv_head.to(tl.int64) * load_stride(cache.head_stride + layer, SHAPE)
             )
             first = key_pointer(tl.load(cache.address + layer), SHAPE)
             mask = inside[:, None] & (channel < SHAPE.head_dim)[None, :]
-            keys = load_keys(first + place[:, None] + channel[None, :], mask, SHAPE)
+            keys = load_keys(first + place[:, None] + channel[None, :], mask, "float32", SHAPE)
             mean = tl.sum(keys, 0) / SHAPE.block_size
             away = keys - mean[None, :]
             distance = tl.sum(away * away, 1)

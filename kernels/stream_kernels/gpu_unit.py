@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from stream_kernels.gpu_keys import logaddexp, logsumexp, read_blocks, read_keys
-from stream_kernels.gpu_selection import empty_top, fold
-from stream_kernels.gpu_structures import Batch, Plan, Results, Top, Unit
+from stream_kernels.gpu_selection import clear_top, keep_heaviest, load_top, new_blocks
+from stream_kernels.gpu_structures import Batch, Plan, Results, Top, TopScratch, Unit
 
 
 @triton.jit
@@ -30,24 +30,6 @@ def head_place(unit: Unit, out: Results, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _read_forced(unit: Unit, out: Results, place, first, end, SHAPE: tl.constexpr):
-    """Reads blocks `first` to `end` and writes them from forced place `place` on; their log-sum-exp [group_tile]."""
-    FORCED: tl.constexpr = SHAPE.sink_blocks + SHAPE.recent_blocks
-    total = tl.full([SHAPE.group_tile], float("-inf"), tl.float32)
-    column = tl.arange(0, SHAPE.top_tile)
-    heads = head_place(unit, out, SHAPE)
-    for start in range(first, end, SHAPE.top_tile):
-        count = tl.minimum(end - start, SHAPE.top_tile)
-        lse, key = read_blocks(unit, unit.pages, start, count, False, SHAPE)
-        total = logaddexp(total, logsumexp(lse, 1))
-        at = heads[:, None] * FORCED + (place + start - first + column)[None, :]
-        mask = unit.present[:, None] & (column < count)[None, :]
-        tl.store(out.forced_lse + at, lse, mask=mask)
-        tl.store(out.forced_strongest + at, (key % SHAPE.block_size).to(tl.uint8), mask=mask)
-    return total
-
-
-@triton.jit
 def read_forced(unit: Unit, plan: Plan, out: Results, SHAPE: tl.constexpr):
     """Reads and writes the forced blocks and the learned sinks.
 
@@ -57,23 +39,23 @@ def read_forced(unit: Unit, plan: Plan, out: Results, SHAPE: tl.constexpr):
     FORCED: tl.constexpr = SHAPE.sink_blocks + SHAPE.recent_blocks
     used = used_blocks(unit, SHAPE)
     heads = head_place(unit, out, SHAPE)
-    sinks = tl.minimum(used, SHAPE.sink_blocks)
     window = used - SHAPE.recent_blocks
-    recent = tl.maximum(window, SHAPE.sink_blocks)
-    forced = tl.arange(0, SHAPE.forced_tile)
-    absent = tl.where(forced < SHAPE.sink_blocks, forced >= sinks, window + forced - SHAPE.sink_blocks < recent)
-    mask = unit.present[:, None] & (absent & (forced < FORCED))[None, :]
-    at = heads[:, None] * FORCED + forced[None, :]
-    tl.store(out.forced_lse + at, tl.full(at.shape, float("-inf"), tl.float32), mask=mask)
-    tl.store(out.forced_strongest + at, tl.full(at.shape, 0, tl.uint8), mask=mask)
-    outside = logaddexp(
-        _read_forced(unit, out, 0, 0, sinks, SHAPE),
-        _read_forced(unit, out, SHAPE.sink_blocks + recent - window, recent, used, SHAPE),
-    )
+    column = tl.arange(0, SHAPE.top_tile)
+    outside = tl.full([SHAPE.group_tile], float("-inf"), tl.float32)
+    for first in range(0, FORCED, SHAPE.top_tile):
+        blocks = (first, SHAPE.sink_blocks, window - SHAPE.sink_blocks)
+        lse, key = read_blocks(unit, blocks, tl.minimum(FORCED - first, SHAPE.top_tile), False, SHAPE)
+        outside = logaddexp(outside, logsumexp(lse, 1))
+        at = heads[:, None] * FORCED + (first + column)[None, :]
+        mask = unit.present[:, None] & (first + column < FORCED)[None, :]
+        tl.store(out.forced_lse + at, lse, mask=mask)
+        tl.store(out.forced_strongest + at, (key % SHAPE.block_size).to(tl.uint8), mask=mask)
     learned = tl.load(plan.sinks + unit.layer * SHAPE.query_heads + unit.slot, mask=unit.present, other=float("-inf"))
     learned = tl.where(unit.context > 0, learned, float("-inf"))
     tl.store(out.learned_sink_lse + heads, learned, mask=unit.present)
     # All of them are full but the last one of the context, which is always forced.
+    sinks = tl.minimum(used, SHAPE.sink_blocks)
+    recent = tl.maximum(window, SHAPE.sink_blocks)
     keys = (sinks + tl.maximum(used - recent, 0)) * SHAPE.block_size - (used * SHAPE.block_size - unit.context)
     return logaddexp(outside, learned), keys
 
@@ -82,13 +64,13 @@ def read_forced(unit: Unit, plan: Plan, out: Results, SHAPE: tl.constexpr):
 def spread_profile(unit: Unit, first, end, SHAPE: tl.constexpr):
     """`statistics.spread_profile` of blocks `first` to `end`, the last of the context: float32 [dim_tile], of which the
     channels beyond `head_dim` mean nothing."""
-    key = tl.arange(0, SHAPE.read_tile * SHAPE.block_size)
+    key = tl.arange(0, SHAPE.profile_tile * SHAPE.block_size)
     variance = tl.full([SHAPE.dim_tile], 0.0, tl.float32)
-    for start in range(first, end, SHAPE.read_tile):
+    for start in range(first, end, SHAPE.profile_tile):
         tokens = start * SHAPE.block_size + key
-        keys, there = read_keys(unit, tokens, tokens < unit.context, SHAPE)
-        keys = tl.reshape(keys, [SHAPE.read_tile, SHAPE.block_size, SHAPE.dim_tile])
-        weight = tl.reshape(there.to(tl.float32), [SHAPE.read_tile, SHAPE.block_size])
+        keys, there = read_keys(unit, tokens, tokens < unit.context, "float32", SHAPE)
+        keys = tl.reshape(keys, [SHAPE.profile_tile, SHAPE.block_size, SHAPE.dim_tile])
+        weight = tl.reshape(there.to(tl.float32), [SHAPE.profile_tile, SHAPE.block_size])
         mean = tl.sum(keys, 1) / tl.maximum(tl.sum(weight, 1), 1.0)[:, None]
         away = (keys - mean[:, None, :]) * weight[:, :, None]
         variance += tl.sum(tl.sum(away * away, 1), 0)
@@ -97,13 +79,15 @@ def spread_profile(unit: Unit, first, end, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def read_candidates(unit: Unit, listed, first, count, LISTED: tl.constexpr, SHAPE: tl.constexpr):
-    """The `Top` of `count` blocks, given as to `read_blocks`."""
-    top = empty_top(SHAPE)
+def read_candidates(unit: Unit, listed, first, count, scratch: TopScratch, LISTED: tl.constexpr, SHAPE: tl.constexpr):
+    """The `Top` of `count` blocks: those in `listed`, or from block `first` of the context on."""
+    rest = clear_top(scratch, SHAPE)
     for start in range(0, count, SHAPE.top_tile):
-        lse, key = read_blocks(unit, listed, first + start, tl.minimum(count - start, SHAPE.top_tile), LISTED, SHAPE)
-        top = fold(top, lse, key, SHAPE)
-    return top
+        blocks = listed + start if LISTED else (first + start, 0, 0)
+        lse, key = read_blocks(unit, blocks, tl.minimum(count - start, SHAPE.top_tile), LISTED, SHAPE)
+        new_blocks(scratch, lse, key, SHAPE)
+        rest = keep_heaviest(scratch, rest, SHAPE)
+    return load_top(scratch, rest, SHAPE)
 
 
 @triton.jit

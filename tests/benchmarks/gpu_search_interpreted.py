@@ -63,7 +63,7 @@ def main() -> None:
         return attend
 
     gpu_search.DTYPE = torch.float16
-    gpu_search.DEVICE, gpu_search.KV_HEADS, gpu_search.HEAD_DIM, gpu_search.WATCHED_LAYERS = "cpu", 1, 16, 2
+    gpu_search.DEVICE, gpu_search.KV_HEADS, gpu_search.HEAD_DIM = "cpu", 1, 16
     for replacement in (captured, median_times, prepare_attention):
         setattr(gpu_search, replacement.__name__, replacement)
     gpu_search.copy_bandwidth = lambda repeats: 1.0

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 @pytest.mark.timeout(600)
 def test_the_whole_benchmark_runs_interpreted() -> None:
     program = Path(__file__).with_name("gpu_search_interpreted.py")
-    arguments = ["--context", "1024", "--batch", "1", "--batch", "2", "--group", "4", "--repeats", "1"]
+    arguments = ["--context", "1024", "--batch", "1", "--batch", "2", "--group", "4", "--repeats", "1", "--layers", "2"]
     done = subprocess.run(
         [sys.executable, program, *arguments],
         capture_output=True,

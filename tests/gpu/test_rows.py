@@ -87,7 +87,9 @@ def test_a_row_of_a_prompt_has_its_own_length_and_pages():
     contexts = torch.tensor([60, 17, 0, 0, 0], dtype=torch.int32, device=DEVICE)  # of the first 20 were known
     table = torch.arange(REQUESTS * PAGES, dtype=torch.int32, device=DEVICE).view(REQUESTS, PAGES)
     tables = HostTables([1], [PAGES, PAGES])
-    tables.follow(step(*(ScheduledRequest(i, 0, 1, 0, (), ([], list(table[n, :4])), True) for n, i in enumerate("ab"))))
+    tables.follow(
+        step(*(ScheduledRequest(i, 0, 1, 0, (), ([], table[n, :4].tolist()), True) for n, i in enumerate("ab")))
+    )
     slot = slot_of(batch, DeviceInputs(contexts, [table * 0, table]), tables, deque())
     labels = [
         label("a", 27, after=32),
@@ -145,7 +147,7 @@ def test_a_snapshot_outlives_what_the_next_step_overwrites():
     inputs = DeviceInputs(lengths, [table * 0, table])
     tables = HostTables([1], [PAGES, PAGES])
     tables.follow(
-        step(*(ScheduledRequest(i, 0, 1, 0, (), ([], list(table[n, :3])), True) for n, i in enumerate("abc")))
+        step(*(ScheduledRequest(i, 0, 1, 0, (), ([], table[n, :3].tolist()), True) for n, i in enumerate("abc")))
     )
     reading: deque[GpuSlot] = deque()
     slot = slot_of(batch, inputs, tables, reading)
@@ -169,7 +171,9 @@ def test_of_drafts_the_accepted_rows_stay_each_with_its_own_length():
     lengths = torch.tensor([40, 17, 0, 0, 0], dtype=torch.int32, device=DEVICE)
     table = torch.arange(REQUESTS * PAGES, dtype=torch.int32, device=DEVICE).view(REQUESTS, PAGES)
     tables = HostTables([1], [PAGES, PAGES])
-    tables.follow(step(*(ScheduledRequest(i, 0, 1, 0, (), ([], list(table[n, :3])), True) for n, i in enumerate("ab"))))
+    tables.follow(
+        step(*(ScheduledRequest(i, 0, 1, 0, (), ([], table[n, :3].tolist()), True) for n, i in enumerate("ab")))
+    )
     slot = slot_of(batch, DeviceInputs(lengths, [table * 0, table]), tables, deque())
     labels = [label("a", 37, after=2), label("a", 38, after=1), label("a", 39), label("b", 16)]
     assert slot.snapshot(BatchRows(["a", "b"], [], []), labels, 3) == ""

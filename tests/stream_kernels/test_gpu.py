@@ -145,12 +145,13 @@ class TypeAlone:
     """The part of a `Shape` that decoding looks at."""
 
     key_type: str
+    dot_type: str = "float32"
 
 
 @triton.jit
 def decode_kernel(stored, out, SHAPE: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.arange(0, 256)
-    tl.store(out + place, load_keys(stored + place, place < 256, SHAPE))
+    tl.store(out + place, load_keys(stored + place, place < 256, "float32", SHAPE))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
