@@ -258,7 +258,8 @@ class Capture:
         self._generations.next_step()
         self._generations.mark(step.rewritten_blocks)
         for request in step.requests:
-            self._generations.mark(request.rewritten_blocks)
+            if request.rewritten_blocks:
+                self._generations.mark(request.rewritten_blocks)
 
     def _follow_requests(self, step: ScheduledStep) -> None:
         for request_id in step.finished:
@@ -275,12 +276,15 @@ class Capture:
         """Count every row of the step once; return those to be searched."""
         count(self._ledger, labels, "expected", "", self._heads)
         sampled = []
+        settled: dict[Fate, list[RowLabel]] = {}
         for label in labels:
             fate = self._fate(label)
             if fate is None:
                 sampled.append(label)
             else:
-                self._settle(label, fate, drafts)
+                settled.setdefault(fate, []).append(label)
+        for fate, rows in settled.items():
+            self._settle(rows, fate, drafts)
         return sampled
 
     def _fate(self, label: RowLabel) -> Fate | None:
@@ -293,14 +297,13 @@ class Capture:
             return ("governed" if label.governed else "sampled_out"), ""
         return ("refused", CAPTURE_OFF) if self._ledger.fault else None
 
-    def _settle(self, label: RowLabel, fate: Fate, drafts: Drafts) -> None:
-        count(self._ledger, [label], *fate, self._heads)
-        if label.request_id in drafts.rows:
-            drafts.fates[label] = fate
+    def _settle(self, labels: list[RowLabel], fate: Fate, drafts: Drafts) -> None:
+        count(self._ledger, labels, *fate, self._heads)
+        if drafts.rows:
+            drafts.fates |= {label: fate for label in labels if label.request_id in drafts.rows}
 
     def _drop(self, sampled: list[RowLabel], reason: str, drafts: Drafts) -> None:
-        for label in sampled:
-            self._settle(label, ("dropped", reason), drafts)
+        self._settle(sampled, ("dropped", reason), drafts)
 
     def _acquire(self, sampled: list[RowLabel], drafts: Drafts) -> StepSlot | None:
         if not sampled or not self._slots:

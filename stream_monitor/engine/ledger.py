@@ -1,7 +1,7 @@
 """Counting rows so that nothing is silent. The runner thread and the estimator thread keep a ledger each; a record
 carries their sum, the runner's as of its step."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Literal
 
 from stream_monitor.engine.requests import RowLabel
@@ -10,15 +10,15 @@ from stream_monitor.records import Ledger, Phase, RowLedger
 Outcome = Literal["expected", "captured", "sampled_out", "governed", "raced", "dropped", "refused", "discarded"]
 
 
-def count(ledger: Ledger, labels: Iterable[RowLabel], outcome: Outcome, reason: str, heads_per_row: int) -> None:
+def count(ledger: Ledger, labels: Sequence[RowLabel], outcome: Outcome, reason: str, heads_per_row: int) -> None:
     """Add rows to one cell; `reason` belongs to dropped, refused and discarded alone."""
-    for label in labels:
-        rows = ledger.chunk_rows if label.phase is Phase.PREFILL_CHUNK else ledger.token_rows
-        if reason:
+    chunks = sum([label.phase is Phase.PREFILL_CHUNK for label in labels])
+    for rows, number in (ledger.token_rows, len(labels) - chunks), (ledger.chunk_rows, chunks):
+        if number and reason:
             cells: dict[str, int] = getattr(rows, outcome)
-            cells[reason] = cells.get(reason, 0) + heads_per_row
-        else:
-            setattr(rows, outcome, getattr(rows, outcome) + heads_per_row)
+            cells[reason] = cells.get(reason, 0) + number * heads_per_row
+        elif number:
+            setattr(rows, outcome, getattr(rows, outcome) + number * heads_per_row)
 
 
 def merged(runner: Ledger, estimator: Ledger) -> Ledger:

@@ -92,10 +92,10 @@ class Marks:
 
     def revise(self, reading: Reading, tokens: Sequence[int], flags: bytes) -> bytes:
         """The flags of these tokens, one byte each, that came after what `reading` has read."""
-        places = [at for at, token in enumerate(tokens) if token in self._pieces]
-        if not flags or not (places or reading.open):
+        if not reading.open and self._pieces.keys().isdisjoint(tokens):
             reading.last = flags[-1] if flags else reading.last
             return flags
+        places = [at for at, token in enumerate(tokens) if token in self._pieces]
         revised, at = bytearray(flags), 0
         while at < len(flags):
             if not reading.open:

@@ -3,6 +3,7 @@
 from collections.abc import Container
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,8 +30,7 @@ MAX_PROMPT_IDS = 1 << 17
 """Token ids of a prompt that are sent: half a megabyte, an eighth of the largest message a receiver takes."""
 
 
-@dataclass(frozen=True, slots=True)
-class RowLabel:
+class RowLabel(msgspec.Struct, frozen=True):
     """One row of a step: the last query token of one request, under speculative decoding one of its last, of a prompt
     any that is captured on demand.
 
@@ -255,8 +255,7 @@ class RequestTable:
             tracked.pending_first = first_position
         if self._channels is None:
             # One token as a rule, on the runner thread: arrays would take ten times as long.
-            known = len(self._flag_of)
-            flags = bytes(self._flag_of[token] if token < known else 0 for token in token_ids)
+            flags = b"".join([self._flag_of[token : token + 1] or b"\0" for token in token_ids])
         else:
             ids = np.asarray(token_ids, np.int64)
             named = self._flags_of(ids)

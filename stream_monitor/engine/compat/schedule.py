@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 
-@dataclass(frozen=True)
-class ScheduledRequest:
+
+class ScheduledRequest(msgspec.Struct, frozen=True):
     """One request of a step as the scheduler sees it.
 
     Attributes:
@@ -90,8 +91,9 @@ def read_schedule(output: Any, block_tokens: list[int], connector: bool) -> Sche
     for request_id, computed, outputs, block_ids in zip(
         cached.req_ids, cached.num_computed_tokens, cached.num_output_tokens, cached.new_block_ids, strict=True
     ):
+        rewritten = []
         if block_ids is None:
-            rewritten, block_ids = [], ()
+            block_ids = ()
         elif request_id in resumed:
             rewritten = _blocks_from(block_ids, 0 if connector else computed, block_tokens)
         else:
