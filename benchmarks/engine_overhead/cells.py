@@ -2,6 +2,7 @@
 
 import random
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -43,6 +44,7 @@ class Cell:
             captures also runs with its capture paused: `NAME paused`.
         within_run: by arm, of each round that tells it: its steps over those without rows.
         starts: which start of the engines each round belongs to.
+        seconds: what the rounds of the latest start took, with the one that does not count.
         same: whether schedules and tokens were the plain engine's in every round.
     """
 
@@ -50,6 +52,7 @@ class Cell:
     accounts: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     within_run: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     starts: list[int] = field(default_factory=list)
+    seconds: float = 0.0
     same: bool = True
 
     def measure(
@@ -62,6 +65,7 @@ class Cell:
     ) -> None:
         """Every arm in every round, after one that does not count; the arms have just been started."""
         start = self.starts[-1] + 1 if self.starts else 0
+        begin = time.perf_counter()
         for number in range(-1, rounds):
             results = {}
             for arm in draw.sample(arms, len(arms)):
@@ -80,6 +84,7 @@ class Cell:
                 self.accounts.setdefault(name, []).append(result["account"] and result["account"] | whole)
                 if (ratio := steps_over_quiet_ones(result)) is not None:
                     self.within_run.setdefault(name, {}).setdefault(str(start), []).append(ratio)
+        self.seconds = time.perf_counter() - begin
 
     def ratios(self, arm: str, base: str, of: Callable[[Times], float]) -> dict[str, list[float]]:
         """Arm over base, round by round, by start."""
@@ -154,7 +159,11 @@ def print_start(name: str, cell: Cell) -> None:
         times.p50 for start, times in zip(cell.starts, cell.times["plain"], strict=True) if str(start) == latest
     )
     same = "the same" if cell.same else "NOT the same"
-    print(f"start {latest}, {name}, p50 of plain {plain * 1e3:.2f} ms; {'; '.join(shown)}; tokens {same}", flush=True)
+    print(
+        f"start {latest}, {name} in {cell.seconds:.0f} s, p50 of plain {plain * 1e3:.2f} ms; {'; '.join(shown)}; "
+        f"tokens {same}",
+        flush=True,
+    )
 
 
 def report_account(report: Report, name: str, accounts: list[dict[str, float]]) -> None:
