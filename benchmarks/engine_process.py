@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,14 +76,19 @@ def serve(make: Callable[[], Any]) -> None:
     """The side that answers, until standard input ends: `make` gives an engine with `started` and `stop`, whose other
     methods are asked for."""
     # vLLM and its processes write to standard output too: answers get a copy of it, the rest goes to standard error.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    # The core is stepped by hand, in this process; requests have the ids that they are given.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
-    engine = make()
-    print(json.dumps(engine.started), file=answers)
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(getattr(engine, request.pop("do"))(**request)), file=answers)
-    engine.stop()
+    with os.fdopen(os.dup(1), "w", buffering=1) as answers:
+        os.dup2(2, 1)
+        # The core is stepped by hand, in this process; requests have the ids that they are given.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ["VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"] = "1"
+        try:
+            engine = make()
+            print(json.dumps(engine.started), file=answers)
+            for line in sys.stdin:
+                request = json.loads(line)
+                print(json.dumps(getattr(engine, request.pop("do"))(**request)), file=answers)
+            engine.stop()
+        except BaseException:
+            # Into the log, before the other side learns that there is no answer; the process itself may not end then.
+            traceback.print_exc()
+            raise

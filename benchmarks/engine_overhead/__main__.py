@@ -28,6 +28,7 @@ import typer
 
 from benchmarks.engine_overhead.arms import ARMS, Arm, engine_arguments, monitor
 from benchmarks.engine_overhead.cells import Cell, print_start, report_cell
+from benchmarks.engine_process import EngineEnded
 from benchmarks.report import Must, Report, run
 from benchmarks.shapes import SHAPES, write_shape
 
@@ -192,16 +193,20 @@ def run_once(
 ) -> None:
     """Start the engines in this order, let them run every cell, end them."""
     with ExitStack() as stack:
-        arms = []
-        for name in names:
-            arms.append(Arm(name, engine, environment, folder / f"{name}.log"))
-            stack.callback(arms[-1].stop)
-            print(f"engine `{name}` is up after {arms[-1].started['start_seconds']:.0f} s", flush=True)
-        for (tokens, size), cell in race.cells.items():
-            prompts = [[draw.randrange(2, vocabulary) for _ in range(tokens)] for _ in range(size)]
-            cell.measure(arms, prompts, new_tokens, rounds, draw)
-            print_start(cell_name(tokens, size), cell)
-        race.take_in(arms)
+        try:
+            arms = []
+            for name in names:
+                arms.append(Arm(name, engine, environment, folder / f"{name}.log"))
+                stack.callback(arms[-1].stop)
+                print(f"engine `{name}` is up after {arms[-1].started['start_seconds']:.0f} s", flush=True)
+            for (tokens, size), cell in race.cells.items():
+                prompts = [[draw.randrange(2, vocabulary) for _ in range(tokens)] for _ in range(size)]
+                cell.measure(arms, prompts, new_tokens, rounds, draw)
+                print_start(cell_name(tokens, size), cell)
+            race.take_in(arms)
+        except EngineEnded as ended:
+            print(ended, flush=True)  # before the others are stopped, which may take minutes
+            raise
 
 
 def finish(report: Report, platform: Platform, race: Race, names: list[str], seed: int) -> None:
