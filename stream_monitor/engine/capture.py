@@ -18,7 +18,7 @@ from stream_monitor.engine.drafts import Drafts, Fate
 from stream_monitor.engine.estimator import Estimator
 from stream_monitor.engine.governor import Governor
 from stream_monitor.engine.ledger import count, snapshot
-from stream_monitor.engine.requests import RequestTable, RowLabel
+from stream_monitor.engine.requests import MOST_WAITING, RequestTable, RowLabel
 from stream_monitor.engine.steps import Job
 from stream_monitor.records import Ledger, QueueState, RequestFinished, RequestStarted, TokenRun
 
@@ -145,7 +145,8 @@ class Capture:
         self._table.step = self.steps
         self._mark_rewritten(step)
         self._device.follow(step)
-        self._take_arrived()
+        if step.finished or step.new or step.resumed or len(self._arrived) >= MOST_WAITING:
+            self._take_arrived()
         self._follow_requests(step)
         drafts = Drafts({r.request_id: self._table.drafted(r) for r in step.requests if r.draft_tokens})
         labels = [row for request in step.requests if not request.draft_tokens for row in self._table.rows(request)]
@@ -199,7 +200,7 @@ class Capture:
         if is_pending(output):
             self._await_tokens(output, current.positions)
         else:
-            self._add_tokens(current.positions, sampled_tokens(output))
+            self._arrived.append((current.positions, sampled_tokens(output)))
         if current.drafts.rows:
             self._reject_drafts(current, output)
         self._submit(current)
@@ -235,12 +236,20 @@ class Capture:
         output.get_output = get_output
 
     def _take_arrived(self) -> None:
+        """Tokens of several steps, those of a request at once: what each costs is most of it a call's own cost."""
+        runs: dict[str, tuple[int, list[int]]] = {}
         while self._arrived:
-            self._add_tokens(*self._arrived.popleft())
-
-    def _add_tokens(self, positions: dict[str, int], tokens: dict[str, list[int]]) -> None:
-        for request_id, token_ids in tokens.items():
-            self._table.add_tokens(request_id, positions[request_id] + 1, token_ids)
+            positions, tokens = self._arrived.popleft()
+            for request_id, token_ids in tokens.items():
+                first, known = positions[request_id] + 1, runs.get(request_id)
+                if known is not None and known[0] + len(known[1]) == first:
+                    known[1].extend(token_ids)
+                    continue
+                if known is not None:
+                    self._table.add_tokens(request_id, *known)
+                runs[request_id] = first, token_ids
+        for request_id, run in runs.items():
+            self._table.add_tokens(request_id, *run)
 
     def invalidate(self) -> None:
         """The KV cache may change as a whole: wait until no search reads it, and let no older row pass."""
@@ -324,6 +333,7 @@ class Capture:
             return
         if self._estimator.backlog > MAX_BACKLOG:
             self.fail(f"the estimator is {MAX_BACKLOG} steps behind")
+        self._take_arrived()
         rows = {label.request_id for label in current.sampled} if current.slot is not None else set()
         self._estimator.submit(self._job(current.number, current.forward_end_ns, current.slot, rows))
 

@@ -15,7 +15,7 @@ from stream_monitor.engine.compat.runner_v1 import RunnerV1
 from stream_monitor.engine.cpu.slots import CpuSlot, LayerTap
 from stream_monitor.engine.governor import Governor
 from stream_monitor.engine.hooks import install_runner_hooks, install_worker_hooks
-from stream_monitor.engine.requests import RequestTable
+from stream_monitor.engine.requests import MOST_WAITING, RequestTable
 from stream_monitor.records import RowLedger
 
 HEADS, WATCHED = 2, 6
@@ -173,6 +173,25 @@ def test_rows_reach_the_estimator_with_their_owner_and_place():
         (6, 1),
     ]
     assert rig.rows.expected == 3 * WATCHED
+
+
+def test_tokens_of_steps_without_rows_travel_with_the_next_row_as_one_run():
+    rig = Rig(stride=4).arm()
+    rig.run(9)
+    runs = [(run.first_position, len(run.flags)) for job in rig.estimator.jobs for run in job.tokens]
+    assert runs == [(4, 1), (5, 3), (8, 4)]  # rows of steps 1, 4 and 8
+
+
+def test_tokens_do_not_pile_up_where_no_row_is_captured():
+    rig = Rig().arm()
+    rig.run(1)
+    rig.capture.paused = True
+    rig.run(100, first=1)
+    assert len(rig.capture._arrived) <= MOST_WAITING
+    rig.capture.paused = False
+    rig.run(1, first=101)
+    runs = [(run.first_position, len(run.flags)) for job in rig.estimator.jobs for run in job.tokens]
+    assert runs == [(4, 1), (5, 101)]
 
 
 def verifying(number: int, drafts: int):
