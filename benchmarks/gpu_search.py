@@ -79,7 +79,7 @@ def make_step(layers: int, batch: int, context: int, group: int, device: str, rn
     return Step(caches, torch.stack(queries).to(DTYPE), table, lens, context, HEAD_DIM**-0.5)
 
 
-def prepare_search(step: Step, config: SearchConfig) -> tuple[Callable[[], None], DeviceSummary]:
+def prepare_search(step: Step, config: SearchConfig, programs: int | None) -> tuple[Callable[[], None], DeviceSummary]:
     """A search of the step whose summaries are built, and where its results go."""
     device = step.queries.device
     blocks = step.context // config.block_size
@@ -96,6 +96,7 @@ def prepare_search(step: Step, config: SearchConfig) -> tuple[Callable[[], None]
         query_dtype=DTYPE,
         summary_slots=slots.numel(),
         level_offsets=offsets,
+        max_programs=programs,
     )
     tables = step.block_table[None]
     level = torch.repeat_interleave(torch.arange(levels), torch.tensor(nodes)).expand(step.rows, -1).int()
@@ -203,6 +204,9 @@ def main(
     watched: Annotated[
         int, typer.Option("--layers", help="Layers that are searched and attended to.")
     ] = WATCHED_LAYERS,
+    programs: Annotated[
+        int | None, typer.Option(help="Bound of the search's grid: 33 is what a plug-in has of an H100 or H200.")
+    ] = None,
     seed: int = 0,
 ) -> None:
     """Compares the search with vLLM's attention on made-up steps; needs a GPU, and vLLM built for it."""
@@ -211,7 +215,14 @@ def main(
     rng = torch.Generator(DEVICE).manual_seed(seed)
     copied = copy_bandwidth(repeats)
     layers_used: dict[str, int] = {}
-    config = {"kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "page": PAGE, "search": vars(CONFIG), "layers": layers_used}
+    config = {
+        "kv_heads": KV_HEADS,
+        "head_dim": HEAD_DIM,
+        "page": PAGE,
+        "search": vars(CONFIG),
+        "programs": programs,
+        "layers": layers_used,
+    }
     report = Report("gpu_search", config, seed, repeats)
     report.figures["copy_bytes_per_second"] = copied
     same = True
@@ -224,9 +235,13 @@ def main(
             for group in groups if layers else ():
                 name = f"batch {batch}, context {context}, group {group}"
                 step = make_step(layers, batch, context, group, DEVICE, rng)
-                search, out = prepare_search(step, CONFIG)
+                search, out = prepare_search(step, CONFIG, programs)
                 # Graphs hold addresses: what they work on must outlive them.
-                works = [search, prepare_attention(step), prepare_search(step, replace(CONFIG, min_gain=0.0))[0]]
+                works = [
+                    search,
+                    prepare_attention(step),
+                    prepare_search(step, replace(CONFIG, min_gain=0.0), programs)[0],
+                ]
                 search()
                 eager = out.storage.clone()
                 graphs = [captured(work) for work in works]

@@ -19,8 +19,8 @@ MOST_HEADS = 16
 MOST_TOP_K = 64
 MOST_CANDIDATES = 512
 _KEYS_READ = 128
-"""Keys or summaries that a program reads at a time, and multiplies in one product; half of it above 128 channels or
-where they are multiplied in float32."""
+"""Keys or summaries that a program reads at a time, and multiplies in one product; twice as many where it has a
+multiprocessor to itself, half of it above 128 channels or where they are multiplied in float32."""
 _NODES_SCANNED = 256
 _PROGRAMS_PER_PROCESSOR = 2
 """As many as a multiprocessor has registers for, in the code compiled for compute capability 9.0."""
@@ -94,10 +94,14 @@ def _candidates(config: SearchConfig, max_context: int) -> int:
     return min(config.width * config.top_k, max(1, inner))
 
 
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors; on the CPU Triton's interpreter runs one program after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def programs_on(device: torch.device) -> int:
-    """Programs to launch where nothing bounds them; on the CPU Triton's interpreter runs one after the other."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return _PROGRAMS_PER_PROCESSOR * processors
+    """Programs to launch where nothing bounds them."""
+    return _PROGRAMS_PER_PROCESSOR * processors_of(device)
 
 
 def _dot_type(query_dtype: torch.dtype, stored: torch.dtype) -> str:
@@ -116,13 +120,15 @@ def make_shape(
     units: int,
     group: int,
     levels: Levels,
+    alone: bool,
 ) -> Shape:
+    """What the kernels are compiled for; `alone`: each program has a multiprocessor to itself."""
     dtype, layout = keys[0].tensor.dtype, keys[0].layout
     dim_tile = triton.next_power_of_2(layout.head_dim)
     dot_type, vector_type = _dot_type(query_dtype, dtype), _dot_type(query_dtype, torch.bfloat16)
     # Of a tensor-core product the columns, or in float32 the rows.
     fewest_heads = 16 if "float32" in (dot_type, vector_type) else 8
-    keys_read = _KEYS_READ if dim_tile <= 128 and dot_type != "float32" else _KEYS_READ // 2
+    keys_read = _KEYS_READ * (2 if alone else 1) // (1 if dim_tile <= 128 and dot_type != "float32" else 2)
     read_tile = max(1, min(keys_read // config.block_size, triton.next_power_of_2(config.top_k)))
     candidates = _candidates(config, max_context)
     probe_tile = triton.next_power_of_2(config.probe_keys)

@@ -64,6 +64,7 @@ def compile_search(
     group: int,
     max_context: int,
     outlier_keys: int,
+    max_programs: int | None,
 ) -> dict[str, Any]:
     driver.set_active(AbsentGpu(capability))
     found: dict[str, Any] = {}
@@ -82,6 +83,7 @@ def compile_search(
         query_dtype=queries.dtype,
         summary_slots=8,
         level_offsets=[level * blocks for level in range(7)],
+        max_programs=max_programs,
     )
     tables = torch.zeros(1, rows, max_context // page, dtype=torch.int32)
     count = torch.ones(1, dtype=torch.int32)

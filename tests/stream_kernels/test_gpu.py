@@ -93,6 +93,7 @@ CASES = {
     ),
     "beam, float8_e4m3fn": GpuCase(BEAM, (1300,), **ONE_HEAD, key_dtype=torch.float8_e4m3fn, form=NHD),
     "beam, more programs than units": GpuCase(BEAM, (1300, 40), **ONE_HEAD, max_programs=64),
+    "beam, a multiprocessor to each program": GpuCase(BEAM, (1300, 40), **ONE_HEAD, max_programs=1),
     "beam, defaults": GpuCase(SearchConfig(strategy="beam"), (3000,), **ONE_HEAD),
 }
 

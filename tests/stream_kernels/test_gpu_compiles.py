@@ -20,9 +20,12 @@ DEFAULT = {
     "group": 7,
     "max_context": 131072,
     "outlier_keys": 1,
+    "max_programs": None,
 }
 
 VARIANTS = {
+    "a multiprocessor to each program": {"max_programs": 1},
+    "a multiprocessor to each program, head size 256": {"max_programs": 1, "head_dim": 256, "group": 4},
     "descent": {"strategy": "descent"},
     "exact": {"strategy": "exact"},
     "compute capability 8.0": {"capability": 80},

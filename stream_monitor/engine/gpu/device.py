@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from stream_kernels.gpu_setup import programs_on
 from stream_kernels.search import SearchConfig
 from stream_monitor.engine.binding import Binding
 from stream_monitor.engine.compat.runner import RunnerView
@@ -16,8 +17,6 @@ from stream_monitor.engine.gpu.streams import streams_of
 from stream_monitor.engine.gpu.tables import HostTables
 from stream_monitor.engine.paged_keys import device_keys
 from stream_monitor.engine.self_check import check_against_dense
-
-_PROGRAMS_PER_PROCESSOR = 2
 
 
 class GpuDevice:
@@ -89,7 +88,7 @@ class GpuDevice:
             query_dtype=binding.dtype,
             query_heads=binding.query_heads,
             generations=binding.generations,
-            max_programs=max(1, int(self._share * _PROGRAMS_PER_PROCESSOR * _processors(self._buffers.rows.device))),
+            max_programs=max(1, int(self._share * programs_on(self._buffers.rows.device))),
             streams=self._streams,
         )
         self.slots = [
@@ -133,7 +132,3 @@ class GpuDevice:
         """Keep no rows any more; nodes of captured graphs go on, into memory that nobody reads."""
         for layer in self._layers:
             layer.impl.stream_tap = None
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
