@@ -147,14 +147,15 @@ def seconds_per_step(requests: int, steps: int, rounds: int, stride: int) -> dic
 
 
 def main(
-    requests: Annotated[list[int], typer.Option("--requests", min=1)] = list(REQUESTS),  # noqa: B006
+    requests: Annotated[list[int] | None, typer.Option(help="Of a step.", min=1)] = None,
     steps: Annotated[int, typer.Option(help="In a round.", min=16)] = 160,
     rounds: Annotated[int, typer.Option(min=1)] = 10,
     stride: Annotated[int, typer.Option(help="As the setting of that name.", min=1)] = 4,
 ) -> None:
     """Time the hooks."""
-    report = Report("hooks", {"requests": requests, "steps": steps, "stride": stride}, 0, rounds)
-    for count in requests:
+    sizes = requests or list(REQUESTS)
+    report = Report("hooks", {"requests": sizes, "steps": steps, "stride": stride}, 0, rounds)
+    for count in sizes:
         found = seconds_per_step(count, steps, rounds, stride)
         total = sum(found.values())
         print(f"{count} requests: {total * 1e6:.1f} us a step, {total / count * 1e6:.2f} us a request", flush=True)

@@ -328,7 +328,6 @@ def _own(scratch: BeamScratch, program, SHAPE: tl.constexpr):
     return BeamScratch(
         scratch.log_mass + wide * (SHAPE.levels * SHAPE.group * SHAPE.nodes_tile),
         scratch.weight + wide * (SHAPE.levels * SHAPE.nodes_tile),
-        scratch.score + wide * SHAPE.nodes_tile,
         scratch.scored + wide * SHAPE.levels,
         scratch.again + wide * (2 * SHAPE.nodes_tile),
         scratch.kept + wide * ((SHAPE.levels + 1) * SHAPE.kept_tile),

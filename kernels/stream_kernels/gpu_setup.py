@@ -15,13 +15,14 @@ from stream_kernels.statistics import FANOUT, MAX_RESIDUAL
 
 QUERY_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 MOST_HEADS = 16
-"""Query heads of a unit: the rows of one tensor-core product."""
+"""Query heads of a unit: one side of a tensor-core product."""
 MOST_TOP_K = 64
 MOST_CANDIDATES = 512
 _KEYS_READ = 128
 """Keys or summaries that a program reads at a time, and multiplies in one product; twice as many where it has a
 multiprocessor to itself, half of it above 128 channels or where they are multiplied in float32."""
 _NODES_SCANNED = 256
+"""Estimates that a program goes through at a time."""
 _PROGRAMS_PER_PROCESSOR = 2
 """As many as a multiprocessor has registers for, in the code compiled for compute capability 9.0."""
 _ALIGNMENT = 16
@@ -238,7 +239,6 @@ def make_scratch(shape: Shape, programs: int, device: torch.device) -> BeamScrat
         return BeamScratch(
             log_mass=floats(shape.levels, shape.group, shape.nodes_tile),
             weight=floats(shape.levels, shape.nodes_tile),
-            score=floats(shape.nodes_tile),
             scored=integers(shape.levels),
             again=integers(2, shape.nodes_tile),
             kept=integers(shape.levels + 1, shape.kept_tile),

@@ -234,8 +234,6 @@ class BeamScratch(NamedTuple):
     """float32 [levels, group, nodes_tile], estimated log-sum-exp of one block of each node scored."""
     weight: Any
     """float32 [levels, nodes_tile], logarithm of the blocks a node counts, -inf for nodes that were looked into."""
-    score: Any
-    """float32 [nodes_tile], the unit's scores of one level."""
     scored: Any
     """int32 [levels], nodes scored."""
     again: Any
