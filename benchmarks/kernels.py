@@ -130,7 +130,7 @@ def _step(attention: Attention, dtype: torch.dtype, seed: int) -> _Step:
         ops.cpu_attn_reshape_and_cache(keys, torch.zeros_like(keys), *halves(scratch), where, isa)
         return scratch[0, -1].flatten()[: PAGE_SIZE * dim]
 
-    layout = KeyLayout.from_permutation(probe_permutation(write_page, PAGE_SIZE, dim, kv_heads, dtype))
+    layout = KeyLayout.from_permutation(probe_permutation(write_page, PAGE_SIZE, dim, kv_heads, dtype, dtype))
     keys = []
     for layer in range(layers):
         cache = torch.zeros(pages, kv_heads, PAGE_SIZE, 2 * dim, dtype=dtype)

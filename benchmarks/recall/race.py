@@ -23,8 +23,8 @@ OUTLIER_SHARES = (0.0, 0.5, 1.0)
 
 GAINS = (1e-2, 3e-3, 1e-3, 5e-4, 2e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6)
 
-SPREAD_WEIGHTS = (2.0, 4.0)
-"""Beside 1, for the largest budgets."""
+SPREAD_WEIGHTS = (1.5, 2.0, 4.0)
+"""Beside 1, where many candidates are read."""
 
 _SWEPT = ("width", "min_gain", "box_width", "outlier_share", "outlier_keys", "spread_weight")
 
@@ -69,10 +69,13 @@ def _product_settings(config: SearchConfig) -> Iterator[tuple[str, str, SearchCo
     fixed = [(width, share) for width in WIDTHS for share in ((0.25, 0.5, 1.0) if width > 3 else OUTLIER_SHARES)]
     swept += [replace(config, width=width, min_gain=0.0, outlier_share=share) for width, share in fixed]
     two = [replace(wide, min_gain=gain, outlier_share=share) for share in (0.5, 1.0) for gain in GAINS if gain < 5e-4]
-    full = [replace(config, width=width, min_gain=0.0, outlier_share=1.0) for width in WIDTHS if width > 3]
+    bare, full = (
+        [replace(config, width=width, min_gain=0.0, outlier_share=share) for width in WIDTHS if width > 3]
+        for share in (0.0, 1.0)
+    )
     swept += [replace(own, outlier_keys=2) for own in two + full]
     swept += [replace(own, outlier_keys=3) for own in full]
-    swept += [replace(own, spread_weight=weight) for own in full for weight in SPREAD_WEIGHTS]
+    swept += [replace(own, spread_weight=weight) for own in bare + full for weight in SPREAD_WEIGHTS]
     for box in NARROW_BOXES:
         narrow = replace(config, box_width=box, outlier_share=0.0)
         swept += [replace(narrow, width=width, min_gain=0.0) for width in (1, 2, 3)]

@@ -1,7 +1,6 @@
 """The search on the CPU (numba): reads the engine's paged cache in place, in one call without the interpreter lock."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +9,8 @@ from numpy.typing import NDArray
 
 from stream_kernels.cpu_kernel import EXACT, ROW_INVALID, ROW_OK, ROW_RACED, Geometry, search_rows
 from stream_kernels.cpu_setup import (
-    ELEMENT_TYPES,
+    KEY_TYPES,
+    QUERY_TYPES,
     STRATEGIES,
     make_beam,
     make_plan,
@@ -20,7 +20,7 @@ from stream_kernels.cpu_setup import (
     sink_logits,
     table_places,
 )
-from stream_kernels.layout import PagedKeys
+from stream_kernels.layout import PagedKeys, with_logit_weights
 from stream_kernels.reference import search_units
 from stream_kernels.search import BlockSummary, SearchConfig
 
@@ -86,8 +86,8 @@ class CpuSearch:
             page_size=layout.page_size,
             token_group=layout.token_group,
             channel_pack=layout.channel_pack,
-            key_type=ELEMENT_TYPES[keys[0].tensor.dtype],
-            query_type=ELEMENT_TYPES[query_dtype],
+            key_type=KEY_TYPES[keys[0].tensor.dtype],
+            query_type=QUERY_TYPES[query_dtype],
             num_pages=min(layer.num_pages for layer in keys),
             max_context=max_context,
             block_size=config.block_size,
@@ -236,14 +236,15 @@ class CpuSearch:
         claimed = float(np.exp(summary.unobserved_lse[layer, row, slot] - summary.total_lse()[layer, row, slot]))
         return Audit(kept / best if best > 0 else 1.0, claimed - max(0.0, 1.0 - kept - forced - sink))
 
-    def set_sinks(self, sinks: Sequence[torch.Tensor | None]) -> None:
-        """Takes new learned sinks, for each layer what `PagedKeys.sinks` holds: they are weights, and an engine may
-        replace its weights. Not while another thread is in `run` or `audit`.
+    def set_logit_weights(self, scales: Sequence[float], sinks: Sequence[torch.Tensor | None]) -> None:
+        """Takes new factors and learned sinks, for each layer what `PagedKeys.scale` and `.sinks` hold: they come with
+        the weights, and an engine may replace its weights. Not while another thread is in `run` or `audit`.
 
         Raises:
             ValueError: not one entry per layer, or one that `PagedKeys` does not take.
         """
-        self._keys = tuple(replace(layer, sinks=own) for layer, own in zip(self._keys, sinks, strict=True))
+        self._keys = with_logit_weights(self._keys, scales, sinks)
+        self._plan.scale[:] = [layer.scale for layer in self._keys]
         self._plan.sinks[:] = sink_logits(self._keys, self.query_heads)
 
     def _check(

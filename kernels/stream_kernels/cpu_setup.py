@@ -11,6 +11,8 @@ from stream_kernels.cpu_kernel import (
     BFLOAT16,
     DESCENT,
     EXACT,
+    FLOAT8_E4M3,
+    FLOAT8_E5M2,
     FLOAT16,
     FLOAT32,
     Beam,
@@ -28,7 +30,8 @@ from stream_kernels.statistics import FANOUT
 
 STRATEGIES = {"descent": DESCENT, "exact": EXACT, "beam": BEAM}
 
-ELEMENT_TYPES = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
+QUERY_TYPES = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float32: FLOAT32}
+KEY_TYPES = QUERY_TYPES | {torch.float8_e4m3fn: FLOAT8_E4M3, torch.float8_e5m2: FLOAT8_E5M2}
 
 _TILE_COLUMNS = 64
 """Probe keys scored at a time: at head size 64 a tile of 16 KiB, half of a first-level cache."""
@@ -45,7 +48,7 @@ def refusals(
 ) -> list[str]:
     """Every reason not to build a search on a CPU from these arguments."""
     reasons = []
-    if query_dtype not in ELEMENT_TYPES:
+    if query_dtype not in QUERY_TYPES:
         reasons.append(f"queries are {query_dtype}; valid: bfloat16, float16, float32")
     if max_rows < 1 or not 1 <= max_context < 2**31:
         reasons.append(f"max_rows {max_rows} and max_context {max_context} must be positive")

@@ -1,7 +1,6 @@
 """The search on a GPU (Triton): reads the engine's paged cache in place, one launch for all layers, rows and heads."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
@@ -24,7 +23,7 @@ from stream_kernels.gpu_setup import (
 from stream_kernels.gpu_structures import Batch, Pyramid, Results
 from stream_kernels.gpu_summaries import Jobs, summarise_blocks_kernel, summarise_nodes_kernel
 from stream_kernels.index import levels_for
-from stream_kernels.layout import DeviceKeys
+from stream_kernels.layout import DeviceKeys, with_logit_weights
 from stream_kernels.reference import search_units
 from stream_kernels.search import SearchConfig
 
@@ -133,14 +132,15 @@ class GpuSearch:
             self.layers, self.max_rows, len(self.query_heads), self.units, self.config, self.device
         )
 
-    def set_sinks(self, sinks: Sequence[torch.Tensor | None]) -> None:
-        """Takes new learned sinks, for each layer what `DeviceKeys.sinks` holds: they are weights, and an engine may
-        replace its weights. Searches enqueued later on the current stream use them.
+    def set_logit_weights(self, scales: Sequence[float], sinks: Sequence[torch.Tensor | None]) -> None:
+        """Takes new factors and learned sinks, for each layer what `DeviceKeys.scale` and `.sinks` hold: they come with
+        the weights, and an engine may replace its weights. Searches enqueued later on the current stream use them.
 
         Raises:
             ValueError: not one entry per layer, or one that `DeviceKeys` does not take.
         """
-        self._keys = tuple(replace(layer, sinks=own) for layer, own in zip(self._keys, sinks, strict=True))
+        self._keys = with_logit_weights(self._keys, scales, sinks)
+        self._cache.scale.copy_(torch.tensor([layer.scale for layer in self._keys], dtype=torch.float32))
         self._plan.sinks.copy_(sink_logits(self._keys, self.query_heads))
 
     def update(

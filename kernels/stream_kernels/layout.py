@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 _DIGIT = 128
-"""Base of the probe's digits: bfloat16, the narrowest cache type, holds whole numbers to 256 exactly."""
+"""Base of the probe's digits: bfloat16 holds whole numbers to 256 exactly."""
+_DIGIT_OF_8_BITS = 8
+"""The same in a cache of 8-bit floats: E5M2 holds whole numbers to 8 exactly."""
 
-DEVICE_KEY_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
-"""Element types of the caches that a search on a GPU reads."""
+KEY_TYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Element types of the caches that a search reads."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,11 @@ class PagedKeys:
     """One layer's keys, where the engine keeps them.
 
     Attributes:
-        tensor: the layer's cache [num_pages, kv_heads, page_size, 2 * head_dim], bfloat16, float16 or float32. In
-            memory each (page, KV head) tile is its page_size * head_dim key elements, ordered by `layout`, and then as
-            many value elements. Pages and heads may be strided; a tile is contiguous.
+        tensor: the layer's cache [num_pages, kv_heads, page_size, 2 * head_dim], of one of KEY_TYPES. In memory each
+            (page, KV head) tile is its page_size * head_dim key elements, ordered by `layout`, and then as many value
+            elements. Pages and heads may be strided; a tile is contiguous.
         layout: the order of a tile's keys.
-        scale: factor from dot product to logit.
+        scale: factor from dot product to logit; of an 8-bit cache it includes the scale its keys were stored with.
         table: which of the block tables handed to the search maps this layer's pages (one per KV-cache group).
         softcap: bound of the logits, as in Gemma 2: after the scale a logit x becomes softcap * tanh(x / softcap).
             0 for none.
@@ -115,8 +118,7 @@ class PagedKeys:
 
     def __post_init__(self) -> None:
         page, dim = self.layout.page_size, self.layout.head_dim
-        if self.tensor.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise ValueError(f"KV cache is {self.tensor.dtype}; valid: bfloat16, float16, float32")
+        _check_type(self.tensor)
         if self.tensor.ndim != 4 or self.tensor.shape[2:] != (page, 2 * dim):
             shape = list(self.tensor.shape)
             raise ValueError(f"KV cache is {shape}; expected [pages, kv_heads, {page}, {2 * dim}] for {self.layout}")
@@ -146,10 +148,10 @@ class DeviceKeys:
     """One layer's keys on a GPU, where the engine keeps them.
 
     Attributes:
-        tensor: a view [num_pages, page_size, kv_heads, head_dim] of the engine's cache: bfloat16, float16, float32,
-            float8_e4m3fn or float8_e5m2. Channels are contiguous; all else may be strided, so that caches with tokens
-            before heads (NHD) and heads before tokens (HND) are the same to the search.
-        scale: factor from dot product to logit; of an 8-bit cache it includes the scale its keys were stored with.
+        tensor: a view [num_pages, page_size, kv_heads, head_dim] of the engine's cache, of one of KEY_TYPES. Channels
+            are contiguous; all else may be strided, so that caches with tokens before heads (NHD) and heads before
+            tokens (HND) are the same to the search.
+        scale: as in `PagedKeys`.
         table: which of the block tables handed to the search maps this layer's pages (one per KV-cache group).
         softcap: as in `PagedKeys`.
         sinks: as in `PagedKeys`, on any device.
@@ -165,8 +167,7 @@ class DeviceKeys:
     sinks: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.tensor.dtype not in DEVICE_KEY_TYPES:
-            raise ValueError(f"KV cache is {self.tensor.dtype}; valid: {', '.join(map(str, DEVICE_KEY_TYPES))}")
+        _check_type(self.tensor)
         if self.tensor.ndim != 4:
             raise ValueError(
                 f"KV cache is {list(self.tensor.shape)}; expected a view [pages, page_size, kv_heads, head_dim]"
@@ -214,6 +215,26 @@ def layer_refusals(keys: Sequence[PagedKeys | DeviceKeys], total_query_heads: in
     return reasons
 
 
+Keys = TypeVar("Keys", PagedKeys, DeviceKeys)
+
+
+def with_logit_weights(
+    keys: Sequence[Keys], scales: Sequence[float], sinks: Sequence[torch.Tensor | None]
+) -> tuple[Keys, ...]:
+    """The same layers with other factors and learned sinks.
+
+    Raises:
+        ValueError: not one entry per layer, or one that a layer does not take.
+    """
+    return tuple(replace(layer, scale=s, sinks=own) for layer, s, own in zip(keys, scales, sinks, strict=True))
+
+
+def _check_type(cache: torch.Tensor) -> None:
+    """Raises ValueError where no search reads elements of that type."""
+    if cache.dtype not in KEY_TYPES:
+        raise ValueError(f"KV cache is {cache.dtype}; valid: {', '.join(map(str, KEY_TYPES))}")
+
+
 def _check_logits(scale: float, softcap: float, sinks: torch.Tensor | None, kv_heads: int) -> None:
     """Raises ValueError where a layer's logits cannot be formed from these."""
     if not scale > 0:
@@ -233,12 +254,14 @@ def probe_permutation(
     head_dim: int,
     kv_heads: int,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype,
 ) -> NDArray[np.int64]:
     """Reads off where an engine's own cache writer puts each key element.
 
-    `write` stores one page of keys [page_size, kv_heads, head_dim] (of `dtype`) in a scratch page and returns the last
-    KV head's key tile, [page_size * head_dim] elements in stored order. It is called once per digit of the elements'
-    indices in base 128, which every cache type holds exactly: twice, or three times above 16,384 elements.
+    `write` stores one page of keys [page_size, kv_heads, head_dim] (of `dtype`) in a scratch page (of `cache_dtype`)
+    and returns the last KV head's key tile, [page_size * head_dim] elements in stored order. It is called once per
+    digit of the elements' indices, in a base whose digits a cache holds exactly: two or three times, with 8 bits five
+    or six.
 
     Returns:
         Offset of every element in the tile, int64 [page_size, head_dim], for `KeyLayout.from_permutation`.
@@ -247,12 +270,13 @@ def probe_permutation(
         ValueError: what came back is not a permutation of what was written.
     """
     size = page_size * head_dim
-    digits = 2 if size <= _DIGIT**2 else 3
+    base = _DIGIT if cache_dtype.itemsize > 1 else _DIGIT_OF_8_BITS
+    digits = next(count for count in range(1, 64) if base**count >= size)
     index = torch.arange(size).view(page_size, 1, head_dim)
     read = torch.zeros(size, dtype=torch.int64)
     for digit in range(digits):
-        keys = (index // _DIGIT**digit % _DIGIT).to(dtype).expand(page_size, kv_heads, head_dim).contiguous()
-        read += write(keys).flatten().to(torch.float32).long() * _DIGIT**digit
+        keys = (index // base**digit % base).to(dtype).expand(page_size, kv_heads, head_dim).contiguous()
+        read += write(keys).flatten().to(torch.float32).long() * base**digit
     permutation = np.full(size, -1, np.int64)
     valid = (read >= 0) & (read < size)
     permutation[read[valid].numpy()] = np.flatnonzero(valid.numpy())

@@ -22,7 +22,8 @@ class Binding:
         query_heads: the watched ones.
         rows: most query rows kept of a batch.
         max_context: tokens.
-        dtype: of the model's queries.
+        dtype: what the model computes keys and queries in.
+        query_dtype: of the queries that the taps are shown: another where the engine quantises them.
         generations: of all KV blocks.
     """
 
@@ -34,4 +35,5 @@ class Binding:
     rows: int
     max_context: int
     dtype: torch.dtype
+    query_dtype: torch.dtype
     generations: BlockGenerations

@@ -27,7 +27,7 @@ class NoSearch:
         """Nothing to judge."""
         return None
 
-    def set_sinks(self, sinks: list[Any]) -> None:
+    def set_logit_weights(self, scales: list[float], sinks: list[Any]) -> None:
         """No layer, no sinks."""
 
 

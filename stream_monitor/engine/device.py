@@ -60,8 +60,9 @@ class RowSearch(Protocol):
     def audit(self, slot: Any, layer: int, row: int, head: int) -> Audit | None:
         """Judge one row, layer and head of the last `run` by exact attention; None if its keys may be gone."""
 
-    def set_sinks(self, sinks: list[Any]) -> None:
-        """Learned sinks may have changed, one entry per watched layer. Not while a search runs."""
+    def set_logit_weights(self, scales: list[float], sinks: list[Any]) -> None:
+        """Factors from product to logit and learned sinks may have changed, one entry per watched layer. Not while a
+        search runs."""
 
 
 class Device(Protocol):

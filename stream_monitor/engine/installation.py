@@ -157,7 +157,7 @@ class Installation:
         from stream_monitor.engine.gpu.device import GpuDevice
 
         requests = runners.max_requests(self._worker.model_runner)
-        dtype = config.model_config.dtype
+        dtype = layer_facts.query_type(self._layers[0], config.model_config.dtype)
         return GpuDevice(
             self._layers,
             self._runner,
@@ -198,7 +198,7 @@ class Installation:
             self._publisher_alive,
         )
         install_runner_hooks(worker.model_runner, self._capture)
-        install_worker_hooks(worker, self._capture, self._take_sinks)
+        install_worker_hooks(worker, self._capture, self._take_logit_weights)
 
     def _bind_device(self, generations: BlockGenerations) -> int:
         """Bind the device to the watched layers' caches; bytes of one key of one KV head."""
@@ -229,6 +229,7 @@ class Installation:
             last_rows + room(config.scheduler_config.max_num_batched_tokens, settings.prompt_stride),
             config.model_config.max_model_len,
             config.model_config.dtype,
+            layer_facts.query_type(self._layers[0], config.model_config.dtype),
             generations,
         )
         assert not isinstance(self._device, NoDevice)
@@ -295,9 +296,13 @@ class Installation:
             "summary_bytes": self.search.summary_bytes if capture else 0,
         }
 
-    def _take_sinks(self) -> None:
-        """Learned sinks are weights: read them again when the engine may have replaced its weights."""
-        self.search.set_sinks([layer_facts.learned_sinks(layer) for layer in self._layers])
+    def _take_logit_weights(self) -> None:
+        """Learned sinks and the scales of 8-bit caches come with the weights: read them again when the engine may have
+        replaced these."""
+        self.search.set_logit_weights(
+            [layer_facts.logit_scale(layer) for layer in self._layers],
+            [layer_facts.learned_sinks(layer) for layer in self._layers],
+        )
 
     def _publisher_alive(self) -> None:
         """Start the publisher again if it died (called on the estimator thread, once a job)."""

@@ -4,11 +4,13 @@ Reasons are collected, never raised one by one; `stream-monitor doctor` prints t
 """
 
 import ipaddress
+from collections import Counter
 from dataclasses import dataclass
 
 from stream_monitor.config import CaptureSettings, SettingsError
 
 AUTO_MAX_LAYERS = 4
+PLAIN_CACHES = ("auto", "bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class LayerFacts:
         scale: factor on q.k before the softmax.
         tapped: the implementation is one of ours.
         most_head_dim: the largest that this platform's search is tested with.
+        quantised_caches: types of quantised KV cache that this implementation's capture reads.
+        varying_scales: the scales of a quantised cache differ from head to head, or are found while serving.
         Others: as vLLM names them; None, 0 or "" mean the layer does without.
     """
 
@@ -43,6 +47,13 @@ class LayerFacts:
     shares_kv_with: str = ""
     draft: bool = False
     most_head_dim: int = 512
+    quantised_caches: tuple[str, ...] = ()
+    varying_scales: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, str]:
+        """What all layers of one search have in common."""
+        return self.query_heads, self.kv_heads, self.head_dim, self.kv_cache_dtype
 
 
 @dataclass(frozen=True)
@@ -104,13 +115,13 @@ def make_plan(
     ordered = sorted(layers, key=lambda facts: facts.index)
     refusals = {facts.name: layer_refusals(facts) for facts in ordered}
     capable = [facts for facts in ordered if not refusals[facts.name]]
-    geometries = {(facts.query_heads, facts.kv_heads, facts.head_dim) for facts in capable}
-    if len(geometries) > 1:
+    shapes = Counter(facts.shape for facts in capable)
+    if len(shapes) > 1:
         # One estimator call covers all watched layers, so they share one shape: the most common one.
-        shape = max(geometries, key=lambda g: sum((f.query_heads, f.kv_heads, f.head_dim) == g for f in capable))
+        [(shape, _)] = shapes.most_common(1)
         for facts in capable:
-            if (facts.query_heads, facts.kv_heads, facts.head_dim) != shape:
-                refusals[facts.name] = ("its head counts or head size differ from most layers'",)
+            if facts.shape != shape:
+                refusals[facts.name] = ("its head counts, head size or KV cache type differ from most layers'",)
         capable = [facts for facts in capable if not refusals[facts.name]]
     heads = _choose_heads(capable, settings)
     chosen = _choose_layers(model_layers, ordered, capable, len(heads), settings)
@@ -163,8 +174,12 @@ def layer_refusals(facts: LayerFacts) -> tuple[str, ...]:
         (facts.alibi, "ALiBi position biases"),
         (bool(facts.shares_kv_with), f"shares the KV cache of {facts.shares_kv_with}"),
         (
-            facts.kv_cache_dtype not in ("auto", "bfloat16", "float16", "float32"),
+            facts.kv_cache_dtype not in (*PLAIN_CACHES, *facts.quantised_caches),
             f"KV cache of type {facts.kv_cache_dtype}",
+        ),
+        (
+            facts.kv_cache_dtype in facts.quantised_caches and facts.varying_scales,
+            f"KV cache of type {facts.kv_cache_dtype} whose scales differ from head to head or are found while serving",
         ),
         (facts.head_dim > facts.most_head_dim, f"head size {facts.head_dim} above {facts.most_head_dim}"),
     ]

@@ -75,7 +75,9 @@ def planted(keys: Keys, binding: Binding, requests: int) -> Iterator[list[Plante
                 ids = (first - np.arange(pages)).astype(np.int32)
                 own.pages[k.table] = ids
                 saved.append((cache.tensor, ids.tolist(), cache.tensor[ids.tolist()].clone()))
-                key = torch.randn((context, k.kv_heads, layer.head_size), generator=generator).to(cache.tensor.dtype)
+                # Numbers that the cache holds, in the type the model computes in.
+                key = torch.randn((context, k.kv_heads, layer.head_size), generator=generator)
+                key = key.to(k.tensor.dtype).to(binding.dtype)
                 slots = torch.as_tensor(ids)[torch.arange(context) // page] * page + torch.arange(context) % page
                 device = cache.tensor.device
                 cache_writer(layer)(key.to(device), cache.tensor, slots.long().to(device))
@@ -163,10 +165,10 @@ def _batch(names: list[str], requests: list[Planted], binding: Binding) -> Batch
 
 
 def _queries(binding: Binding, rows: int) -> torch.Tensor:
-    """[L, rows, H_total, D]."""
+    """Numbers that a tap may be shown, [L, rows, H_total, D]."""
     layers = binding.layers
     shape = (len(layers), rows, layers[0].num_heads, layers[0].head_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(binding.dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(binding.query_dtype).to(binding.dtype)
 
 
 def _compare(

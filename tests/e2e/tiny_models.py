@@ -33,6 +33,22 @@ FEW_BLOCKS = {"num_gpu_blocks_override": 28}
 """Blocks that leave a request's window are soon another request's."""
 UNCACHED = {"enable_prefix_caching": False}
 """vLLM's Mamba 2 on CPUs fails with it."""
+SCALED_CACHE = {
+    "hf_overrides": {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "config_groups": {},
+            "kv_cache_scheme": {
+                "type": "float",
+                "num_bits": 8,
+                "strategy": "tensor",
+                "symmetric": True,
+                "dynamic": False,
+            },
+        }
+    }
+}
+"""What a checkpoint says that brings scales for a KV cache of 8 bits (E4M3)."""
 MAMBA = "MambaMixer2 is not softmax attention over a KV cache we know"
 
 
@@ -48,6 +64,7 @@ class TinyModel:
         engine: engine arguments of its own.
         truth: entries that make transformers compute what vLLM does of the same checkpoint.
         query_norm: weight of the norm on queries, where there is one, for logits of a size of some units.
+        cache_scales: of keys and values in a KV cache of 8 bits, in layer 0; half as much in layer 1, and so on.
     """
 
     config: str
@@ -57,6 +74,13 @@ class TinyModel:
     engine: dict[str, Any] = field(default_factory=dict)
     truth: dict[str, Any] = field(default_factory=dict)
     query_norm: float = 3.0
+    cache_scales: tuple[float, float] | None = None
+
+    def scales_of(self, layer: int) -> tuple[float, float]:
+        """Of keys and values of a layer that keeps them in 8 bits."""
+        assert self.cache_scales is not None
+        of_keys, of_values = self.cache_scales
+        return of_keys / 2**layer, of_values / 2**layer
 
 
 def windowed(layers: str) -> list[str]:
@@ -66,6 +90,7 @@ def windowed(layers: str) -> list[str]:
 
 MODELS = {
     "qwen3": TinyModel("Qwen3Config"),
+    "qwen3_fp8": TinyModel("Qwen3Config", engine=SCALED_CACHE, cache_scales=(0.37, 0.21)),
     "gemma2": TinyModel(
         "Gemma2Config",
         [1, 3],
@@ -207,6 +232,9 @@ def make_model(folder: Path, name: str) -> None:
             torch.nn.init.normal_(parameter, mean=16.0, std=2.0)
         if parameter_name.endswith("q_norm.weight"):
             torch.nn.init.constant_(parameter, model.query_norm)
+    for layer, decoder in enumerate(network.model.layers if model.cache_scales else []):
+        for name_of, scale in zip("kv", model.scales_of(layer), strict=True):
+            decoder.self_attn.register_buffer(f"{name_of}_scale", torch.tensor([scale]))
     network.save_pretrained(folder)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: n for n, letter in enumerate(letters)} | {"<end>": END}, []))

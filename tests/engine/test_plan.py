@@ -21,6 +21,7 @@ def facts(index: int, **changes: object) -> LayerFacts:
         head_dim=64,
         scale=0.125,
         tapped=True,
+        quantised_caches=("fp8",),
     )
     return replace(base, **changes)
 
@@ -71,7 +72,9 @@ REFUSED = pytest.mark.parametrize(
         ({"sliding_window": 512}, "sliding window of 512"),
         ({"alibi": True}, "ALiBi"),
         ({"shares_kv_with": "layer 3"}, "shares the KV cache of layer 3"),
-        ({"kv_cache_dtype": "fp8"}, "KV cache of type fp8"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "KV cache of type int8_per_token_head"),
+        ({"kv_cache_dtype": "fp8", "quantised_caches": (), "varying_scales": True}, "KV cache of type fp8"),
+        ({"kv_cache_dtype": "fp8", "varying_scales": True}, "whose scales differ from head to head"),
         ({"head_dim": 576}, "head size 576 above 512"),
         ({"draft": True}, "draft model"),
     ],
@@ -117,6 +120,9 @@ def test_layers_of_another_shape_than_most_are_refused():
     chosen = plan([facts(0), facts(1), facts(2, head_dim=128)], layers="all")
     assert [p.facts.index for p in chosen.watched] == [0, 1]
     assert "differ" in chosen.reasons[0]
+    assert [p.facts.index for p in plan([facts(0, kv_cache_dtype="fp8")], layers="all").watched] == [0]
+    mixed = [facts(i, kv_cache_dtype="auto" if i == 1 else "fp8") for i in range(4)]
+    assert [p.facts.index for p in plan(mixed, layers="all").watched] == [0, 2, 3]
 
 
 def test_a_model_without_attention_says_so():

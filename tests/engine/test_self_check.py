@@ -38,7 +38,9 @@ class Implementation:
 
 
 def layer(**logits: Any) -> SimpleNamespace:
-    return SimpleNamespace(impl=Implementation(**logits), num_heads=HEADS, head_size=DIM)
+    return SimpleNamespace(
+        impl=Implementation(**logits), num_heads=HEADS, head_size=DIM, kv_cache_dtype="auto", query_quant=None
+    )
 
 
 @pytest.fixture
@@ -64,12 +66,13 @@ def check(searched: list[PagedKeys], keys: list[PagedKeys], layers: list[Any], c
         return summary
 
     heads = tuple(range(HEADS))
-    binding = Binding(None, layers, caches, HEADS, heads, 1, PAGES * PAGE, torch.float32, BlockGenerations(PAGES))
+    types, generations = (torch.float32, torch.float32), BlockGenerations(PAGES)
+    binding = Binding(None, layers, caches, HEADS, heads, 1, PAGES * PAGE, *types, generations)
     check_against_dense(search_once, keys, binding, CONFIG)
 
 
 def test_caps_and_sinks_are_read_off_the_implementation(layers, caches):
-    keys = paged_keys(caches, layers)
+    keys = paged_keys(caches, layers, torch.float32)
     assert [k.softcap for k in keys] == [2.0, 0.0, 0.0]
     assert [k.layout for k in keys] == [KeyLayout.row_major(PAGE, DIM)] * 3
     assert keys[0].sinks is None
@@ -84,7 +87,7 @@ def test_caps_and_sinks_are_read_off_the_implementation(layers, caches):
 
 def test_a_right_search_passes_and_the_cache_is_as_before(layers, caches):
     before = [cache.tensor.clone() for cache in caches]
-    keys = paged_keys(caches, layers)
+    keys = paged_keys(caches, layers, torch.float32)
     check(keys, keys, layers, caches)
     assert all(torch.equal(cache.tensor, content) for cache, content in zip(caches, before, strict=True))
 
@@ -101,7 +104,7 @@ def test_a_right_search_passes_and_the_cache_is_as_before(layers, caches):
     ],
 )
 def test_a_search_that_weighs_or_reads_otherwise_is_found_out(layers, caches, where, wrong):
-    keys = paged_keys(caches, layers)
+    keys = paged_keys(caches, layers, torch.float32)
     searched = [replace(k, **wrong) if n in where else k for n, k in enumerate(keys)]
     with pytest.raises(LayoutError, match="self-check failed"):
         check(searched, keys, layers, caches)
@@ -122,7 +125,8 @@ def bind(layers: list[Any], caches: list[PagedLayerCache], rows: int = 4, drafts
     device = CpuDevice(layers, drafts + 1)
     generations = BlockGenerations(PAGES)
     heads = tuple(range(HEADS))
-    binding = Binding(Runner(), layers, caches, HEADS, heads, rows, PAGES * PAGE, torch.float32, generations)
+    types = torch.float32, torch.float32
+    binding = Binding(Runner(), layers, caches, HEADS, heads, rows, PAGES * PAGE, *types, generations)
     device.bind(binding, CONFIG, 2)
     return device
 
@@ -169,6 +173,6 @@ def test_a_batch_of_one_has_nobody_to_be_taken_for(layers, caches, monkeypatch):
 
 def test_a_cache_without_a_page_for_each_group_is_refused(layers, caches):
     few = [PagedLayerCache(cache.tensor[:2], cache.group) for cache in caches]
-    keys = paged_keys(few, layers)
+    keys = paged_keys(few, layers, torch.float32)
     with pytest.raises(LayoutError, match="no page to check"):
         check(keys, keys, layers, few)

@@ -42,7 +42,18 @@ class Implementation:
         self._wrong = wrong
 
     def do_kv_cache_update(self, layer: Any, key: torch.Tensor, value: Any, cache: torch.Tensor, slots: Any) -> None:
+        if layer.kv_cache_dtype == "fp8":
+            key = (key.float() / layer._k_scale_float).to(torch.float8_e4m3fn).view(torch.uint8)
         cache[slots // PAGE, :, (slots + self._wrong) % PAGE, :DIM] = key
+
+
+def attention_layer(wrong: int, eight_bits: bool) -> SimpleNamespace:
+    """What a device looks at in vLLM's layer; with `eight_bits` queries are quantised as well as keys."""
+    quantised = {"kv_cache_dtype": "fp8", "query_quant": object(), "_k_scale_float": 0.37, "_q_scale_float": 0.8}
+    plain = {"kv_cache_dtype": "auto", "query_quant": None}
+    return SimpleNamespace(
+        impl=Implementation(wrong), num_heads=HEADS, head_size=DIM, **(quantised if eight_bits else plain)
+    )
 
 
 class Runner:
@@ -69,20 +80,28 @@ class Runner:
 class Rig:
     """An engine of two requests, `a` of 230 tokens and `b` of 40, whose cache holds random keys."""
 
-    def __init__(self, config: SearchConfig = BEAM, order: str = "HND", wrong: int = 0, bound: bool = True) -> None:
+    def __init__(
+        self,
+        config: SearchConfig = BEAM,
+        order: str = "HND",
+        wrong: int = 0,
+        bound: bool = True,
+        eight_bits: bool = False,
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         shape = (PAGES, KV_HEADS, PAGE, 2 * DIM) if order == "HND" else (PAGES, PAGE, KV_HEADS, 2 * DIM)
-        stored = [torch.randn(shape, generator=generator).half().to(DEVICE) for _ in range(LAYERS)]
-        self.caches = [PagedLayerCache(t if order == "HND" else t.transpose(1, 2), 0) for t in stored]
+        numbers, key_type = (torch.float8_e4m3fn, torch.float8_e4m3fn) if eight_bits else (torch.float16, None)
+        stored = [torch.randn(shape, generator=generator).to(numbers).to(DEVICE) for _ in range(LAYERS)]
+        if eight_bits:
+            stored = [tensor.view(torch.uint8) for tensor in stored]
+        self.caches = [PagedLayerCache(t if order == "HND" else t.transpose(1, 2), 0, key_type) for t in stored]
         self.before = [cache.tensor.clone() for cache in self.caches]
-        self.layers = [
-            SimpleNamespace(impl=Implementation(wrong), num_heads=HEADS, head_size=DIM) for _ in range(LAYERS)
-        ]
+        self.layers = [attention_layer(wrong, eight_bits) for _ in range(LAYERS)]
         self.runner = Runner()
         self.generations = BlockGenerations(PAGES)
-        self.device = GpuDevice(self.layers, self.runner, REQUESTS, 1, torch.float16, share=0.5)
+        self.device = GpuDevice(self.layers, self.runner, REQUESTS, 1, numbers, share=0.5)
         self.config = config
-        sizes = HEADS, tuple(range(HEADS)), REQUESTS, CONTEXT, torch.float16
+        sizes = HEADS, tuple(range(HEADS)), REQUESTS, CONTEXT, torch.float16, numbers
         self.binding = Binding(self.runner, self.layers, self.caches, *sizes, self.generations)
         if not bound:
             return
@@ -94,7 +113,7 @@ class Rig:
             self.runner.table[row, : len(self.held[name])] = torch.tensor(self.held[name], dtype=torch.int32)
             self.runner.lengths[row] = self.contexts[name]
         self.runner.start_loc[:] = torch.tensor([0, 1, 2, 2])
-        self.queries = torch.randn(LAYERS, 2, HEADS, DIM, generator=generator).half().to(DEVICE)
+        self.queries = torch.randn(LAYERS, 2, HEADS, DIM, generator=generator).to(numbers).to(DEVICE)
 
     def request(self, name: str, fresh: bool = False, rewritten: tuple[int, ...] = ()) -> ScheduledRequest:
         blocks = (self.held.get(name, list(rewritten)),) if fresh else ()
@@ -125,16 +144,21 @@ class Rig:
         return self.snapshot()
 
 
-@pytest.mark.parametrize(("strategy", "order"), [("beam", "HND"), ("exact", "NHD")])
-def test_a_search_finds_what_the_reference_finds(strategy, order):
-    rig = Rig(replace(BEAM, strategy=strategy), order)
+@pytest.mark.parametrize(
+    ("strategy", "order", "eight_bits"),
+    [("beam", "HND", False), ("exact", "NHD", False), ("beam", "NHD", True), ("exact", "HND", True)],
+)
+def test_a_search_finds_what_the_reference_finds(strategy, order, eight_bits):
+    rig = Rig(replace(BEAM, strategy=strategy), order, eight_bits=eight_bits)
     unchanged = [torch.equal(cache.tensor, before) for cache, before in zip(rig.caches, rig.before, strict=True)]
     assert all(unchanged), "the self-check left traces"
     for _ in range(2):  # with summaries built, then with those of before
         slot = rig.step()
         assert rig.device.search.run(slot).tolist() == [ROW_OK, ROW_OK]
+        if eight_bits:
+            assert device_keys(rig.caches, rig.layers)[0].scale == pytest.approx(DIM**-0.5 * 0.37 * 0.8)
         expected = reference_search(
-            rig.queries[:, [1, 0]].cpu(),
+            rig.queries.half()[:, [1, 0]].cpu(),
             [replace(key, tensor=key.tensor.cpu()) for key in device_keys(rig.caches, rig.layers)],
             [torch.tensor([rig.held["b"] + [0] * 12, rig.held["a"]], dtype=torch.int32)],
             torch.tensor([40, 230], dtype=torch.int32),

@@ -326,17 +326,21 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
             searcher.run(*arguments)  # type: ignore[arg-type]
 
 
-def test_new_learned_sinks_are_used() -> None:
+def test_new_factors_and_learned_sinks_are_used() -> None:
     case = GpuCase(EXACT, (300,), kv_heads=1, sinks=True)
     inputs = same_inputs(case)
     searcher, _ = build(case, inputs)
     out = searcher.allocate_result()
     new = torch.tensor([3.0, 1.0, 2.0], device=DEVICE)
-    searcher.set_sinks([None, new])
+    scales = [0.3, inputs.keys[1].scale]
+    searcher.set_logit_weights(scales, [None, new])
     searcher.run(inputs.queries, inputs.block_tables, inputs.context_lens, inputs.rows, out)
     assert out.learned_sink_lse[:, 0].tolist() == [[-np.inf] * 3, [3.0, 1.0, 2.0]]
+    changed = [replace(inputs.keys[0], scale=0.3), inputs.keys[1]]
+    truth = run_reference(case, replace(inputs, keys=changed))
+    np.testing.assert_allclose(out.on_host().forced_lse[0, :1], truth.forced_lse[0], atol=1e-4)
     with pytest.raises(ValueError, match="expected float32"):
-        searcher.set_sinks([None, new.double()])
+        searcher.set_logit_weights(scales, [None, new.double()])
 
 
 def test_nothing_is_found_where_there_is_nothing() -> None:

@@ -62,44 +62,66 @@ def test_impossible_layouts_are_refused(changes: dict[str, int], line: str) -> N
 
 def test_a_writer_that_rounds_or_loses_keys_is_refused() -> None:
     with pytest.raises(ValueError, match="as a permutation"):
-        probe_permutation(lambda keys: torch.zeros(32 * 64), 32, 64, 2, torch.bfloat16)
+        probe_permutation(lambda keys: torch.zeros(32 * 64), 32, 64, 2, torch.bfloat16, torch.bfloat16)
 
 
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize(("page", "dim"), [(32, 64), (128, 128), (128, 256)])
-def test_the_probe_reads_off_any_layout(page: int, dim: int) -> None:
+def test_the_probe_reads_off_any_layout(page: int, dim: int, stored: torch.dtype) -> None:
     layout = KeyLayout(page, dim, 16, 2)
-    found = probe_permutation(lambda keys: layout.from_logical(keys[:, -1]), page, dim, 2, torch.bfloat16)
+
+    def write(keys: torch.Tensor) -> torch.Tensor:
+        return layout.from_logical(keys[:, -1].to(stored))
+
+    found = probe_permutation(write, page, dim, 2, torch.bfloat16, stored)
     assert KeyLayout.from_permutation(found) == layout
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "stored", "cache_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16, "auto"),
+        (torch.float32, torch.float32, "auto"),
+        (torch.bfloat16, torch.float8_e4m3fn, "fp8_e4m3"),
+        (torch.float32, torch.float8_e5m2, "fp8_e5m2"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(("page", "dim"), [(128, 64), (32, 80), (128, 128)])
-def test_the_probe_reads_off_the_real_engine(dtype: torch.dtype, page: int, dim: int) -> None:
+def test_the_probe_reads_off_the_real_engine(
+    dtype: torch.dtype, stored: torch.dtype, cache_dtype: str, page: int, dim: int
+) -> None:
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+    if stored.itemsize == 1 and dim % 32:
+        pytest.skip("vLLM stores heads of this size with 16 bits or more")
+    if stored.itemsize == 1 and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
+        pytest.skip("vLLM stores keys of 8 bits where there is AVX-512 or AMX alone")
     isa = _get_attn_isa(dtype, page, dim)
-    heads = 3
+    heads, key_scale = 3, 0.37 if stored.itemsize == 1 else 1.0
+    # What rounding takes from a quotient must not cost a step of the 8-bit type: the engine's writer cuts off.
+    written = 1.0 if stored.itemsize > 1 else key_scale * 65 / 64
 
     def cache_with(keys: torch.Tensor) -> torch.Tensor:
-        cache = torch.zeros(1, heads, page, 2 * dim, dtype=dtype)
+        cache = torch.zeros(1, heads, page, 2 * dim, dtype=torch.uint8 if stored.itemsize == 1 else dtype)
         key_cache, value_cache = cache.view(1, heads, 2 * page, dim).chunk(2, dim=2)
         slots = torch.arange(page)
         ops.cpu_attn_reshape_and_cache(
-            keys, keys, key_cache, value_cache, slots, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
+            keys, keys, key_cache, value_cache, slots, isa, k_scale=key_scale, v_scale=1.0, kv_cache_dtype=cache_dtype
         )
-        return cache
+        return cache.view(stored)
 
     def write(keys: torch.Tensor) -> torch.Tensor:
-        return cache_with(keys)[0, -1].flatten()[: page * dim]
+        return cache_with(keys * written)[0, -1].flatten()[: page * dim]
 
-    layout = KeyLayout.from_permutation(probe_permutation(write, page, dim, heads, dtype))
+    layout = KeyLayout.from_permutation(probe_permutation(write, page, dim, heads, dtype, stored))
     if isa.startswith("vec"):
         assert layout == KeyLayout(page, dim, token_group=page, channel_pack=1)
     # What the engine writes is what the search reads.
-    keys = torch.randn(page, heads, dim).to(dtype)
-    read = PagedKeys(cache_with(keys), layout, scale=1.0).gather(torch.tensor([0]))
+    keys = torch.randn(page, heads, dim).to(stored).to(dtype)
+    read = PagedKeys(cache_with(keys * written), layout, scale=1.0).gather(torch.tensor([0]))
     assert torch.equal(read, keys.double())
 
 

@@ -35,6 +35,8 @@ CASES = {
     ),
     "beam, page 128, head size 128": Case(BEAM, UNEVEN, page_size=128, head_dim=128),
     "beam, float32, eight heads per KV head": Case(BEAM, UNEVEN, dtype=torch.float32, group=8),
+    "beam, float8_e4m3fn": Case(BEAM, UNEVEN, dtype=torch.float8_e4m3fn, query_dtype=torch.bfloat16),
+    "beam, float8_e5m2": Case(BEAM, UNEVEN, dtype=torch.float8_e5m2, query_dtype=torch.bfloat16),
     "beam, float16, many sinks": Case(replace(BEAM, sink_blocks=9, recent_blocks=1), UNEVEN, dtype=torch.float16),
     "beam, the uncertain first": Case(replace(BEAM, spread_weight=3.0), (9000, 2100, 333)),
     "beam, two outliers a node": Case(replace(BEAM, outlier_keys=2, outlier_share=1.0), (9000, 2100, 333)),
@@ -65,6 +67,13 @@ CASES = {
     "float32 queries on a bfloat16 cache": Case(SHARED, UNEVEN, query_dtype=torch.float32),
     "float32, channel pairs": Case(SHARED, UNEVEN, dtype=torch.float32, token_group=8, channel_pack=2),
     "float16, packs of four": Case(SHARED, UNEVEN, dtype=torch.float16, token_group=16, channel_pack=4),
+    "float8_e4m3fn": Case(SHARED, UNEVEN, dtype=torch.float8_e4m3fn, query_dtype=torch.bfloat16),
+    "float8_e5m2, channel pairs": Case(
+        SHARED, UNEVEN, dtype=torch.float8_e5m2, query_dtype=torch.float32, token_group=16, channel_pack=2
+    ),
+    "float8_e4m3fn, packs of four": Case(
+        SHARED, UNEVEN, dtype=torch.float8_e4m3fn, query_dtype=torch.float16, token_group=16, channel_pack=4
+    ),
     "row-major": Case(SHARED, UNEVEN, token_group=1),
     "head size 80, page 16": Case(SHARED, UNEVEN, head_dim=80, page_size=16),
     "head size 96, page 64": Case(SHARED, UNEVEN, head_dim=96, page_size=64),

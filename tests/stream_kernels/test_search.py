@@ -245,14 +245,14 @@ def test_an_audit_agrees_with_the_oracle(softcap: float, sinks: bool) -> None:
         assert audit.unobserved_error == pytest.approx(claim - truth, abs=1e-5)
 
 
-def test_new_sinks_count_from_the_next_search_on() -> None:
+def test_new_factors_and_sinks_count_from_the_next_search_on() -> None:
     case = dataclasses.replace(CASE.with_config(strategy="exact"), sinks=True, query_heads=(4, 1))
     inputs = draw(case)
     found, searcher = run_cpu(case, inputs)
     tables = [table.numpy() for table in inputs.block_tables]
-    keys = [dataclasses.replace(inputs.keys[0], sinks=None)]
+    keys = [dataclasses.replace(inputs.keys[0], scale=0.3, sinks=None)]
     keys.append(dataclasses.replace(inputs.keys[1], sinks=torch.linspace(30.0, 10.0, case.total_heads)))
-    searcher.set_sinks([layer.sinks for layer in keys])
+    searcher.set_logit_weights([layer.scale for layer in keys], [layer.sinks for layer in keys])
     searcher.run(inputs.queries, tables, inputs.context_lens, found)
     assert_same(found, run_reference(case, dataclasses.replace(inputs, keys=keys)))
     audit = searcher.audit(1, 0, 1, inputs.queries, tables, inputs.context_lens, found)

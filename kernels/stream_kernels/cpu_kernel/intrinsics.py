@@ -8,7 +8,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from stream_kernels.cpu_kernel.structures import BFLOAT16, FLOAT16, FLOAT32
+from stream_kernels.cpu_kernel.structures import BFLOAT16, FLOAT8_E4M3, FLOAT8_E5M2, FLOAT16, FLOAT32
 
 # numba has no types of its own; what its decorators return is called freely in this package.
 intrinsic: Callable[[Callable[..., Any]], Any] = numba.extending.intrinsic
@@ -22,27 +22,6 @@ def pointer(typing_context: Any, address: Any, element: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
 
     return types.CPointer(element.dtype)(address, element), generate
-
-
-@intrinsic
-def bfloat16_to_float(typing_context: Any, bits: Any) -> Any:
-    """The float32 whose upper half is the uint16 `bits`."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        wide = builder.zext(args[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(wide, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
-
-    return types.float32(bits), generate
-
-
-@intrinsic
-def float16_to_float(typing_context: Any, bits: Any) -> Any:
-    """The uint16 `bits`, read as float16, as float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(bits), generate
 
 
 @intrinsic
@@ -82,24 +61,65 @@ LANES = 8
 """Float32 lanes handled at a time: one AVX2 register; wider and narrower machines split or join them."""
 
 _FLOATS = ir.VectorType(ir.FloatType(), LANES)
-_STORED = {BFLOAT16: ir.IntType(16), FLOAT16: ir.HalfType(), FLOAT32: ir.FloatType()}
+_STORED = {
+    BFLOAT16: ir.IntType(16),
+    FLOAT16: ir.IntType(16),
+    FLOAT32: ir.FloatType(),
+    FLOAT8_E4M3: ir.IntType(8),
+    FLOAT8_E5M2: ir.IntType(8),
+}
 
 
 def _vector_at(builder: Any, address: Any, element: Any, lanes: Any) -> Any:
     """Loads `lanes` elements from an address of any alignment."""
     pointer = builder.inttoptr(address, ir.VectorType(element, lanes).as_pointer())
-    return builder.load(pointer, align=2)
+    return builder.load(pointer, align=1)
 
 
-def _widen_vector(builder: Any, vector: Any, element_type: Any) -> Any:
-    """Stored elements to a float32 vector."""
+def _widen(builder: Any, stored: Any, element_type: int, lanes: int = 0) -> Any:
+    """Stored elements to float32: a vector of `lanes`, or a single one.
+
+    The 8-bit types go by float16, whose format both are part of. The bits of an E4M3 NaN, which no number is stored
+    as, come out as 480.
+    """
+
+    def like(kind: Any) -> Any:
+        return ir.VectorType(kind, lanes) if lanes else kind
+
+    def constant(kind: Any, value: float) -> Any:
+        return ir.Constant(like(kind), [value] * lanes if lanes else value)
+
+    short, word, floats = ir.IntType(16), ir.IntType(32), like(ir.FloatType())
     if element_type == FLOAT32:
-        return vector
+        return stored
+    if element_type == BFLOAT16:
+        return builder.bitcast(builder.shl(builder.zext(stored, like(word)), constant(word, 16)), floats)
     if element_type == FLOAT16:
-        return builder.fpext(vector, _FLOATS)
-    words = ir.VectorType(ir.IntType(32), LANES)
-    shift = ir.Constant(words, [16] * LANES)
-    return builder.bitcast(builder.shl(builder.zext(vector, words), shift), _FLOATS)
+        return builder.fpext(builder.bitcast(stored, like(ir.HalfType())), floats)
+    bits = builder.zext(stored, like(short))
+    if element_type == FLOAT8_E5M2:
+        return builder.fpext(builder.bitcast(builder.shl(bits, constant(short, 8)), like(ir.HalfType())), floats)
+    # The sign moves to bit 15; exponent and mantissa to where float16 has them, its bias being larger by 8.
+    sign = builder.shl(builder.and_(bits, constant(short, 0x80)), constant(short, 8))
+    rest = builder.shl(builder.and_(bits, constant(short, 0x7F)), constant(short, 7))
+    halves = builder.bitcast(builder.or_(sign, rest), like(ir.HalfType()))
+    return builder.fmul(builder.fpext(halves, floats), constant(ir.FloatType(), 256.0))
+
+
+def to_float(element_type: int) -> Any:
+    """Makes the intrinsic that widens one stored element, given as a number or as the unsigned integer of its bits."""
+
+    @intrinsic
+    def widen(typing_context: Any, stored: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return _widen(builder, args[0], element_type)
+
+        return types.float32(stored), generate
+
+    return widen
+
+
+bfloat16_to_float = to_float(BFLOAT16)
 
 
 def widen_channel(element_type: int) -> Any:
@@ -110,7 +130,7 @@ def widen_channel(element_type: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             vector = _vector_at(builder, args[0], _STORED[element_type], LANES)
             pointer = builder.inttoptr(args[1], _FLOATS.as_pointer())
-            builder.store(_widen_vector(builder, vector, element_type), pointer, align=4)
+            builder.store(_widen(builder, vector, element_type, LANES), pointer, align=4)
             return context.get_dummy_value()
 
         return types.none(source, target), generate
@@ -129,7 +149,7 @@ def widen_pairs(element_type: int) -> Any:
                 lanes = ir.Constant(ir.VectorType(ir.IntType(32), LANES), list(range(channel, 2 * LANES, 2)))
                 vector = builder.shuffle_vector(both, ir.Constant(both.type, ir.Undefined), lanes)
                 pointer = builder.inttoptr(args[1 + channel], _FLOATS.as_pointer())
-                builder.store(_widen_vector(builder, vector, element_type), pointer, align=4)
+                builder.store(_widen(builder, vector, element_type, LANES), pointer, align=4)
             return context.get_dummy_value()
 
         return types.none(source, even, odd), generate
@@ -211,7 +231,7 @@ def dot_bfloat16(queries: int) -> Any:
             sums = [cgutils.alloca_once_value(builder, zero) for _ in range(queries)]
             with cgutils.for_range(builder, builder.udiv(head_dim, ir.Constant(size, LANES))) as loop:
                 stored = builder.add(vector, builder.mul(loop.index, ir.Constant(size, 2 * LANES)))
-                wide = _widen_vector(builder, _vector_at(builder, stored, _STORED[BFLOAT16], LANES), BFLOAT16)
+                wide = _widen(builder, _vector_at(builder, stored, _STORED[BFLOAT16], LANES), BFLOAT16, LANES)
                 at = builder.add(query, builder.mul(loop.index, ir.Constant(size, 4 * LANES)))
                 for q, total in enumerate(sums):
                     address = builder.add(at, builder.mul(query_bytes, ir.Constant(size, q)))

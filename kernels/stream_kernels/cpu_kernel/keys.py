@@ -10,13 +10,27 @@ from stream_kernels.cpu_kernel.compiling import jit
 from stream_kernels.cpu_kernel.intrinsics import (
     LANES,
     bfloat16_to_float,
-    float16_to_float,
     pointer,
     prefetch,
+    to_float,
     widen_channel,
     widen_pairs,
 )
-from stream_kernels.cpu_kernel.structures import BFLOAT16, FLOAT16, FLOAT32, Floats, Geometry, Ints, Pages, Plan
+from stream_kernels.cpu_kernel.structures import (
+    BFLOAT16,
+    ELEMENT_BYTES,
+    FLOAT8_E4M3,
+    FLOAT8_E5M2,
+    FLOAT16,
+    FLOAT32,
+    Floats,
+    Geometry,
+    Ints,
+    Pages,
+    Plan,
+)
+
+_float16_to_float = to_float(FLOAT16)
 
 
 @jit()
@@ -29,16 +43,16 @@ def load_query(address: int, element_type: int, scale: np.float32, out: Floats, 
         return
     bits = numba.carray(pointer(address, types.uint16), (head_dim,))
     for c in range(head_dim):
-        out[c] = (bfloat16_to_float(bits[c]) if element_type == BFLOAT16 else float16_to_float(bits[c])) * scale
+        out[c] = (bfloat16_to_float(bits[c]) if element_type == BFLOAT16 else _float16_to_float(bits[c])) * scale
 
 
-def _copies(element_type: int, stored_type: Any, convert: Any) -> tuple[Any, Any]:
+def _copies(element_type: int, stored_type: Any) -> tuple[Any, Any]:
     """Makes, for one element type, the copies of keys of one token group into columns of the tile.
 
     `address` is that of the first channel of the first token.
     """
-    itemsize = 4 if element_type == FLOAT32 else 2
-    widen, widen_two = widen_channel(element_type), widen_pairs(element_type)
+    itemsize = ELEMENT_BYTES[element_type]
+    convert, widen, widen_two = to_float(element_type), widen_channel(element_type), widen_pairs(element_type)
 
     def copy_run(address: int, group: int, pack: int, head_dim: int, count: int, tile: Floats, column: int) -> None:
         """`count` neighbouring tokens."""
@@ -84,14 +98,11 @@ def _copies(element_type: int, stored_type: Any, convert: Any) -> tuple[Any, Any
     return jit()(copy_run), jit()(copy_probes)
 
 
-@jit()
-def _same(x: np.float32) -> np.float32:
-    return x
-
-
-_copy_bfloat16, _probe_bfloat16 = _copies(BFLOAT16, types.uint16, bfloat16_to_float)
-_copy_float16, _probe_float16 = _copies(FLOAT16, types.uint16, float16_to_float)
-_copy_float32, _probe_float32 = _copies(FLOAT32, types.float32, _same)
+_copy_bfloat16, _probe_bfloat16 = _copies(BFLOAT16, types.uint16)
+_copy_float16, _probe_float16 = _copies(FLOAT16, types.uint16)
+_copy_float32, _probe_float32 = _copies(FLOAT32, types.float32)
+_copy_e4m3, _probe_e4m3 = _copies(FLOAT8_E4M3, types.uint8)
+_copy_e5m2, _probe_e5m2 = _copies(FLOAT8_E5M2, types.uint8)
 
 
 @jit()
@@ -112,8 +123,12 @@ def load_keys(
             _copy_bfloat16(at, g.token_group, g.channel_pack, g.head_dim, run, tile, column + done)
         elif g.key_type == FLOAT16:
             _copy_float16(at, g.token_group, g.channel_pack, g.head_dim, run, tile, column + done)
-        else:
+        elif g.key_type == FLOAT32:
             _copy_float32(at, g.token_group, g.channel_pack, g.head_dim, run, tile, column + done)
+        elif g.key_type == FLOAT8_E4M3:
+            _copy_e4m3(at, g.token_group, g.channel_pack, g.head_dim, run, tile, column + done)
+        else:
+            _copy_e5m2(at, g.token_group, g.channel_pack, g.head_dim, run, tile, column + done)
         done += run
 
 
@@ -135,7 +150,7 @@ def prefetch_block(g: Geometry, address: int, page_stride: int, pages: Pages, fi
     """Asks for the cache lines of the block that starts at key `first`, where its tokens' channels lie adjacent."""
     if first % g.page_size % g.token_group + g.block_size > g.token_group:
         return  # several runs: rare layouts do without
-    itemsize = 4 if g.key_type == FLOAT32 else 2
+    itemsize = ELEMENT_BYTES[g.key_type]
     at = address + _token_bytes(g, page_stride, pages, first)
     row = g.token_group * g.channel_pack * itemsize
     for c in range(g.head_dim // g.channel_pack):
@@ -157,8 +172,12 @@ def load_probes(
         _probe_bfloat16(at, g.token_group, g.channel_pack, g.head_dim, plan.probe_offsets, tile, column)
     elif g.key_type == FLOAT16:
         _probe_float16(at, g.token_group, g.channel_pack, g.head_dim, plan.probe_offsets, tile, column)
-    else:
+    elif g.key_type == FLOAT32:
         _probe_float32(at, g.token_group, g.channel_pack, g.head_dim, plan.probe_offsets, tile, column)
+    elif g.key_type == FLOAT8_E4M3:
+        _probe_e4m3(at, g.token_group, g.channel_pack, g.head_dim, plan.probe_offsets, tile, column)
+    else:
+        _probe_e5m2(at, g.token_group, g.channel_pack, g.head_dim, plan.probe_offsets, tile, column)
 
 
 @jit()
@@ -168,4 +187,4 @@ def _token_bytes(g: Geometry, page_stride: int, pages: Pages, token: int) -> int
     in_group = within % g.token_group
     page: int = pages[token // g.page_size]
     element = page * page_stride + (within - in_group) * g.head_dim + in_group * g.channel_pack
-    return element * (4 if g.key_type == FLOAT32 else 2)
+    return element * ELEMENT_BYTES[g.key_type]

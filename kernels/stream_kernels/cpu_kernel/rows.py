@@ -14,7 +14,7 @@ from stream_kernels.cpu_kernel.keys import load_query
 from stream_kernels.cpu_kernel.nodes import forget, resolve
 from stream_kernels.cpu_kernel.structures import (
     BEAM,
-    FLOAT32,
+    ELEMENT_BYTES,
     MINUS_INFINITY,
     ROW_INVALID,
     ROW_OK,
@@ -90,7 +90,7 @@ def _search_table(
 ) -> bool:
     """Searches one row in the layers of one block table; False if its nodes have no room."""
     _, _, _, _, _, _, learned_sink, keys_read = summary
-    itemsize = 4 if g.query_type == FLOAT32 else 2
+    itemsize = ELEMENT_BYTES[g.query_type]
     pages = _row_pages(tables, table, row)
     end = -(-context // g.block_size) - g.recent_blocks
     if g.strategy == BEAM and end - g.sink_blocks > 2 * g.top_k:

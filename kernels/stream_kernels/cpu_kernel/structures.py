@@ -11,8 +11,10 @@ Pages = NDArray[np.int32]
 Summary = tuple[NDArray[Any], ...]
 """The arrays of a `BlockSummary`, in its order."""
 
-BFLOAT16, FLOAT16, FLOAT32 = 0, 1, 2
-"""Element types, as a number because one compiled search serves all three."""
+BFLOAT16, FLOAT16, FLOAT32, FLOAT8_E4M3, FLOAT8_E5M2 = range(5)
+"""Element types, as a number because one compiled search serves all of them; keys alone are of the 8-bit ones."""
+ELEMENT_BYTES = (2, 2, 4, 1, 1)
+"""Of each element type."""
 
 ZERO = np.float32(0)
 MINUS_INFINITY = np.float32(-np.inf)

@@ -16,7 +16,7 @@ from stream_kernels.cpu_kernel.compiling import jit
 from stream_kernels.cpu_kernel.intrinsics import bfloat16_to_float, float_as_int, pointer
 from stream_kernels.cpu_kernel.keys import load_keys
 from stream_kernels.cpu_kernel.nodes import FANOUT_BITS, NodeIndex
-from stream_kernels.cpu_kernel.structures import FLOAT32, ZERO, Floats, Geometry, Ints, Pages, Plan, Scratch
+from stream_kernels.cpu_kernel.structures import ELEMENT_BYTES, ZERO, Floats, Geometry, Ints, Pages, Plan, Scratch
 
 _REORDER = {"reassoc", "contract", "nsz"}
 _HALF = np.float32(0.5)
@@ -162,7 +162,7 @@ def build_nodes(
     count: int,
 ) -> None:
     """Builds the first `count` of `jobs` (level, slot, node; lower levels first) for every layer of a block table."""
-    itemsize = 4 if g.key_type == FLOAT32 else 2
+    itemsize = ELEMENT_BYTES[g.key_type]
     for layer in range(g.layers):
         if plan.table[layer] != table:
             continue

@@ -14,7 +14,7 @@ from stream_kernels.cpu_kernel.logits import add_mass, first_equal, largest, sco
 from stream_kernels.cpu_kernel.selection import kth_largest, sort_key
 from stream_kernels.cpu_kernel.structures import (
     BEAM,
-    FLOAT32,
+    ELEMENT_BYTES,
     MINUS_INFINITY,
     ZERO,
     Geometry,
@@ -44,7 +44,7 @@ def search_unit(
     slots = plan.unit_slots[plan.unit_first[unit] : plan.unit_first[unit + 1]]
     heads = len(slots)
     page_stride = plan.page_stride[layer]
-    itemsize = 4 if g.key_type == FLOAT32 else 2
+    itemsize = ELEMENT_BYTES[g.key_type]
     address = plan.key_address[layer] + plan.unit_kv_head[unit] * plan.head_stride[layer] * itemsize
     reads = 0
     for h in range(heads):

@@ -19,6 +19,8 @@ class StreamCPUAttentionBackend(CPUAttentionBackend):
 class StreamCPUAttentionImpl(TappedAttention, CPUAttentionBackendImpl):
     """Delegates attention whole, then lets the tap copy query rows."""
 
+    quantised_caches = ("fp8", "fp8_e4m3", "fp8_e5m2")
+
     def forward(
         self,
         layer: Any,

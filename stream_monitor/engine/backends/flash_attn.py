@@ -8,6 +8,8 @@ from stream_monitor.engine.backends.tap import GraphTappedAttention
 class StreamFlashAttentionImpl(GraphTappedAttention, FlashAttentionImpl):
     """The native implementation, and after it the tap."""
 
+    quantised_caches = ("fp8", "fp8_e4m3")
+
 
 class StreamFlashAttentionBackend(FlashAttentionBackend):
     """`FLASH_ATTN`, unchanged but for the implementation; name, builder, layouts and predicates are inherited."""

@@ -22,9 +22,16 @@ class QueryTap(Protocol):
 
 
 class TappedAttention:
-    """Mixin of an `AttentionImpl` subclass. `stream_tap` is None on layers the plan does not watch."""
+    """Mixin of an `AttentionImpl` subclass.
+
+    Attributes:
+        stream_tap: None on layers the plan does not watch.
+        quantised_caches: the `kv_cache_dtype` of quantised KV caches whose keys, and the queries that the tap is shown,
+            are those that the native kernel multiplies.
+    """
 
     stream_tap: QueryTap | None = None
+    quantised_caches: tuple[str, ...] = ()
 
 
 class GraphTappedAttention(TappedAttention):

@@ -8,6 +8,8 @@ from stream_monitor.engine.backends.tap import GraphTappedAttention
 class StreamTritonAttentionImpl(GraphTappedAttention, TritonAttentionImpl):
     """The native implementation, and after it the tap."""
 
+    quantised_caches = ("fp8", "fp8_e4m3")
+
 
 class StreamTritonAttentionBackend(TritonAttentionBackend):
     """`TRITON_ATTN`, unchanged but for the implementation; name, builder, layouts and predicates are inherited."""

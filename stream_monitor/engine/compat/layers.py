@@ -45,6 +45,8 @@ def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
             shares_kv_with=getattr(layer, "kv_sharing_target_layer_name", None) or "",
             draft=name.startswith("draft"),
             most_head_dim=MOST_HEAD_DIM.get(platform_name(), 0),
+            quantised_caches=getattr(impl, "quantised_caches", ()),
+            varying_scales=_varying_scales(layer),
         )
         found.append((facts, layer))
     return found
@@ -57,6 +59,39 @@ def _sliding_window(layer: Any) -> int:
     of_impl = getattr(getattr(layer, "impl", None), "sliding_window", None)
     windows.append(of_impl[0] + 1 if isinstance(of_impl, tuple) else of_impl)
     return max([0, *(window for window in windows if isinstance(window, int))])
+
+
+def _varying_scales(layer: Any) -> bool:
+    """Whether a quantised cache has one scale for each head (model_executor/layers/quantization/compressed_tensors), or
+    the first forward pass will find them (`calculate_kv_scales`, until 0.27)."""
+    sizes = [scale.numel() for name in ("_k_scale", "_q_scale") if (scale := getattr(layer, name, None)) is not None]
+    return max(sizes, default=1) > 1 or bool(getattr(layer, "calculate_kv_scales", False))
+
+
+def type_of_8_bits(layer: Any) -> Any | None:
+    """Torch type of the keys in a layer's cache where they have 8 bits, else None: the engine keeps such a cache as
+    bytes (`STR_DTYPE_TO_TORCH_DTYPE` in utils/torch_utils.py)."""
+    import torch
+
+    types = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
+    return types.get(layer.kv_cache_dtype)
+
+
+def query_type(layer: Any, model_type: Any) -> Any:
+    """Torch type of the queries that a layer's implementation is handed (`query_quant` in
+    model_executor/layers/attention/attention.py)."""
+    return model_type if layer.query_quant is None else type_of_8_bits(layer)
+
+
+def logit_scale(layer: Any) -> float:
+    """Factor from the product of a query, as the implementation is handed it, and a stored key to the logit: what they
+    were divided by when they were quantised is part of it."""
+    scale = float(layer.impl.scale)
+    if type_of_8_bits(layer) is not None:
+        scale *= layer._k_scale_float
+        if layer.query_quant is not None:
+            scale *= layer._q_scale_float
+    return scale
 
 
 def soft_cap(layer: Any) -> float:
@@ -76,10 +111,17 @@ def learned_sinks(layer: Any) -> Any | None:
 
 @dataclass(frozen=True)
 class PagedLayerCache:
-    """The KV cache of one layer, a view of [pages, kv_heads, page_size, 2 * head_dim], and the group it belongs to."""
+    """The KV cache of one layer, a view of [pages, kv_heads, page_size, 2 * head_dim], and the group it belongs to.
+    What the engine keeps as bytes is of `key_type`."""
 
     tensor: Any
     group: int
+    key_type: Any | None = None
+
+    @property
+    def typed(self) -> Any:
+        """The cache as numbers, whose type may be one that torch does not index."""
+        return self.tensor if self.key_type is None else self.tensor.view(self.key_type)
 
 
 def layer_caches(
@@ -108,16 +150,22 @@ def layer_caches(
         packed = (tensor.shape[2] * tensor.shape[3], tensor.shape[3], 1)
         if tensor.stride(3) != 1 or (contiguous_tiles and tensor.stride()[1:] != packed):
             raise ValueError(f"unknown KV cache strides {tensor.stride()} in {name}")
-        caches.append(PagedLayerCache(tensor, groups[name]))
+        caches.append(PagedLayerCache(tensor, groups[name], type_of_8_bits(layer)))
     return caches
 
 
 def cache_writer(layer: Any) -> Callable[[Any, Any, Any], None]:
-    """A function (key [tokens, kv_heads, head_dim], cache like a layer's, slots int64 [tokens]) that stores keys as the
-    engine does, values zero (`do_kv_cache_update` of v1/attention/backends/*.py)."""
+    """A function (key [tokens, kv_heads, head_dim], cache like a layer's, slots int64 [tokens]) that has the engine
+    store keys, values zero (`do_kv_cache_update` of v1/attention/backends/*.py). In a cache of 8 bits, `key` is what
+    shall be stored there."""
     import torch
 
+    factor = 1.0
+    if type_of_8_bits(layer) is not None:
+        # A little more than the engine divides by: its quotient is rounded, and CPUs cut off what 8 bits do not hold.
+        factor = layer._k_scale_float * (1 + 1 / 64)
+
     def write(key: Any, cache: Any, slots: Any) -> None:
-        layer.impl.do_kv_cache_update(layer, key, torch.zeros_like(key), cache, slots)
+        layer.impl.do_kv_cache_update(layer, key * factor, torch.zeros_like(key), cache, slots)
 
     return write

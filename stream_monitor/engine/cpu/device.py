@@ -37,9 +37,9 @@ class CpuRowSearch:
         found = self._search.audit(layer, row, head, queries, tables, contexts, self.summary, generations, taken)
         return None if found is None else Audit(row, layer, head, found.recall, found.unobserved_error)
 
-    def set_sinks(self, sinks: list[Any]) -> None:
+    def set_logit_weights(self, scales: list[float], sinks: list[Any]) -> None:
         """See `RowSearch`."""
-        self._search.set_sinks(sinks)
+        self._search.set_logit_weights(scales, sinks)
 
     def _rows(self, slot: CpuSlot) -> tuple[Any, ...]:
         rows = len(slot.labels)
@@ -81,7 +81,7 @@ class CpuDevice:
         Raises:
             LayoutError, ValueError: the cache would not be read correctly.
         """
-        keys = paged_keys(binding.caches, binding.layers)
+        keys = paged_keys(binding.caches, binding.layers, binding.dtype)
         search = CpuSearch(
             keys,
             binding.total_query_heads,

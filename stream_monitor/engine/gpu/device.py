@@ -86,6 +86,7 @@ class GpuDevice:
             max_rows=binding.rows,
             max_context=binding.max_context,
             query_dtype=binding.dtype,
+            slot_dtype=binding.query_dtype,
             query_heads=binding.query_heads,
             generations=binding.generations,
             max_programs=max(1, int(self._share * programs_on(self._buffers.rows.device))),

@@ -1,6 +1,6 @@
 """Kernels on the engine's main stream: gather the query rows of a layer, snapshot the sampled ones.
 
-They move bits, not numbers: the host hands 16- and 32-bit elements over as integers, whatever they mean.
+They move bits, not numbers: the host hands elements of 8, 16 and 32 bits over as integers, whatever they mean.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"

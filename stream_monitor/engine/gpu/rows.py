@@ -21,7 +21,7 @@ _CHUNK = 1024
 
 def as_bits(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory as integers, so that one kernel copies every type."""
-    return tensor.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
 class RowBuffers:

@@ -34,7 +34,9 @@ class GpuRowSearch:
         table: KV cache group whose pages the block summaries are found by; all watched layers are of it under beam.
         table_pages: columns of the slots' block tables.
         max_programs: bound of the grid.
-        query_dtype, max_rows, max_context, query_heads, total_query_heads: as `GpuSearch` has them.
+        query_dtype: what queries are searched with in; slots whose queries have 8 bits are widened.
+        slot_dtype: element type of the slots' queries.
+        max_rows, max_context, query_heads, total_query_heads: as `GpuSearch` has them.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class GpuRowSearch:
         max_rows: int,
         max_context: int,
         query_dtype: torch.dtype,
+        slot_dtype: torch.dtype,
         query_heads: Sequence[int],
         generations: BlockGenerations,
         max_programs: int,
@@ -94,8 +97,11 @@ class GpuRowSearch:
         self._jobs, self._device_jobs = pair(max(_JOBS_AT_A_TIME, nodes), 4)
         self._listed = np.zeros((nodes, 3), np.int32)
         self._one_row = torch.ones(1, dtype=torch.int32, device=device)
-        head_dim = keys[0].layout.head_dim
-        self._exact_queries = torch.zeros((len(keys), 1, total_query_heads, head_dim), dtype=query_dtype, device=device)
+        queries = torch.zeros(
+            (len(keys), max_rows, total_query_heads, keys[0].layout.head_dim), dtype=query_dtype, device=device
+        )
+        self._exact_queries = queries[:, :1].clone()
+        self._widened = None if slot_dtype == query_dtype else queries
         self._exact_tables = torch.zeros(
             (1 + max(layer.table for layer in keys), 1, table_pages), dtype=torch.int32, device=device
         )
@@ -188,10 +194,10 @@ class GpuRowSearch:
         same reason."""
         self._search.update(self._device_jobs, self._device_counts[1:2], slot.block_tables, self._device_slots)
 
-    def set_sinks(self, sinks: list[Any]) -> None:
+    def set_logit_weights(self, scales: list[float], sinks: list[Any]) -> None:
         """See `RowSearch`."""
-        self._search.set_sinks(sinks)
-        self._exact.set_sinks(sinks)
+        self._search.set_logit_weights(scales, sinks)
+        self._exact.set_logit_weights(scales, sinks)
 
     def _search_rows(self, slot: GpuSlot, contexts: NDArray[np.int32]) -> NDArray[np.uint8]:
         rows = len(contexts)
@@ -206,7 +212,7 @@ class GpuRowSearch:
             self._device_contexts.copy_(self._contexts, non_blocking=True)
             self._device_counts.copy_(self._counts, non_blocking=True)
             self._search.run(
-                slot.queries,
+                slot.queries if self._widened is None else self._widened.copy_(slot.queries),
                 slot.block_tables,
                 self._device_contexts,
                 self._device_counts[:1],
