@@ -2,8 +2,8 @@
 
 Every text is read once; then its highest anchors by the kept blocks, those by exact attention, and their controls are
 hidden one after another (see `stream_monitor/tracing/causal.py`). Beside the anchors stand rankings that need no
-attention, over the same pairs; and a like question is asked of what the live detector scores highest as a shift
-(`causal_shifts.py`).
+attention, over the same pairs; and like questions are asked of what the live detector scores highest as a shift
+(`causal_shifts.py`), and of what the prompt's share of the attention says of its effect (`causal_prompt.py`).
 """
 
 import time
@@ -25,11 +25,14 @@ from stream_monitor.tracing.causal_statistics import (
     handicapped_share,
     higher_share,
     interactions,
+    mean_of_prompt_tests,
     median_interaction,
+    median_of_prompt_tests,
     median_ratio,
     outcomes,
     pairs,
     positive_share,
+    prompt_tests,
     share_of_exact,
     trivial_share,
 )
@@ -62,7 +65,7 @@ def main(
     found = []
     for number, text in enumerate(chosen):
         began = time.monotonic()
-        found.append(measure_text(traced, *text.tokens(traced, longest), with_shifts=True))
+        found.append(measure_text(traced, *text.tokens(traced, longest), with_detectors=True))
         print(f"\n{number}: {text.name}, {time.monotonic() - began:.0f} s, {found[-1].alarms} shifts reported")
         for source in SOURCES:
             for outcome in outcomes(found[-1:], source):
@@ -113,6 +116,7 @@ def _account(report: Report, texts: list[TextResult]) -> None:
     _add(report, texts, "higher_share_of_exact", share_of_exact)
     if "kept/median_log_ratio" in report.ci:
         report.figures[LOW] = report.ci["kept/median_log_ratio"][0]
+    _account_of_prompts(report, texts)
     alarms = sum(one.alarm for text in texts for one in text.interactions)
     tried = len(interactions(texts))
     report.figures |= {"shift/reported": sum(text.alarms for text in texts), "shift/reported_tried": alarms}
@@ -127,6 +131,17 @@ def _account(report: Report, texts: list[TextResult]) -> None:
         report.figures[f"shift/{name}"] = len(interactions(texts, nearer=nearer))
         _add(report, texts, f"shift/{name}/median_interaction", median_interaction(nearer=nearer))
     _add(report, texts, "shift/controls/median_interaction", median_interaction(control=True))
+
+
+def _account_of_prompts(report: Report, texts: list[TextResult]) -> None:
+    alarms = [text.prompt.alarms for text in texts if text.prompt is not None]
+    report.figures |= {"prompt/texts": len(alarms), "prompt/reported": sum(alarms)}
+    print(f"prompts: hidden in {len(alarms)} texts, {sum(alarms)} detachments reported")
+    for name in ("agreement", "given_place", "place"):
+        _add(report, texts, f"prompt/{name}", mean_of_prompt_tests(name))
+    report.figures["prompt/falls"] = len(prompt_tests(texts, "fall"))
+    for name in ("fall", "control"):
+        _add(report, texts, f"prompt/median_{name}", median_of_prompt_tests(name))
 
 
 def _add(report: Report, texts: list[TextResult], name: str, statistic: Statistic) -> None:

@@ -9,14 +9,16 @@ from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.records import Role
 
 _LEAST_SHARE = 1e-4
-"""A smaller share of the mass on candidates counts as this: its logarithm would be noise."""
+"""A smaller share counts as this: its logarithm would be noise."""
 
 
 class PromptDetachment(RiseDetector):
     """Watches one request's sentences; raises an alarm when mass on the user's prompt stays below its reference.
 
-    The longer the output, the more other candidates there are, and the prompt's share falls by itself. So it is divided
-    by the prompt's share of the candidates' tokens; the logarithm of that goes through a Page-Hinkley test for a fall.
+    The prompt's share is that of all attention but the sink's, near sentences and the sentence's own included: of
+    that, and not of what goes to sentences further back, depends what hiding the prompt changes
+    (`benchmarks.causal`). The longer the output, the more else there is to look at, so it is divided by the prompt's
+    share of the tokens; the logarithm goes through a Page-Hinkley test for a fall.
 
     Parameters
     ----------
@@ -29,7 +31,7 @@ class PromptDetachment(RiseDetector):
     min_rows
         Captured rows a sentence needs.
     min_mass
-        Share of attention that candidates must hold.
+        Share of attention that must be on something.
     reference
         Of a profile: values are then standardised by it, and `delta` and `threshold` are in standard deviations.
 
@@ -37,7 +39,7 @@ class PromptDetachment(RiseDetector):
     --------
     >>> detector = PromptDetachment(warm_up=4)
     >>> for index in range(20):
-    ...     _ = detector.update(0.3 if index < 10 else 0.01, candidates=0.5, tokens=0.5, rows=3)
+    ...     _ = detector.update(0.3 if index < 10 else 0.01, total=0.5, tokens=0.5, rows=3)
     ...     if detector.drift_detected:
     ...         print(index)
     11
@@ -69,7 +71,7 @@ class PromptDetachment(RiseDetector):
     def update(
         self,
         prompt: float,
-        candidates: float,
+        total: float,
         tokens: float,
         rows: int,
         support: int = 0,
@@ -79,15 +81,15 @@ class PromptDetachment(RiseDetector):
 
         Args:
             prompt: share of the sentence's attention on the user's prompt.
-            candidates: the same on all candidates, the prompt included.
-            tokens: share of the candidates' tokens that are the prompt's.
+            total: the same on all sentences, the prompt and itself included.
+            tokens: share of the tokens before it that are the prompt's.
             rows: captured rows the sentence has.
-            support: number of the candidates.
+            support: number of sentences that are far enough to be anchors.
             role: `summary.proto` Role of the sentence.
         """
-        if rows < self.min_rows or candidates < self.min_mass or not 0 < tokens < 1:
+        if rows < self.min_rows or total < self.min_mass or not 0 < tokens <= 1:
             return Verdict.INSUFFICIENT
-        self.fall = -math.log(max(prompt / candidates, _LEAST_SHARE) / tokens)
+        self.fall = -math.log(max(prompt / total, _LEAST_SHARE) / tokens)
         stratum = Stratum.of(rows, support, role)
         self._test.update(self.normal.standardise(self.fall, stratum) if self.normal else self.fall)
         self._scored += 1

@@ -213,10 +213,10 @@ class Panel:
         limit = max(0, seen.index - ANCHOR_GAP + 1)
         far = seen.mass.before(limit)
         prompt = self._prompt_of(seen)
-        user = float(far.shares[seen.roles[far.columns] == _USER].sum())
-        tokens = min(1.0, prompt.user_tokens / max(1, int(seen.starts[limit])))
+        user = float(seen.mass.shares[seen.roles[seen.mass.columns] == _USER].sum())
+        tokens = min(1.0, prompt.user_tokens / max(1, int(seen.starts[seen.index])))
         role = int(seen.roles[seen.index])
-        told = (user, far.total, tokens, seen.rows, limit, role)
+        told = (user, seen.mass.total, tokens, seen.rows, limit, role)
         near = seen.rivals() if prompt.untrusted else _NOTHING
         self.verdicts = {
             Kind.UNTRUSTED_ANCHOR: self._update_untrusted(near, seen),

@@ -17,7 +17,7 @@ from stream_monitor.anchors.heads import NO_RECEIVERS, Head, Receivers
 from stream_monitor.anchors.reference import Moments, Reference
 from stream_monitor.anchors.untrusted_probe import Probe
 
-VERSION = 6
+VERSION = 7
 """Of a file. One of another version is refused: its thresholds are of scores that this program does not make."""
 
 

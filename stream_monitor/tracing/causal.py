@@ -6,7 +6,7 @@ from the lower half of the curve. All of them are judged on one later **window**
 last of them to the end of the text; the **effect** of a sentence is the log of the mean KL divergence there. Anchors
 come from the kept blocks, and beside them from exact attention, each with controls of its own.
 
-ANCHOR_SHIFT has a test of its own (`causal_shifts.py`).
+ANCHOR_SHIFT and PROMPT_DETACHMENT have tests of their own (`causal_shifts.py`, `causal_prompt.py`).
 """
 
 import math
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from stream_kernels.search import SearchConfig
 from stream_monitor.anchors.matrix import ANCHOR_GAP
 from stream_monitor.tracing.attention import LayerInputs, dense_attention
+from stream_monitor.tracing.causal_prompt import PromptTest, judge_sentences, prompt_sentences, weigh_prompt
 from stream_monitor.tracing.causal_shifts import Interaction, choose_shifts, interaction, score_sentences
 from stream_monitor.tracing.layer import TraceOptions, search_layer
 from stream_monitor.tracing.model import TracedModel
@@ -124,6 +125,7 @@ class TextResult:
         kept, exact: trials of the anchors from the kept blocks, and from all of the attention.
         interactions: of the shifts that were tried, and of their controls.
         alarms: shifts that the detector reported.
+        prompt: the test of PROMPT_DETACHMENT; None where it was not asked for, or has nothing to go by.
         pairs: of blocks that the masks kept.
     """
 
@@ -131,11 +133,12 @@ class TextResult:
     exact: tuple[Outcome, ...]
     interactions: tuple[Interaction, ...]
     alarms: int
+    prompt: PromptTest | None
     pairs: PairCount
 
 
 def measure_text(
-    model: TracedModel, ids: list[int], prompt: int, options: TraceOptions = OPTIONS, with_shifts: bool = False
+    model: TracedModel, ids: list[int], prompt: int, options: TraceOptions = OPTIONS, with_detectors: bool = False
 ) -> TextResult:
     """Finds the anchors of a text, and hides them and their controls one after another.
 
@@ -144,13 +147,13 @@ def measure_text(
         ids: the text, cut to what is to be read.
         prompt: tokens of it that came before the reasoning, where no tags tell; see `reasoning_candidates`.
         options: of the masks.
-        with_shifts: try shifts as well, which takes about as long again.
+        with_detectors: try shifts and hide the prompt as well, which takes about as long again.
     """
     reading = read_text(model, ids, prompt, options)
     trials = {"kept": choose_trials(reading.kept, reading.sentences)}
     trials["exact"] = choose_trials(reading.exact, reading.sentences)
     scored = score_sentences(reading.mass, reading.kept.candidates, token_counts(reading.sentences))
-    shifts = choose_shifts(scored, reading.sentences) if with_shifts else []
+    shifts = choose_shifts(scored, reading.sentences) if with_detectors else []
 
     every = [*trials["kept"], *trials["exact"]]
     hidden = {sentence for trial in every for sentence in (trial.anchor, *trial.controls)}
@@ -164,8 +167,18 @@ def measure_text(
         exact=tuple(_outcome(trial, kl, reading.sentences) for trial in trials["exact"]),
         interactions=tuple(interaction(kl[shift.old], kl[shift.new], shift) for shift in shifts),
         alarms=sum(one.alarm for one in scored),
+        prompt=_hide_prompt(model, reading, prompt) if with_detectors else None,
         pairs=reading.pairs,
     )
+
+
+def _hide_prompt(model: TracedModel, reading: Reading, prompt: int) -> PromptTest | None:
+    count = prompt_sentences(reading.sentences, prompt)
+    if not 2 <= count < len(reading.sentences):
+        return None
+    judged, alarms = judge_sentences(reading.mass, reading.sentences, count)
+    span = reading.sentences[1].start, reading.sentences[count].start
+    return weigh_prompt(divergences(model, reading.free, [span])[0], judged, reading.sentences, alarms)
 
 
 def read_text(model: TracedModel, ids: list[int], prompt: int, options: TraceOptions = OPTIONS) -> Reading:

@@ -136,5 +136,26 @@ def positive_share(texts: Sequence[TextResult]) -> float:
     return _mean([float(value > 0) for value in interactions(texts)])
 
 
+def prompt_tests(texts: Sequence[TextResult], name: str) -> list[float]:
+    """An attribute of `PromptTest`, of every text that has it."""
+    found = [getattr(text.prompt, name) for text in texts if text.prompt is not None]
+    return [value for value in found if value is not None and math.isfinite(value)]
+
+
+def mean_of_prompt_tests(name: str) -> Statistic:
+    """Mean of `prompt_tests`."""
+    return lambda texts: _mean(prompt_tests(texts, name))
+
+
+def median_of_prompt_tests(name: str) -> Statistic:
+    """Median of `prompt_tests`."""
+
+    def statistic(texts: Sequence[TextResult]) -> float:
+        found = prompt_tests(texts, name)
+        return median(found) if found else math.nan
+
+    return statistic
+
+
 def _mean(values: Sequence[float]) -> float:
     return fmean(values) if values else math.nan

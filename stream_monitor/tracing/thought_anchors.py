@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from stream_kernels.statistics import capped
 from stream_monitor.anchors.matrix import ANCHOR_GAP
 from stream_monitor.tracing.attention import LayerInputs, visible_keys
+from stream_monitor.tracing.ranks import rank_correlation
 from stream_monitor.tracing.sentence_mass import SentenceMass
 
 RECEIVER_HEADS = 20
@@ -147,27 +148,12 @@ def excess_kurtosis(values: Scores) -> float:
 def agreement(one: Anchors, other: Anchors, tokens: NDArray[np.int64], top_count: int = 5) -> Agreement:
     """Compares two curves over the same sentences of `tokens` tokens each, int64 [S]."""
     scored = one.ranked & other.ranked
-    first, second = (_ranks(anchors.scores[scored]) for anchors in (one, other))
-    given = np.stack([np.ones(scored.sum()), np.flatnonzero(scored), _ranks(tokens[scored])], axis=1)
-    left, right = (ranks - given @ np.linalg.lstsq(given, ranks, rcond=None)[0] for ranks in (first, second))
+    first, second = one.scores[scored], other.scores[scored]
     highest = [set(anchors.ranking()[:top_count].tolist()) for anchors in (one, other)]
     heads = [set(anchors.receivers) for anchors in (one, other)]
     return Agreement(
-        spearman=_correlation(first, second),
-        partial=_correlation(left, right),
+        spearman=rank_correlation(first, second),
+        partial=rank_correlation(first, second, [np.flatnonzero(scored), tokens[scored]]),
         top=len(highest[0] & highest[1]) / max(1, len(highest[1])),
         shared_receivers=len(heads[0] & heads[1]) / max(1, len(heads[1])),
     )
-
-
-def _ranks(values: NDArray[np.float64] | NDArray[np.int64]) -> Scores:
-    """From 0 up; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.asarray((np.cumsum(counts) - (counts + 1) / 2)[inverse])
-
-
-def _correlation(one: Scores, other: Scores) -> float:
-    """Pearson's; NaN where a side is constant."""
-    one, other = one - one.mean(), other - other.mean()
-    scale = float(np.sqrt((one**2).sum() * (other**2).sum()))
-    return float((one * other).sum()) / scale if scale else float("nan")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from typer.testing import CliRunner
 
@@ -24,6 +25,7 @@ from stream_monitor.tracing.causal import (
     read_text,
     reasoning_candidates,
 )
+from stream_monitor.tracing.causal_prompt import PromptTest, judge_sentences, prompt_sentences, weigh_prompt
 from stream_monitor.tracing.causal_shifts import (
     Interaction,
     Scored,
@@ -35,6 +37,7 @@ from stream_monitor.tracing.causal_shifts import (
 )
 from stream_monitor.tracing.model import TracedModel
 from stream_monitor.tracing.pruning import PairCount
+from stream_monitor.tracing.ranks import rank_correlation
 from stream_monitor.tracing.sentences import Sentence, SentenceRole, sentence_of_tokens, token_counts
 from stream_monitor.tracing.suppression import divergences, effect, free_pass, suppressed_hidden
 from stream_monitor.tracing.texts import Text, evenly, read_texts
@@ -252,6 +255,62 @@ def test_the_highest_are_tried_and_the_lowest_are_their_controls() -> None:
     ]
 
 
+def a_turn_from_the_prompt() -> tuple[list[Sentence], np.ndarray]:
+    """Sixty sentences, the first four the prompt; from number 30 on they look at what was written at 10."""
+    text = sentences([10] * 60)
+    mass = np.zeros((60, 60))
+    mass[:, 0] = 0.6
+    for number in range(8, 60):
+        mass[number, 2 if number < 30 else 10] = 0.3
+        mass[number, 4] = 0.05
+    return text, mass
+
+
+def test_the_prompt_is_judged_as_the_live_detector_would() -> None:
+    text, mass = a_turn_from_the_prompt()
+    judged, alarms = judge_sentences(mass, text, 4)
+    assert [one.sentence for one in judged] == list(range(8, 60))
+    assert alarms >= 1
+    tokens = 30 / 70  # of sentences 1 to 3 among 1 to 7
+    assert judged[0].fall == pytest.approx(-math.log(0.3 / 0.35 / tokens))
+    highest = max(judged[:40], key=lambda one: one.score)
+    assert highest.began == 30
+
+
+def test_what_hiding_the_prompt_does_is_held_against_its_share() -> None:
+    text, mass = a_turn_from_the_prompt()
+    judged, alarms = judge_sentences(mass, text, 4)
+    kl = np.repeat(np.random.default_rng(0).uniform(0.9, 1.1, 60), 10)
+    kl[300:] *= 0.1
+    found = weigh_prompt(kl, judged, text, alarms)
+    assert found is not None
+    assert found.alarms == alarms
+    assert found.fall == pytest.approx(math.log(0.1), abs=0.1)
+    assert found.control == pytest.approx(0, abs=0.1)
+    assert found.place > 0.5
+    assert found.given_place > 0.5
+    unmoved = weigh_prompt(kl[299::-1].repeat(2), judged, text, alarms)
+    assert unmoved is not None
+    assert abs(unmoved.given_place) < 0.4
+    assert weigh_prompt(kl, judged[:19], text, 0) is None
+
+
+def test_where_the_prompt_ends() -> None:
+    untagged = [replace(one, role="prompt") for one in sentences([10] * 5)]
+    assert prompt_sentences(untagged, 25) == 3
+    tagged = [replace(one, role="reasoning" if one.start >= 20 else "prompt") for one in sentences([10] * 5)]
+    assert prompt_sentences(tagged, 0) == 2
+
+
+def test_ranks_correlate_as_scipy_says() -> None:
+    draw = np.random.default_rng(0)
+    one, other, place = draw.integers(0, 9, 40), draw.normal(size=40), np.arange(40)
+    assert rank_correlation(one, other) == pytest.approx(scipy.stats.spearmanr(one, other).statistic)
+    assert rank_correlation(one + place, 9 * other + place) > 0.5
+    assert abs(rank_correlation(one + place, 9 * other + place, [place])) < 0.3
+    assert math.isnan(rank_correlation(place, other, [place]))
+
+
 def a_text(
     *gains: tuple[float, float], exact: tuple[float, ...] = (1.0, 1.0), shifts: tuple[float, ...] = ()
 ) -> TextResult:
@@ -263,7 +322,7 @@ def a_text(
 
     tried = tuple(Interaction(value, alarm=False, control=False, nearer=value > 1) for value in shifts)
     controls = tuple(Interaction(-value, alarm=False, control=True, nearer=True) for value in shifts)
-    return TextResult(tuple(map(outcome, gains)), (outcome(exact),), (*tried, *controls), 0, PairCount(1, 2, 3))
+    return TextResult(tuple(map(outcome, gains)), (outcome(exact),), (*tried, *controls), 0, None, PairCount(1, 2, 3))
 
 
 def test_figures_of_pairs() -> None:
@@ -282,6 +341,13 @@ def test_figures_of_pairs() -> None:
     assert causal_statistics.median_interaction(nearer=True)(texts) == 2.0
     assert causal_statistics.median_interaction(nearer=False)(texts) == 0.75
     assert causal_statistics.positive_share(texts) == 1.0
+    tests = [PromptTest(0.5, 0.1, 0.2, -1.0, None, 2), PromptTest(0.1, math.nan, 0.2, -3.0, 0.5, 0), None]
+    prompts = [replace(texts[0], prompt=one) for one in tests]
+    assert causal_statistics.mean_of_prompt_tests("agreement")(prompts) == pytest.approx(0.3)
+    assert causal_statistics.mean_of_prompt_tests("given_place")(prompts) == 0.1
+    assert causal_statistics.median_of_prompt_tests("fall")(prompts) == -2.0
+    assert causal_statistics.prompt_tests(prompts, "control") == [0.5]
+    assert math.isnan(causal_statistics.median_of_prompt_tests("control")(prompts[:1]))
     assert math.isnan(causal_statistics.median_interaction()([a_text((1.0, 1.0))]))
     shares = {name: causal_statistics.trivial_share(name)(texts) for name in causal_statistics.TRIVIAL}
     assert shares == pytest.approx(
@@ -332,8 +398,12 @@ def test_a_text_is_measured(tiny_model: TracedModel) -> None:
     assert found.kept[0].anchor.effect == pytest.approx(math.log(kl[trial.window :].mean() + 1e-9), abs=1e-3)
     assert 0 < found.kept[0].anchor.overlap < 1
     assert found.interactions == ()
-    tried = measure_text(tiny_model, ids, prompt, with_shifts=True)
+    tried = measure_text(tiny_model, ids, prompt, with_detectors=True)
     assert tried.kept == found.kept
+    assert found.prompt is None
+    assert tried.prompt is not None
+    assert -1 <= tried.prompt.agreement <= 1
+    assert measure_text(tiny_model, ids, 0, with_detectors=True).prompt is None, "no sentence but the first"
     assert {one.control for one in tried.interactions} == {False, True}
 
 
