@@ -139,8 +139,9 @@ def _account_of_prompts(report: Report, texts: list[TextResult]) -> None:
     print(f"prompts: hidden in {len(alarms)} texts, {sum(alarms)} detachments reported")
     for name in ("agreement", "given_place", "place"):
         _add(report, texts, f"prompt/{name}", mean_of_prompt_tests(name))
-    report.figures["prompt/falls"] = len(prompt_tests(texts, "fall"))
-    for name in ("fall", "control"):
+    report.figures["prompt/falls"] = falls = len(prompt_tests(texts, "fall"))
+    print(f"the detector's score rose in {falls} of them")
+    for name in ("fall", "control") if falls else ():
         _add(report, texts, f"prompt/median_{name}", median_of_prompt_tests(name))
 
 

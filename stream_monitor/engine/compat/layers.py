@@ -63,7 +63,7 @@ def _sliding_window(layer: Any) -> int:
 
 def _varying_scales(layer: Any) -> bool:
     """Whether a quantised cache has one scale for each head (model_executor/layers/quantization/compressed_tensors), or
-    the first forward pass will find them (`calculate_kv_scales`, until 0.27)."""
+    the first forward pass will find them (`calculate_kv_scales`, in 0.26; 0.28 has it no more)."""
     sizes = [scale.numel() for name in ("_k_scale", "_q_scale") if (scale := getattr(layer, name, None)) is not None]
     return max(sizes, default=1) > 1 or bool(getattr(layer, "calculate_kv_scales", False))
 
