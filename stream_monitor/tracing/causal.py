@@ -176,9 +176,9 @@ def _hide_prompt(model: TracedModel, reading: Reading, prompt: int) -> PromptTes
     count = prompt_sentences(reading.sentences, prompt)
     if not 2 <= count < len(reading.sentences):
         return None
-    judged, alarms = judge_sentences(reading.mass, reading.sentences, count)
+    judged = judge_sentences(reading.mass, reading.sentences, count)
     span = reading.sentences[1].start, reading.sentences[count].start
-    return weigh_prompt(divergences(model, reading.free, [span])[0], judged, reading.sentences, alarms)
+    return weigh_prompt(divergences(model, reading.free, [span])[0], judged, reading.sentences)
 
 
 def read_text(model: TracedModel, ids: list[int], prompt: int, options: TraceOptions = OPTIONS) -> Reading:

@@ -25,13 +25,14 @@ FEWEST = 20
 
 
 class Judged(NamedTuple):
-    """What the detector says of a sentence: how far the prompt's share has fallen, its score, where that began to
-    rise."""
+    """What the detector says of a sentence: how far the prompt's share has fallen, its score, where that began to rise,
+    and whether it is an alarm."""
 
     sentence: int
     fall: float
     score: float
     began: int
+    alarm: bool
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ def prompt_sentences(sentences: Sequence[Sentence], prompt: int) -> int:
     return sum(sentence.start < prompt for sentence in sentences)
 
 
-def judge_sentences(mass: Scores, sentences: Sequence[Sentence], prompt: int) -> tuple[list[Judged], int]:
-    """The live detector at its defaults over the sentences behind the `prompt` first; and its alarms.
+def judge_sentences(mass: Scores, sentences: Sequence[Sentence], prompt: int) -> list[Judged]:
+    """The live detector at its defaults over the sentences behind the `prompt` first; those that it cannot judge are
+    left out.
 
     The first sentence is left out, as attention rests there; the rest of the prompt is the user's.
 
@@ -75,7 +77,6 @@ def judge_sentences(mass: Scores, sentences: Sequence[Sentence], prompt: int) ->
     user = starts[prompt] - starts[1]
     found: list[Judged] = []
     judged: list[int] = []
-    alarms = 0
     for number in range(prompt, len(sentences)):
         of_prompt, of_all = float(mass[number, 1:prompt].sum()), float(mass[number, 1:].sum())
         rows = sentences[number].end - sentences[number].start
@@ -83,12 +84,12 @@ def judge_sentences(mass: Scores, sentences: Sequence[Sentence], prompt: int) ->
         if verdict is Verdict.INSUFFICIENT:
             continue
         judged.append(number)
-        found.append(Judged(number, detector.fall, detector.score, judged[-1 - detector.began]))
-        alarms += verdict is Verdict.ALARM
-    return found, alarms
+        began, alarm = judged[-1 - detector.began], verdict is Verdict.ALARM
+        found.append(Judged(number, detector.fall, detector.score, began, alarm))
+    return found
 
 
-def weigh_prompt(kl: Scores, judged: Sequence[Judged], sentences: Sequence[Sentence], alarms: int) -> PromptTest | None:
+def weigh_prompt(kl: Scores, judged: Sequence[Judged], sentences: Sequence[Sentence]) -> PromptTest | None:
     """None for a text of less than `FEWEST` judged sentences.
 
     Args:
@@ -117,5 +118,5 @@ def weigh_prompt(kl: Scores, judged: Sequence[Judged], sentences: Sequence[Sente
         place=rank_correlation(place, effects),
         fall=changes[0][1] if rose else None,
         control=changes[-1][1] if rose else None,
-        alarms=alarms,
+        alarms=sum(one.alarm for one in judged),
     )

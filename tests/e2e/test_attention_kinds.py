@@ -21,7 +21,7 @@ from tests.e2e.truth import EightBits, attention_rows, block_masses, towards_zer
 pytestmark = pytest.mark.engine
 
 WATCHED = [name for name, model in MODELS.items() if model.watched]
-ESSENTIAL = ("qwen3_fp8", "gemma2", "gpt_oss")
+ESSENTIAL = ("qwen3", "qwen3_fp8", "gemma2", "gpt_oss")
 BLOCK, NEW_TOKENS = 32, 8
 PROMPTS = {"a": 640, "b": 701}
 TOLERANCE = 0.001

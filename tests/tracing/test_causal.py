@@ -268,9 +268,9 @@ def a_turn_from_the_prompt() -> tuple[list[Sentence], np.ndarray]:
 
 def test_the_prompt_is_judged_as_the_live_detector_would() -> None:
     text, mass = a_turn_from_the_prompt()
-    judged, alarms = judge_sentences(mass, text, 4)
+    judged = judge_sentences(mass, text, 4)
     assert [one.sentence for one in judged] == list(range(8, 60))
-    assert alarms >= 1
+    assert any(one.alarm for one in judged)
     tokens = 30 / 70  # of sentences 1 to 3 among 1 to 7
     assert judged[0].fall == pytest.approx(-math.log(0.3 / 0.35 / tokens))
     highest = max(judged[:40], key=lambda one: one.score)
@@ -279,20 +279,20 @@ def test_the_prompt_is_judged_as_the_live_detector_would() -> None:
 
 def test_what_hiding_the_prompt_does_is_held_against_its_share() -> None:
     text, mass = a_turn_from_the_prompt()
-    judged, alarms = judge_sentences(mass, text, 4)
+    judged = judge_sentences(mass, text, 4)
     kl = np.repeat(np.random.default_rng(0).uniform(0.9, 1.1, 60), 10)
     kl[300:] *= 0.1
-    found = weigh_prompt(kl, judged, text, alarms)
+    found = weigh_prompt(kl, judged, text)
     assert found is not None
-    assert found.alarms == alarms
+    assert found.alarms >= 1
     assert found.fall == pytest.approx(math.log(0.1), abs=0.1)
     assert found.control == pytest.approx(0, abs=0.1)
     assert found.place > 0.5
     assert found.given_place > 0.5
-    unmoved = weigh_prompt(kl[299::-1].repeat(2), judged, text, alarms)
+    unmoved = weigh_prompt(kl[299::-1].repeat(2), judged, text)
     assert unmoved is not None
     assert abs(unmoved.given_place) < 0.4
-    assert weigh_prompt(kl, judged[:19], text, 0) is None
+    assert weigh_prompt(kl, judged[:19], text) is None
 
 
 def test_where_the_prompt_ends() -> None:
