@@ -85,7 +85,7 @@ class Rank(Engine):
 
 
 class Publisher:
-    """One open stream; each summary is answered before the next is sent."""
+    """One open stream."""
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
@@ -93,8 +93,10 @@ class Publisher:
         self._answers = ingest_pb2_grpc.IngestServiceStub(self._channel).Publish(iter(self._requests.get, None))
 
     def send(self, summaries: Sequence[summary_pb2.StepSummary]) -> None:
+        """Returns when all of them are answered."""
         for summary in summaries:
             self._requests.put(ingest_pb2.PublishRequest(summary=summary))
+        for _ in summaries:
             next(self._answers)
 
     def close(self) -> None:
