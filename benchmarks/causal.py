@@ -7,10 +7,11 @@ attention, over the same pairs; and like questions are asked of what the live de
 """
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated
+from statistics import fmean, median
+from typing import Annotated, TypeVar
 
 import typer
 
@@ -20,19 +21,17 @@ from stream_monitor.tracing.causal_statistics import (
     SHIFTS_NEEDED,
     TRIVIAL,
     Source,
-    Statistic,
     figure,
     handicapped_share,
     higher_share,
     interactions,
     mean_of_prompt_tests,
     median_interaction,
-    median_of_prompt_tests,
     median_ratio,
     outcomes,
     pairs,
     positive_share,
-    prompt_tests,
+    prompt_losses,
     share_of_exact,
     trivial_share,
 )
@@ -45,6 +44,7 @@ FULL_TEXTS, FULL_TOKENS = 16, 1_500
 
 SOURCES: tuple[Source, ...] = ("kept", "exact")
 LOW = "kept/median_log_ratio/low"
+_One = TypeVar("_One")
 
 
 def main(
@@ -134,18 +134,21 @@ def _account(report: Report, texts: list[TextResult]) -> None:
 
 
 def _account_of_prompts(report: Report, texts: list[TextResult]) -> None:
-    alarms = [text.prompt.alarms for text in texts if text.prompt is not None]
-    report.figures |= {"prompt/texts": len(alarms), "prompt/reported": sum(alarms)}
-    print(f"prompts: hidden in {len(alarms)} texts, {sum(alarms)} detachments reported")
+    findings = [len(text.prompt.reported_at) for text in texts if text.prompt is not None]
+    report.figures |= {"prompt/texts": len(findings), "prompt/reported": sum(findings)}
+    print(f"prompts: hidden in {len(findings)} texts, {sum(findings)} detachments reported")
     for name in ("agreement", "given_place", "place"):
         _add(report, texts, f"prompt/{name}", mean_of_prompt_tests(name))
-    report.figures["prompt/falls"] = falls = len(prompt_tests(texts, "fall"))
-    print(f"the detector's score rose in {falls} of them")
-    for name in ("fall", "control") if falls else ():
-        _add(report, texts, f"prompt/median_{name}", median_of_prompt_tests(name))
+    for name, reported in (("rise", False), ("finding", True)):
+        losses = prompt_losses(texts, reported)
+        report.figures[f"prompt/{name}/texts"] = len(losses)
+        print(f"texts with a {name} of the detector's whose effect can be told: {len(losses)}")
+        if losses:
+            _add(report, losses, f"prompt/{name}/change", lambda some: median(loss.change for loss in some))
+            _add(report, losses, f"prompt/{name}/beyond_place", lambda some: median(loss.beyond_place for loss in some))
 
 
-def _add(report: Report, texts: list[TextResult], name: str, statistic: Statistic) -> None:
+def _add(report: Report, texts: Sequence[_One], name: str, statistic: Callable[[Sequence[_One]], float]) -> None:
     """A figure with its interval, where it is defined."""
     found = figure(texts, statistic, report.seed)
     print(f"{name:<30}{found.value:>8.3f}  ({found.low:.3f} to {found.high:.3f})")

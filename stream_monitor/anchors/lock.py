@@ -14,12 +14,12 @@ LEAST_LAG = 8
 """Nearer keys are read at all times, loop or not."""
 MOST_LAG = 1024
 """A loop reads its last rounds; farther keys tell little of it."""
-_SHORT = np.arange(3, 65)
-_LONG = np.arange(65, 513)
-"""Periods that are tried, tokens. Of a longer one there are no two rounds within `MOST_LAG`."""
-_PERIODS = np.concatenate([_SHORT, _LONG])
-_FITS_SHORT = ((np.arange(MOST_LAG + 1) + 1) % _SHORT[:, None] <= 1).astype(np.float32)
-"""[short periods, lags], whether a lag leaves b - 1 or 0: they have too many rounds to go through one by one."""
+_PERIODS = np.arange(3, 513)
+"""That are tried, tokens. Of a longer one there are no two rounds within `MOST_LAG`."""
+_MULTIPLES = [np.arange(period, MOST_LAG + 2, period) for period in _PERIODS]
+_ALL_MULTIPLES = np.concatenate(_MULTIPLES)
+_FIRST_MULTIPLES = np.cumsum([0, *map(len, _MULTIPLES[:-1])])
+"""Where those of each period begin among all of them."""
 _MOST_CHANCE = 0.99
 
 
@@ -115,7 +115,7 @@ class AnchorLock:
 
     def _fit(self) -> None:
         rows = len(self._lags)
-        by_lag = np.bincount(self._lags.ravel(), self._parts.ravel(), MOST_LAG + 1).astype(float, copy=False)
+        by_lag = np.bincount(self._lags.ravel(), self._parts.ravel(), MOST_LAG + 2).astype(float, copy=False)
         chance = _chance(rows)
         scores = (_part_by_period(by_lag) / rows - chance) / (1 - chance)
         self.score = float(scores.max())
@@ -132,12 +132,9 @@ def _chance(rows: int) -> Mass:
 
 
 def _part_by_period(by_lag: Mass) -> Mass:
-    """Sum of what lies on the lags that fit each of `_PERIODS`; of float64 [MOST_LAG + 1]."""
+    """Sum of what lies on the lags that fit each of `_PERIODS`; of float64 [MOST_LAG + 2]."""
     pairs = by_lag.copy()
+    # A multiple of the period, and one less.
     pairs[1:] += by_lag[:-1]
-    part = np.zeros(len(_LONG))
-    for back in range(1, MOST_LAG // _LONG[0] + 1):
-        # Lags of b x back and one less, for each b.
-        found = pairs[_LONG[0] * back : (_LONG[-1] + 1) * back : back]
-        part[: len(found)] += found
-    return np.concatenate([_FITS_SHORT @ by_lag.astype(np.float32), part])
+    part: Mass = np.add.reduceat(pairs.take(_ALL_MULTIPLES), _FIRST_MULTIPLES)
+    return part

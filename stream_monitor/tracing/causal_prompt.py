@@ -3,14 +3,17 @@
 The prompt is hidden from all that follows. Its effect on a sentence is the log of the mean KL divergence there. Beside
 it stands what the detector makes of the attention: how far the prompt's share has fallen, and the score that sums up
 such falls. Both fall off with distance, whatever is said; so their agreement is also given with the place in the text
-held fixed, and the place alone is a ranking of its own.
+held fixed, the place alone is a ranking of its own, and where the detector sees a fall the effect is held against what
+becomes of it at the same place of other texts (`causal_statistics.py`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stream_monitor.anchors.detachment import PromptDetachment
 from stream_monitor.anchors.verdict import Verdict
@@ -43,17 +46,19 @@ class PromptTest:
         agreement: rank correlation, over sentences, of the prompt's share and of what hiding the prompt does.
         given_place: the same with the sentence's number held fixed.
         place: the same of the number alone, the earliest first.
-        fall, control: how the effect changes, nats, from before to behind where the detector's score began to rise to
-            its highest, and at its lowest; None where it did not rise, or there is no room.
-        alarms: that the detector reported.
+        changes: at each judged sentence, how the mean effect changes, nats, from the `SHIFT_SENTENCES` before it to
+            those from it on; NaN where there is no room for both.
+        rose_at: place in `changes`, where there is one, at which the detector's score began to rise to its highest;
+            None where it did not rise.
+        reported_at: the same of each alarm.
     """
 
     agreement: float
     given_place: float
     place: float
-    fall: float | None
-    control: float | None
-    alarms: int
+    changes: tuple[float, ...]
+    rose_at: int | None
+    reported_at: tuple[int, ...]
 
 
 def prompt_sentences(sentences: Sequence[Sentence], prompt: int) -> int:
@@ -98,25 +103,24 @@ def weigh_prompt(kl: Scores, judged: Sequence[Judged], sentences: Sequence[Sente
     if len(judged) < FEWEST:
         return None
     effects = np.array([effect(kl, sentences[one.sentence].start, sentences[one.sentence].end) for one in judged])
-    share, place = np.array([-one.fall for one in judged]), np.array([-one.sentence for one in judged])
-    number_of = {one.sentence: number for number, one in enumerate(judged)}
-
-    def change(one: Judged) -> float | None:
-        """Of the mean effect, in the sentences up to `SHIFT_SENTENCES` from where the score began to rise."""
-        first = number_of[one.began]
-        before = effects[max(0, first - SHIFT_SENTENCES) : first]
-        behind = effects[first : first + SHIFT_SENTENCES]
-        whole = len(before) == len(behind) == SHIFT_SENTENCES
-        return float(behind.mean() - before.mean()) if whole else None
-
+    share, number = np.array([-one.fall for one in judged]), np.array([-one.sentence for one in judged])
+    changes = tuple(_change(effects, place) for place in range(len(judged)))
+    place_of = {one.sentence: place for place, one in enumerate(judged)}
     by_score = sorted(judged, key=lambda one: -one.score)
-    changes = [(one.score, found) for one in by_score if (found := change(one)) is not None]
-    rose = len(changes) > 1 and changes[0][0] > changes[-1][0]
+    rises = [(one.score, at) for one in by_score if math.isfinite(changes[at := place_of[one.began]])]
+    rose = len(rises) > 1 and rises[0][0] > rises[-1][0]
     return PromptTest(
         agreement=rank_correlation(share, effects),
-        given_place=rank_correlation(share, effects, [place]),
-        place=rank_correlation(place, effects),
-        fall=changes[0][1] if rose else None,
-        control=changes[-1][1] if rose else None,
-        alarms=sum(one.alarm for one in judged),
+        given_place=rank_correlation(share, effects, [number]),
+        place=rank_correlation(number, effects),
+        changes=changes,
+        rose_at=rises[0][1] if rose else None,
+        reported_at=tuple(place_of[one.began] for one in judged if one.alarm),
     )
+
+
+def _change(effects: NDArray[np.float64], place: int) -> float:
+    before = effects[max(0, place - SHIFT_SENTENCES) : place]
+    behind = effects[place : place + SHIFT_SENTENCES]
+    whole = len(before) == len(behind) == SHIFT_SENTENCES
+    return float(behind.mean() - before.mean()) if whole else math.nan

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Literal
+from typing import Literal, NamedTuple, TypeVar
 
 from stream_monitor.tracing.causal import Measured, Outcome, TextResult
 
@@ -13,6 +13,10 @@ _DRAWS = 2000
 SHIFTS_NEEDED = 5
 """Shifts below which their median says nothing."""
 
+SAME_PLACE = 2
+"""Judged sentences by which the places of two texts may differ and still be the same."""
+
+_One = TypeVar("_One")
 Source = Literal["kept", "exact"]
 Statistic = Callable[[Sequence[TextResult]], float]
 
@@ -34,8 +38,9 @@ class Figure:
     high: float
 
 
-def figure(texts: Sequence[TextResult], statistic: Statistic, seed: int) -> Figure:
-    """A statistic of all texts, and its interval by drawing whole texts with replacement.
+def figure(texts: Sequence[_One], statistic: Callable[[Sequence[_One]], float], seed: int) -> Figure:
+    """A statistic of all texts, or of what was worked out of each, and its interval by drawing whole texts with
+    replacement.
 
     With a handful of texts the interval is rather too narrow. Draws in which the statistic is not defined are left out.
     """
@@ -136,25 +141,38 @@ def positive_share(texts: Sequence[TextResult]) -> float:
     return _mean([float(value > 0) for value in interactions(texts)])
 
 
-def prompt_tests(texts: Sequence[TextResult], name: str) -> list[float]:
-    """An attribute of `PromptTest`, of every text that has it."""
-    found = [getattr(text.prompt, name) for text in texts if text.prompt is not None]
-    return [value for value in found if value is not None and math.isfinite(value)]
-
-
 def mean_of_prompt_tests(name: str) -> Statistic:
-    """Mean of `prompt_tests`."""
-    return lambda texts: _mean(prompt_tests(texts, name))
-
-
-def median_of_prompt_tests(name: str) -> Statistic:
-    """Median of `prompt_tests`."""
+    """Mean of an attribute of `PromptTest`, over the texts that have it."""
 
     def statistic(texts: Sequence[TextResult]) -> float:
-        found = prompt_tests(texts, name)
-        return median(found) if found else math.nan
+        found = [getattr(text.prompt, name) for text in texts if text.prompt is not None]
+        return _mean([value for value in found if math.isfinite(value)])
 
     return statistic
+
+
+class Loss(NamedTuple):
+    """How the effect of hiding the prompt changed where the detector saw its share fall, nats; and how much more than
+    at the same place of the other texts, in the median."""
+
+    change: float
+    beyond_place: float
+
+
+def prompt_losses(texts: Sequence[TextResult], reported: bool) -> list[Loss]:
+    """At most one of each text: where its score began to rise to its highest; or, if `reported`, where that of its
+    first finding did. Texts without, or without others to be held against, have none."""
+    tests = [text.prompt for text in texts if text.prompt is not None]
+    found = []
+    for test in tests:
+        at = next(iter(test.reported_at), None) if reported else test.rose_at
+        if at is None:
+            continue
+        others = (other.changes for other in tests if other is not test)
+        near = [change for changes in others for change in changes[max(0, at - SAME_PLACE) : at + SAME_PLACE + 1]]
+        if usual := [change for change in near if math.isfinite(change)]:
+            found.append(Loss(test.changes[at], test.changes[at] - median(usual)))
+    return [loss for loss in found if math.isfinite(loss.change)]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -284,9 +284,12 @@ def test_what_hiding_the_prompt_does_is_held_against_its_share() -> None:
     kl[300:] *= 0.1
     found = weigh_prompt(kl, judged, text)
     assert found is not None
-    assert found.alarms >= 1
-    assert found.fall == pytest.approx(math.log(0.1), abs=0.1)
-    assert found.control == pytest.approx(0, abs=0.1)
+    turned = 30 - 8
+    assert found.reported_at[0] == found.rose_at == turned
+    assert found.changes[turned] == pytest.approx(math.log(0.1), abs=0.1)
+    assert found.changes[turned - 10] == pytest.approx(0, abs=0.1)
+    assert len(found.changes) == len(judged)
+    assert [math.isnan(found.changes[place]) for place in (7, 8, -8, -7)] == [True, False, False, True]
     assert found.place > 0.5
     assert found.given_place > 0.5
     unmoved = weigh_prompt(kl[299::-1].repeat(2), judged, text)
@@ -325,6 +328,24 @@ def a_text(
     return TextResult(tuple(map(outcome, gains)), (outcome(exact),), (*tried, *controls), 0, None, PairCount(1, 2, 3))
 
 
+def test_a_loss_is_held_against_the_same_place_of_other_texts() -> None:
+    def text(rose_at: int | None, reported_at: tuple[int, ...], *changes: float) -> TextResult:
+        return replace(a_text((1.0, 1.0)), prompt=PromptTest(0.5, 0.5, 0.5, changes, rose_at, reported_at))
+
+    nan = math.nan
+    texts = [
+        text(4, (5, 6), nan, nan, -1.0, -1.0, -5.0, -4.0, nan),
+        text(3, (0,), nan, -3.0, -2.0, -2.0, -1.0, -0.5, -0.5, -0.4, -9.0),
+        text(None, (), nan, nan, nan, nan),
+        replace(a_text((1.0, 1.0)), prompt=None),
+    ]
+    # Of the second text, places 2 to 6: -2, -2, -1, -0.5, -0.5; of the first, places 1 to 5: -1, -1, -5, -4.
+    assert causal_statistics.prompt_losses(texts, reported=False) == [(-5.0, -4.0), (-2.0, 0.5)]
+    # The second's finding has no room before it.
+    assert causal_statistics.prompt_losses(texts, reported=True) == [(-4.0, -3.5)]
+    assert causal_statistics.prompt_losses(texts[:1], reported=True) == [], "nothing to hold it against"
+
+
 def test_figures_of_pairs() -> None:
     texts = [a_text((1.0, 3.0), (-1.0, -0.5), shifts=(0.5, 2.0)), a_text((4.0, -2.0), exact=(1.0, -1.0), shifts=(1.0,))]
     assert causal_statistics.median_ratio("kept")(texts) == pytest.approx(1.0)  # of 2, -0.75 and 1
@@ -341,13 +362,10 @@ def test_figures_of_pairs() -> None:
     assert causal_statistics.median_interaction(nearer=True)(texts) == 2.0
     assert causal_statistics.median_interaction(nearer=False)(texts) == 0.75
     assert causal_statistics.positive_share(texts) == 1.0
-    tests = [PromptTest(0.5, 0.1, 0.2, -1.0, None, 2), PromptTest(0.1, math.nan, 0.2, -3.0, 0.5, 0), None]
+    tests = [PromptTest(0.5, 0.1, 0.2, (), None, ()), PromptTest(0.1, math.nan, 0.2, (), None, ()), None]
     prompts = [replace(texts[0], prompt=one) for one in tests]
     assert causal_statistics.mean_of_prompt_tests("agreement")(prompts) == pytest.approx(0.3)
     assert causal_statistics.mean_of_prompt_tests("given_place")(prompts) == 0.1
-    assert causal_statistics.median_of_prompt_tests("fall")(prompts) == -2.0
-    assert causal_statistics.prompt_tests(prompts, "control") == [0.5]
-    assert math.isnan(causal_statistics.median_of_prompt_tests("control")(prompts[:1]))
     assert math.isnan(causal_statistics.median_interaction()([a_text((1.0, 1.0))]))
     shares = {name: causal_statistics.trivial_share(name)(texts) for name in causal_statistics.TRIVIAL}
     assert shares == pytest.approx(
