@@ -70,7 +70,7 @@ def allocate_index(config: SearchConfig, levels: Levels, page_size: int, num_pag
         nodes_per_entry=np.array(per_entry, np.int64),
         built=np.full(int(slots.sum()), -1, np.int64),
         hand=first_entry[:-1].copy(),
-        calls=np.zeros(1, np.int64),
+        searches=np.zeros(1, np.int64),
         generation=np.zeros(max(1, blocks), np.int64),
         row_offset=np.concatenate([[0], np.cumsum(row_nodes)]).astype(np.int64),
     )

@@ -84,7 +84,8 @@ class CaptureSettings(Layered):
     audit_every: int = Field(
         64, ge=0, description="Recompute one (layer, head, row) exactly every so many captured steps; 0: never."
     )
-    ring_bytes: int = Field(16 << 20, ge=1 << 16, le=1 << 32, description="Size of the shared-memory ring.")
+    # A step is divided into messages of 2 MiB (engine/splitting.py).
+    ring_bytes: int = Field(16 << 20, ge=1 << 22, le=1 << 32, description="Size of the shared-memory ring.")
     queue_steps: int = Field(
         4, ge=1, le=64, description="Captured steps that may wait for the estimator; more are dropped, counted."
     )

@@ -74,6 +74,7 @@ class Capture:
         self._runner = runner
         self._block_tokens = runner.block_tokens()
         self._connector = connector
+        self._blocks_of: dict[str, list[int]] = {}
         self._device = device
         self._slots = len(device.slots)
         self._free: deque[StepSlot] = deque(device.slots)
@@ -128,6 +129,12 @@ class Capture:
             self._drop(self._current.sampled, "fault", self._current.drafts)
             self._free.append(self._current.slot)
             self._current.slot = None
+        if self._estimator is not None:
+            # With nothing captured any more no step may be handed on for long.
+            try:
+                self._estimator.submit(self._job(self.steps, time.time_ns(), None, None))
+            except Exception:  # what failed may be what this needs; the log has the reason all the same
+                log.debug("Stream Monitor: the fault goes with a later step", exc_info=True)
 
     def report(self, reason: str) -> None:
         """Another thread met a fault; the runner thread acts on it before its next step."""
@@ -164,7 +171,7 @@ class Capture:
     def _govern(self) -> None:
         assert self._estimator is not None
         if self._estimator.shares_cpus:
-            self.governor.add_shared(self._estimator.seconds)
+            self.governor.add_shared(self._estimator.processor_seconds)
         self.governor.add("taps", self._device.take_tap_ns())
         self.governor.next_step(time.perf_counter_ns())
         if self._table.factor != self.governor.factor:
@@ -269,6 +276,19 @@ class Capture:
         for request in step.requests:
             if request.rewritten_blocks:
                 self._generations.mark(request.rewritten_blocks)
+        if self._connector:
+            self._mark_given_back(step)
+
+    def _mark_given_back(self, step: ScheduledStep) -> None:
+        """A connector may fill the blocks of a request that ended for another one, of which no step tells before they
+        are full (v1/core/sched/scheduler.py, `WAITING_FOR_REMOTE_KVS`)."""
+        for request_id in (*step.finished, *step.preempted):
+            self._generations.mark(self._blocks_of.pop(request_id, []))
+        for request in step.requests:
+            if request.fresh:
+                self._blocks_of[request.request_id] = []
+            held = self._blocks_of.setdefault(request.request_id, [])
+            held += [block for group in request.block_ids for block in group]
 
     def _follow_requests(self, step: ScheduledStep) -> None:
         for request_id in step.finished:
@@ -327,15 +347,19 @@ class Capture:
 
     def _submit(self, current: _CurrentStep) -> None:
         assert self._estimator is not None
+        behind = self._estimator.backlog > MAX_BACKLOG
+        if behind:
+            self.fail(f"the estimator is {MAX_BACKLOG} steps behind")
         self._current = None
         # A rank without slots, which watches no layer, may be the one that samples: its tokens wait for no row.
         if current.slot is None and self._slots and not self._started and not self._finished:
             return
-        if self._estimator.backlog > MAX_BACKLOG:
-            self.fail(f"the estimator is {MAX_BACKLOG} steps behind")
         self._take_arrived()
         rows = {label.request_id for label in current.sampled} if current.slot is not None else set()
-        self._estimator.submit(self._job(current.number, current.forward_end_ns, current.slot, rows))
+        job = self._job(current.number, current.forward_end_ns, current.slot, rows)
+        # What nobody works on must not pile up.
+        if not behind:
+            self._estimator.submit(job)
 
     def _job(self, step: int, wall_time_ns: int, slot: StepSlot | None, rows: set[str] | None) -> Job:
         self._ledger.hook_seconds = self.governor.hook_seconds

@@ -14,7 +14,15 @@ from stream_monitor.engine.capture import Capture
 
 log = logging.getLogger("vllm.stream_monitor")
 
-REPLACES_CACHE = ("sleep", "wake_up", "discard", "update_weights", "reload_weights", "reset_weights")
+REPLACES_CACHE = (
+    "sleep",
+    "wake_up",
+    "discard",
+    "update_weights",
+    "finish_weight_update",
+    "reload_weights",
+    "reset_weights",
+)
 """Worker methods after which no key in the cache can be trusted (v1/worker/gpu_worker.py)."""
 
 
@@ -41,10 +49,10 @@ def install_runner_hooks(runner: Any, capture: Capture) -> None:
 
 
 def install_worker_hooks(worker: Any, capture: Capture, replaced: Callable[[], None]) -> None:
-    """Drain the estimator before, and invalidate every row after, whatever replaces the cache or the weights; then call
-    `replaced`, while no search runs."""
+    """Drain the estimator before, and invalidate every row after, whatever replaces the cache or the weights; then,
+    where the weights can be read, call `replaced`, while no search runs."""
 
-    def hooked(method: Callable[..., Any]) -> Callable[..., Any]:
+    def hooked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
             guard(capture, capture.invalidate)
@@ -52,13 +60,23 @@ def install_worker_hooks(worker: Any, capture: Capture, replaced: Callable[[], N
                 return method(*args, **kwargs)
             finally:
                 guard(capture, capture.invalidate)
-                guard(capture, replaced)
+                if _weights_are_there(name, *args, **kwargs):
+                    guard(capture, replaced)
 
         return call
 
     for name in REPLACES_CACHE:
         if (method := getattr(worker, name, None)) is not None:
-            setattr(worker, name, hooked(method))
+            setattr(worker, name, hooked(name, method))
+
+
+def _weights_are_there(name: str, *args: Any, **kwargs: Any) -> bool:
+    """Whether the weights' memory is mapped after this call: to read it while it is not would end the engine
+    (device_allocator/cumem.py). It is until sleep or discard give it away, and again when wake_up brings it back."""
+    if name == "wake_up":
+        tags = kwargs.get("tags", args[0] if args else None)
+        return tags is None or "weights" in tags
+    return name not in ("sleep", "discard")
 
 
 def guard(capture: Capture, step: Callable[..., None], *args: Any) -> None:

@@ -228,12 +228,18 @@ def _parse_indices(key: str, text: str, valid: range | list[int]) -> tuple[int, 
     allowed = set(valid)
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not _is_number(first) or (dash and not _is_number(last)):
             raise SettingsError(f"{key}: {text!r} is neither auto, all nor a list such as 8,12,20-23")
+        if dash and int(last) < int(first):
+            raise SettingsError(f"{key}: {part.strip()} is empty; the smaller number comes first")
         chosen.update(range(int(first), int(last or first) + 1))
     if missing := sorted(chosen - allowed):
         raise SettingsError(f"{key}: {missing[0]} does not exist; valid: {_ranges(sorted(allowed))}")
     return tuple(sorted(chosen))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def _ranges(indices: list[int]) -> str:

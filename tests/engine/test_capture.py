@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stream_monitor.engine.blocks import BlockGenerations
-from stream_monitor.engine.capture import Capture
+from stream_monitor.engine.capture import MAX_BACKLOG, Capture
 from stream_monitor.engine.compat.runner_v1 import RunnerV1
 from stream_monitor.engine.cpu.slots import CpuSlot, LayerTap
 from stream_monitor.engine.governor import Governor
@@ -47,7 +47,7 @@ class Runner:
 class Estimator:
     """Keeps what it is given and lets go of the slot at once, or never."""
 
-    shares_cpus, seconds = False, 0.0
+    shares_cpus, processor_seconds = False, 0.0
 
     def __init__(self, capture: Capture, frees: bool = True) -> None:
         self.jobs, self.backlog, self._capture, self._frees = [], 0, capture, frees
@@ -91,6 +91,7 @@ def step(number: int):
         num_scheduled_tokens={"a": tokens},
         total_num_scheduled_tokens=tokens,
         finished_req_ids=set(),
+        preempted_req_ids=None,
         new_block_ids_to_zero=None,
         kv_cache_block_copies=None,
         scheduled_spec_decode_tokens={},
@@ -129,13 +130,14 @@ class Rig:
         max_overhead: float = 0.0,
         decode_query_len: int = 1,
         stride: int = 1,
+        connector: bool = False,
     ) -> None:
         taps = [LayerTap(0), LayerTap(1)]
         self.runner = Runner(taps)
         self.generations = BlockGenerations(16)
         self.capture = Capture(
             RunnerV1(self.runner),
-            False,
+            connector,
             Device(taps, slots, decode_query_len),
             RequestTable(stride, 8, False, np.zeros(10, np.uint8), None, False),
             self.generations,
@@ -333,12 +335,98 @@ def test_replacing_the_cache_invalidates_every_older_row():
     rig = Rig().arm()
     rig.run(1)
     seen = []
-    worker = SimpleNamespace(sleep=lambda level: seen.append("sleep") or level)
+    worker = SimpleNamespace(reload_weights=lambda path: seen.append("reload") or path)
     install_worker_hooks(worker, rig.capture, lambda: seen.append("replaced"))
-    assert worker.sleep(2) == 2
-    assert seen == ["sleep", "replaced"]
+    assert worker.reload_weights(2) == 2
+    assert seen == ["reload", "replaced"]
     taken = rig.estimator.jobs[-1].slot.generations[0]
     assert (rig.generations.of_block > taken).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "there"),
+    [
+        (("sleep", 1), False),
+        (("discard", ("weights",)), False),
+        (("wake_up", ["kv_cache"]), False),
+        (("wake_up", ["weights"]), True),
+        (("wake_up",), True),
+        (("update_weights", {}), True),
+        (("finish_weight_update",), True),
+        (("reset_weights",), True),
+    ],
+)
+def test_weights_are_read_again_only_while_their_memory_is_there(call, there):
+    rig = Rig().arm()
+    rig.run(1)
+    seen = []
+    name, *arguments = call
+    worker = SimpleNamespace(**{name: lambda tags=None: None})
+    install_worker_hooks(worker, rig.capture, lambda: seen.append("replaced"))
+    getattr(worker, name)(*arguments)
+    assert seen == ["replaced"] * there
+    assert (rig.generations.of_block == rig.generations.now).all()
+
+
+def test_a_fault_goes_to_the_monitor_at_once():
+    rig = Rig().arm()
+    rig.run(2)
+    rig.runner.broken_layer = 1
+    rig.run(1, first=2)
+    told = rig.estimator.jobs[-1]
+    assert (told.slot, told.ledger.fault) == (None, rig.capture.fault)
+    assert told.ledger.token_rows.dropped == {"fault": WATCHED}
+    count = len(rig.estimator.jobs)
+    rig.run(3, first=3)
+    assert len(rig.estimator.jobs) == count, "once"
+
+
+def test_also_one_that_keeps_every_step_from_being_read(monkeypatch):
+    rig = Rig().arm()
+    monkeypatch.setattr(rig.capture._table, "rows", lambda request: 1 / 0)
+    rig.run(3)
+    assert [job.ledger.fault for job in rig.estimator.jobs] == [rig.capture.fault]
+    monkeypatch.undo()
+    other = Rig().arm()
+    monkeypatch.setattr(other.capture, "_job", lambda *_: 1 / 0)
+    other.capture.fail("x")
+    assert other.capture.fault == "x", "and one that keeps it from being told reaches nobody"
+
+
+def test_steps_do_not_pile_up_behind_a_search_that_hangs():
+    rig = Rig().arm()
+    rig.run(1)
+    rig.estimator.backlog = MAX_BACKLOG + 1
+    before = len(rig.estimator.jobs)
+    rig.run(1, first=1)
+    assert "steps behind" in rig.capture.fault
+    assert rig.rows.dropped == {"fault": WATCHED}
+    for number in range(40):
+        rig.runner.execute_model(step(0))
+        rig.runner.sample_tokens(None)
+        assert len(rig.estimator.jobs) == before + 1, number
+    assert len(rig.capture._started) <= 1
+
+
+def test_what_a_request_gives_back_may_be_filled_by_a_connector_at_once():
+    rig = Rig(connector=True).arm()
+    rig.run(2)
+    ended = step(2)
+    ended.scheduled_cached_reqs = step(0).scheduled_cached_reqs
+    ended.num_scheduled_tokens, ended.finished_req_ids = {}, {"a"}
+    rig.capture.before_step(ended)
+    assert rig.generations.of_block[5] == rig.generations.now == 3
+    assert rig.capture._blocks_of == {}
+
+
+def test_so_may_what_was_taken_from_a_preempted_one():
+    rig = Rig(connector=True).arm()
+    rig.run(2)
+    taken = step(2)
+    taken.scheduled_cached_reqs = step(0).scheduled_cached_reqs
+    taken.num_scheduled_tokens, taken.preempted_req_ids = {}, {"a"}
+    rig.capture.before_step(taken)
+    assert rig.generations.of_block[5] == rig.generations.now
 
 
 def test_a_dummy_run_is_not_looked_at():

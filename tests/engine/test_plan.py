@@ -54,6 +54,9 @@ def test_lists_and_all():
     [
         ({"layers": "6"}, "layers: 6 does not exist; valid: 0-5"),
         ({"layers": "a"}, "layers: 'a' is neither auto, all nor a list"),
+        ({"layers": "²"}, "layers: '²' is neither auto, all nor a list"),
+        ({"layers": "8,23-20"}, "layers: 23-20 is empty; the smaller number comes first"),
+        ({"heads": "7-0"}, "heads: 7-0 is empty; the smaller number comes first"),
         ({"heads": "9"}, "heads: 9 does not exist; valid: 0-8"),
     ],
 )

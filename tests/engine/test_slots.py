@@ -1,5 +1,10 @@
 """What the taps keep of a forward pass: the last query rows of each request, whichever way they are copied."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -65,3 +70,45 @@ def test_a_layer_that_left_other_rows_of_prompts_is_a_fault() -> None:
     tap.take(torch.randn(40, HEADS, DIM), torch.tensor([0, 40], dtype=torch.int32))
     batch = BatchRows(["a"], [np.ones((1, 1), np.int32)], [64], [17])
     assert slot.snapshot(batch, [], 1) == "watched layer 0 left 4 query rows where the batch has 3"
+
+
+PINNED = """
+import os, sys, threading
+import torch
+from stream_monitor.engine.cpu.slots import CpuSlot, LayerTap
+
+cpus = sorted(os.sched_getaffinity(0))
+a = torch.randn(2000, 2000)
+(a * a).sum()  # the engine's own team of threads
+slot = CpuSlot([LayerTap(0)], 256, 32, 128, [16], torch.bfloat16)
+slot.queries.normal_()
+slot.labels, slot.batch_rows[:3] = [None] * 3, (7, 2, 200)
+
+def search():
+    os.sched_setaffinity(0, {cpus[-1]})
+    found = slot.sampled_queries()
+    assert os.sched_getaffinity(0) == {cpus[-1]}, os.sched_getaffinity(0)
+    sys.stdout.write(str(found.dtype))
+    gathered.append(found)
+
+gathered = []
+thread = threading.Thread(target=search)
+thread.start()
+thread.join()
+assert torch.equal(gathered[0], slot.queries[:, [7, 2, 200]])
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs a second CPU")
+def test_the_estimator_thread_stays_on_its_cpu() -> None:
+    """Where the engine binds OpenMP's threads, whoever begins a parallel region is bound with them."""
+    first = min(os.sched_getaffinity(0))
+    done = subprocess.run(
+        [sys.executable, "-c", PINNED],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2", "GOMP_CPU_AFFINITY": str(first)},
+        cwd=Path(__file__).resolve().parents[2],
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "torch.bfloat16"), done.stderr[-2000:]

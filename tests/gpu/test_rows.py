@@ -50,6 +50,19 @@ def test_the_last_row_of_each_request_is_kept(dtype):
     assert batch.passes.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("prompt_stride", [0, 16])
+def test_of_a_dummy_batch_with_the_lengths_of_the_one_before_nothing_is_read(prompt_stride):
+    """What lies behind the query tensor's end is not ours to read; here it is, and is not copied."""
+    start_loc = torch.tensor([0, 500, 600, 600, 600, 600], dtype=torch.int32, device=DEVICE)
+    batch = RowBuffers(LAYERS, REQUESTS, HEADS, DIM, torch.float16, start_loc, prompt_stride=prompt_stride, tokens=600)
+    GatherTap(batch, 1).take(queries(600)[:40])
+    assert batch.faults == []
+    assert (batch.rows[:, :REQUESTS] == 0).all()
+    stretches = batch.rows[1, REQUESTS:].flatten(1).any(1).tolist()
+    assert not any(stretches[3:]), "of the first 40 tokens, which are there, some may be a prompt's"
+    assert batch.passes.tolist() == [0, 1]
+
+
 def test_of_a_request_with_drafts_its_last_rows_are_kept():
     batch = buffers([3, 1, 4], decode_query_len=3)
     query = queries(8)

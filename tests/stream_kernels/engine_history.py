@@ -421,6 +421,7 @@ class EngineHistory(RuleBasedStateMachine):
             scheduled_cached_reqs=cached,
             num_scheduled_tokens={name: plan.tokens for name, plan in scheduled.items()},
             finished_req_ids=set(self.ended),
+            preempted_req_ids=None,
             new_block_ids_to_zero=self.to_zero,
             kv_cache_block_copies=[SimpleNamespace(src_block_id=a, dst_block_id=b) for a, b in self.copies],
             scheduled_spec_decode_tokens={},

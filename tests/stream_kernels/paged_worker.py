@@ -102,6 +102,7 @@ class _Step:
 @cached_jit
 def _resolve(index, pages, end, generations, snapshot, slots, jobs):
     """`resolve` for Python, which cannot call what only compiled code calls."""
+    index.searches[0] += 1
     return resolve(index, pages, end, generations, snapshot, slots, jobs)
 
 
@@ -190,7 +191,7 @@ class Worker:
         """Summaries compared so far, by level."""
 
     # What the capture sees of the device and of the estimator thread.
-    backlog, shares_cpus, seconds, waits = 0, False, 0.0, 0
+    backlog, shares_cpus, processor_seconds, waits = 0, False, 0.0, 0
 
     def step_begun(self) -> None:
         """Nothing waits for it."""
@@ -275,10 +276,10 @@ class Worker:
         """Searches the step that waits longest, and calls `meanwhile` on another thread as soon as it is settled what
         to build for the first row. Which comes first then, the end or the change, is left open."""
         step = self._waiting.popleft()
-        calls, before = self._search._beam.nodes.calls, int(self._search._beam.nodes.calls[0])
+        searches, before = self._search._beam.nodes.searches, int(self._search._beam.nodes.searches[0])
 
         def watch() -> None:
-            while calls[0] == before:
+            while searches[0] == before:
                 pass
             meanwhile()
 

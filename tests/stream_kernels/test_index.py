@@ -19,6 +19,9 @@ from hypothesis.stateful import run_state_machine_as_test
 from numpy.typing import NDArray
 
 from stream_kernels.cpu import ROW_OK, ROW_RACED
+from stream_kernels.cpu_kernel.device_nodes import resolve_rows
+from stream_kernels.index import allocate_index, levels_for
+from stream_kernels.search import SearchConfig
 
 from .engine_history import EngineHistory
 from .paged_worker import PREFIXES, ROWS, Shape, Worker
@@ -88,6 +91,7 @@ def step_of(new: dict[str, tuple[list[int], int, int]], finished: frozenset[str]
         ),
         num_scheduled_tokens={name: tokens for name, (_, _, tokens) in new.items()},
         finished_req_ids=finished,
+        preempted_req_ids=None,
         new_block_ids_to_zero=None,
         kv_cache_block_copies=None,
         scheduled_spec_decode_tokens={},
@@ -247,3 +251,31 @@ def test_summaries_are_right_under_the_engines_own_scheduler(name: str, tmp_path
 def repr_hash(value: Any) -> bytes:
     """A hash of a block's tokens and its prefix."""
     return hashlib.sha256(repr(value).encode()).digest()
+
+
+def test_rows_that_are_searched_together_take_nothing_from_each_other() -> None:
+    """A GPU's rows are all resolved before one is searched; with pages half as long as blocks, what pages hold a node's
+    last token changes from request to request, so that in the end every entry is some page's."""
+    page, length, count = 16, 60, 64 * 60
+    config = SearchConfig(strategy="beam")
+    index = allocate_index(config, levels_for(config, page * length), page, count, page * length)
+    nodes = int(index.row_offset[-1])
+    generations = np.zeros(count, np.int64)
+    draw, listed = np.random.default_rng(0), np.zeros((nodes, 3), np.int32)
+    stolen = 0
+    for step in range(1, 30):
+        pages = draw.permutation(count).astype(np.int32).reshape(-1, length)[:50]
+        generations[pages] = step
+        places = np.array([(row.ctypes.data, length) for row in pages], np.int64)
+        ends = np.full(len(pages), length // 2)
+        slots, counts = np.full((len(pages), nodes), -1, np.int32), np.zeros(3, np.int64)
+        jobs = np.zeros((nodes * len(pages), 4), np.int32)
+        index.searches[0] += 1
+        snapshots = np.full(len(pages), step)
+        resolve_rows(index, 0, places, ends, generations.ctypes.data, count, snapshots, slots, listed, jobs, counts)
+        assert counts[0] == len(pages)
+        for row, of_row in zip(pages[ends > 0], slots[ends > 0], strict=True):
+            owners = index.owner[of_row[1 : length // 2]]
+            stolen += int((owners != row[3:length:2]).sum())
+        assert counts[2] == 0, "there is room for all: no page is two requests'"
+    assert stolen == 0

@@ -33,7 +33,7 @@ class NodeIndex(NamedTuple):
     owner: NDArray[np.int32]
     """[E], the page of an entry, -1 for none."""
     used: Ints
-    """[E], the last call of `resolve` that needed an entry."""
+    """[E], the last of `searches` that needed an entry."""
     first_entry: Ints
     """[NL + 1], where a level's entries begin."""
     first_slot: Ints
@@ -44,8 +44,9 @@ class NodeIndex(NamedTuple):
     """[S], the generation whose keys a slot describes, -1 for none."""
     hand: Ints
     """[NL], the entry that is looked at next when room is needed."""
-    calls: Ints
-    """[1], calls of `resolve` so far."""
+    searches: Ints
+    """[1], raised by the caller before the first `resolve` of rows that are searched together (on a CPU each is alone):
+    an entry that one of them needs is not given to another."""
     generation: Ints
     """[N], working memory: the latest generation among a node's pages."""
     row_offset: Ints
@@ -72,9 +73,8 @@ def resolve(
         jobs: [J, 3], filled with (level, slot, j), lower levels first. Nodes listed count as built by this snapshot.
 
     Returns:
-        The number of jobs, or -1 if there is no room for all nodes of the row at a time.
+        The number of jobs, or -1 if there is no room for all nodes of the search's rows at a time.
     """
-    index.calls[0] += 1
     wanted = 0
     for level in range(len(index.hand)):
         _note_generations(
@@ -107,7 +107,7 @@ def _resolve_level(
     # This runs once per block of the context: arrays out of the tuple first, and no division in the loop but where a
     # page holds several nodes.
     entry_of, used, built, generation = index.entry_of[level], index.used, index.built, index.generation
-    calls, page_size = index.calls[0], index.page_size
+    search, page_size = index.searches[0], index.page_size
     first_entry, first_slot = index.first_entry[level], index.first_slot[level]
     nodes_per_entry, row_offset = index.nodes_per_entry[level], index.row_offset[level]
     span_bits = FANOUT_BITS * level
@@ -125,7 +125,7 @@ def _resolve_level(
                 if entry < 0:
                     forget(index, jobs, wanted)
                     return -1
-            used[entry] = calls
+            used[entry] = search
             slot = first_slot + (entry - first_entry) * nodes_per_entry
             if several:
                 slot += within // span_tokens
@@ -175,12 +175,12 @@ def _note_generations(
 
 @jit()
 def _claim(index: NodeIndex, level: int, page: int) -> int:
-    """An entry for `page`: a free one, else one that this call does not need; -1 if it needs them all."""
+    """An entry for `page`: a free one, else one that this search does not need so far; -1 if it needs them all."""
     first, end = index.first_entry[level], index.first_entry[level + 1]
     for _ in range(end - first):
         entry = index.hand[level]
         index.hand[level] = entry + 1 if entry + 1 < end else first
-        if index.used[entry] == index.calls[0]:
+        if index.used[entry] == index.searches[0]:
             continue
         if index.owner[entry] >= 0:
             index.entry_of[level, index.owner[entry]] = -1

@@ -95,6 +95,7 @@ def _search_table(
     end = -(-context // g.block_size) - g.recent_blocks
     if g.strategy == BEAM and end - g.sink_blocks > 2 * g.top_k:
         slots, jobs = beam.scratch.slots, beam.scratch.jobs
+        beam.nodes.searches[0] += 1
         wanted = resolve(beam.nodes, pages, end, generations, snapshot, slots, jobs)
         if wanted < 0:
             return False

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stream_monitor.engine.compat.engine import platform_name
+from stream_monitor.engine.compat.engine import model_layers, platform_name
 from stream_monitor.engine.plan import LayerFacts
 
 MOST_HEAD_DIM = {"cpu": 512, "cuda": 256}
@@ -22,15 +22,19 @@ def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
 
     from stream_monitor.engine.backends.tap import TappedAttention
 
+    # Layers of a draft model of its own are called draft..., those of EAGLE and the like are numbered on from the
+    # model's last (`start_layer_id` in model_executor/models/llama_eagle.py).
+    of_model = model_layers(vllm_config) if vllm_config.speculative_config is not None else None
     found = []
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
         if not isinstance(layer, AttentionLayerBase):
             continue  # such as a fused mixture-of-experts layer
+        index = extract_layer_index(name)
         impl = getattr(layer, "impl", None)
         attention = getattr(layer, "attn_type", "decoder")
         facts = LayerFacts(
             name=name,
-            index=extract_layer_index(name),
+            index=index,
             kind=type(layer).__name__,
             implementation="-" if impl is None else type(impl).__name__,
             query_heads=int(getattr(layer, "num_heads", 0)),
@@ -43,7 +47,7 @@ def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
             sliding_window=_sliding_window(layer),
             alibi=getattr(impl, "alibi_slopes", None) is not None,
             shares_kv_with=getattr(layer, "kv_sharing_target_layer_name", None) or "",
-            draft=name.startswith("draft"),
+            draft=name.startswith("draft") or (of_model is not None and index >= of_model),
             most_head_dim=MOST_HEAD_DIM.get(platform_name(), 0),
             quantised_caches=getattr(impl, "quantised_caches", ()),
             varying_scales=_varying_scales(layer),

@@ -58,6 +58,7 @@ class ScheduledStep:
     requests: tuple[ScheduledRequest, ...]
     finished: frozenset[str]
     rewritten_blocks: tuple[int, ...]
+    preempted: frozenset[str] = frozenset()
 
 
 def read_schedule(output: Any, block_tokens: list[int], connector: bool) -> ScheduledStep:
@@ -113,7 +114,10 @@ def read_schedule(output: Any, block_tokens: list[int], connector: bool) -> Sche
     other: list[int] = list(output.new_block_ids_to_zero or ())
     for copy in output.kv_cache_block_copies or ():
         other.append(copy.dst_block_id)
-    return ScheduledStep(tuple(new), resumed, tuple(requests), frozenset(output.finished_req_ids), tuple(other))
+    preempted = frozenset(output.preempted_req_ids or ())
+    return ScheduledStep(
+        tuple(new), resumed, tuple(requests), frozenset(output.finished_req_ids), tuple(other), preempted
+    )
 
 
 def _stop_tokens(params: Any) -> frozenset[int]:

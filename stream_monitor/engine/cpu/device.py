@@ -44,7 +44,7 @@ class CpuRowSearch:
     def _rows(self, slot: CpuSlot) -> tuple[Any, ...]:
         rows = len(slot.labels)
         return (
-            slot.queries[:, slot.batch_rows[:rows]],
+            slot.sampled_queries(),
             [table[:rows] for table in slot.tables],
             slot.contexts[:rows],
             self._generations.of_block,

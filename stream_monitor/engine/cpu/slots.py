@@ -49,6 +49,7 @@ class CpuSlot:
         self._targets: list[torch.Tensor] = []
         self.queries = torch.zeros((len(taps), rows, query_heads, head_dim), dtype=dtype)
         """[L, rows, H, D]; the last `decode_query_len` rows of each request, in batch order, then rows of prompts."""
+        self._bits = self.queries.view({2: torch.int16, 4: torch.int32}[dtype.itemsize]).numpy()
         self.tables = [np.zeros((rows, width), np.int32) for width in pages]
         """Per group, pages of each sampled row, int32 [rows, pages]."""
         self.taken = np.zeros(len(taps), np.int32)
@@ -113,6 +114,15 @@ class CpuSlot:
                 self.tables[group][n, :pages] = table[row, :pages]
         self.generations[: len(labels)] = generation
         return ""
+
+    def sampled_queries(self) -> torch.Tensor:
+        """[L, R, H, D], of the sampled rows.
+
+        Gathered by numpy: on the estimator thread torch would begin a team of OpenMP threads, whose runtime binds them,
+        and the thread itself, to the engine's cores (GOMP_CPU_AFFINITY, utils/ompmultiprocessing.py).
+        """
+        bits = self._bits.take(self.batch_rows[: len(self.labels)], axis=1)
+        return torch.from_numpy(bits).view(self.queries.dtype)
 
     def keep(self, rows: list[int]) -> None:
         """See `StepSlot`."""

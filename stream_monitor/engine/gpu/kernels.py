@@ -10,14 +10,16 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gather_rows_kernel(
-    query, query_stride, query_start_loc, rows, passes, width, PER_REQUEST: tl.constexpr, CHUNK: tl.constexpr
+    query, query_stride, tokens, query_start_loc, rows, passes, width, PER_REQUEST: tl.constexpr, CHUNK: tl.constexpr
 ):
     """Copies the last PER_REQUEST query rows of each request, of those it has, and counts the pass.
 
     Grid (requests * PER_REQUEST, chunks of a row). Requests of a CUDA graph that the batch does not fill have no
-    tokens: their two entries of `query_start_loc` are equal (v1/worker/gpu/model_runner.py `prepare_inputs`).
+    tokens: their two entries of `query_start_loc` are equal (v1/worker/gpu/model_runner.py `prepare_inputs`). An idle
+    rank's dummy batch may come with those of the batch before (v1/worker/gpu_model_runner.py `_dummy_run`): what they
+    say lies beyond its tokens is not read.
 
     Args:
         query: [tokens, width], elements of a row contiguous, `query_stride` elements from one to the next.
@@ -29,7 +31,7 @@ def gather_rows_kernel(
     request = place // PER_REQUEST
     element = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     token = tl.load(query_start_loc + request + 1) - (PER_REQUEST - place % PER_REQUEST)
-    if token >= tl.load(query_start_loc + request):
+    if (token >= tl.load(query_start_loc + request)) & (token < tokens):
         inside = element < width
         row = tl.load(query + token.to(tl.int64) * query_stride + element, mask=inside)
         tl.store(rows + place.to(tl.int64) * width + element, row, mask=inside)
@@ -37,10 +39,11 @@ def gather_rows_kernel(
         tl.store(passes, tl.load(passes) + 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def gather_prompt_rows_kernel(
     query,
     query_stride,
+    tokens,
     query_start_loc,
     requests,
     rows,
@@ -55,7 +58,7 @@ def gather_prompt_rows_kernel(
     Grid (stretches of STRIDE query tokens, chunks of a row). In a stretch lies one such row at most, of any request.
 
     Args:
-        query, query_start_loc: as `gather_rows_kernel` has them.
+        query, tokens, query_start_loc: as `gather_rows_kernel` has them.
         requests: most of a batch, REQUESTS at most.
         rows: [stretches, width]; of a stretch without such a row it stays as it is.
     """
@@ -71,7 +74,7 @@ def gather_prompt_rows_kernel(
     token = last - tl.cdiv(back, spacing) * spacing
     captured = (token >= begin) & (token < begin + STRIDE) & (token >= first) & (token < last)
     found = tl.max(tl.where(captured, token, -1))
-    if found >= 0:
+    if (found >= 0) & (found < tokens):
         element = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
         inside = element < width
         row = tl.load(query + found.to(tl.int64) * query_stride + element, mask=inside)

@@ -88,6 +88,7 @@ class GatherTap:
             gather_rows_kernel[last_rows, chunks](
                 as_bits(query),
                 query.stride(0),
+                query.shape[0],
                 buffers.query_start_loc,
                 self._rows,
                 self._passes,
@@ -100,6 +101,7 @@ class GatherTap:
                 gather_prompt_rows_kernel[room(query.shape[0], buffers.prompt_stride), chunks](
                     as_bits(query),
                     query.stride(0),
+                    query.shape[0],
                     buffers.query_start_loc,
                     requests,
                     self._prompt_rows,

@@ -244,6 +244,8 @@ class GpuRowSearch:
         generations = self._generations.of_block
         counts = np.zeros(3, np.int64)
         built: list[NDArray[np.int64]] = []
+        # All rows are resolved before any is searched: what one needs must not be given to the next.
+        self._index.searches[0] += 1
         while counts[0] < rows:
             resolve_rows(
                 self._index,
