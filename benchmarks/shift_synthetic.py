@@ -142,6 +142,7 @@ def _sentences(seed: int, number: int, size: float | None) -> Iterator[Observati
         mass[index] = 1 - mass.sum()
         rows = int(draw.integers(3, 8))
         yield Observation(
+            prompt=PROMPT,
             index=index,
             mass=SparseMass.of(mass),
             roles=np.array([Role.USER] * PROMPT + [Role.REASONING] * (index + 1 - PROMPT), np.uint8),

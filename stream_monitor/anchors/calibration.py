@@ -47,6 +47,7 @@ class Served:
     """One finished request.
 
     Attributes:
+        prompt: sentences of the prompt, the first.
         heads: that were told apart.
         roles: uint8 [sentences]. starts: int64 [sentences], first token of each. rows: int64 [sentences], captured.
         shares: number and shares of each sentence of the output that was captured, ascending.
@@ -55,6 +56,7 @@ class Served:
         lock: highest score of ANCHOR_LOCK, which does not depend on heads; None if it could score nothing.
     """
 
+    prompt: int
     heads: Sequence[Head]
     roles: NDArray[np.uint8]
     starts: NDArray[np.int64]
@@ -70,6 +72,7 @@ class Served:
         weigh = probe.weights_of(self.heads) if probe else np.zeros(0)
         for unit in self._units():
             yield Observation(
+                prompt=self.prompt,
                 index=unit.sentence,
                 mass=unit.shares.mean_over(chosen),
                 roles=self.roles[: unit.sentence + 1],

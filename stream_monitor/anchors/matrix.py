@@ -16,6 +16,8 @@ ANCHOR_GAP = 4
 NO_BLOCK = 0xFFFFFFFF
 _MOST_TOKENS = 1 << 20
 """Tokens of a request beyond which the sentence of a token is searched, not looked up: a table takes memory."""
+_LONG_SENTENCE = 1 << 12
+"""The same of a sentence, such as a prompt that is not known to have more than one: a few bytes tell of any length."""
 
 Positions = NDArray[np.int64]
 Mass = NDArray[np.float64]
@@ -152,7 +154,7 @@ class SentenceStarts:
     def append(self, start: int, end: int) -> None:
         """One more sentence, of the tokens [start, end)."""
         if self._sentences is not None:
-            if end > _MOST_TOKENS:
+            if end > _MOST_TOKENS or end - start > _LONG_SENTENCE:
                 self.release()
             else:
                 if end > len(self._sentences):

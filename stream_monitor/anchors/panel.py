@@ -54,6 +54,7 @@ class Observation:
     """One closed sentence of the output, or the opening (see `untrusted.py`), as it was captured.
 
     Attributes:
+        prompt: sentences of the prompt, the first; in a session that goes on earlier output is part of it.
         index: its number, prompt included; of the opening, that of the prompt's last sentence, whose last token it is.
         mass: share of its attention on each sentence up to itself, that on the first token left out: every head reads
             that when it has nothing to read (the attention sink).
@@ -67,6 +68,7 @@ class Observation:
         opening: whether it is the opening.
     """
 
+    prompt: int
     index: int
     mass: SparseMass
     roles: NDArray[np.uint8]
@@ -234,8 +236,11 @@ class Panel:
             self._unbroken_detachment = self.detachment.unbroken()
         shown = {Kind.ANCHOR_SHIFT: self.shift.divergence, Kind.PROMPT_DETACHMENT: self.detachment.fall}
         stratum = Stratum.of(seen.rows, limit, role)
+        # The first sentence that can be judged has nothing to diverge from.
         self.values = {
-            kind: (stratum, value) for kind, value in shown.items() if self.verdicts[kind] is not Verdict.INSUFFICIENT
+            kind: (stratum, value)
+            for kind, value in shown.items()
+            if self.verdicts[kind] is not Verdict.INSUFFICIENT and not math.isnan(value)
         }
         return self._raise(seen, far, near)
 
@@ -274,9 +279,7 @@ class Panel:
     def _prompt_of(self, seen: Observation) -> "_Prompt":
         """Looked at once: it does not change while the output grows."""
         if self._prompt is None:
-            output = np.flatnonzero((seen.roles == Role.REASONING) | (seen.roles == Role.ANSWER))
-            count = int(output[0]) if len(output) else seen.index
-            roles, tokens = seen.roles[:count], np.diff(seen.starts[: count + 1])
+            roles, tokens = seen.roles[: seen.prompt], np.diff(seen.starts[: seen.prompt + 1])
             self._prompt = _Prompt(int(tokens[roles == Role.USER].sum()), bool((roles == Role.UNTRUSTED).any()))
             self._set_thresholds()
         return self._prompt

@@ -129,11 +129,27 @@ def prompt_sentences(
 
 
 def coarsen(spans: list[Span], limit: int) -> list[Span]:
-    """Join neighbours of one role until at most about `limit` are left: a very long prompt in fewer, longer pieces.
+    """Join neighbours until at most `limit` are left: a very long prompt in fewer, longer pieces. Those of one role, as
+    far as that suffices; of several, what is untrusted stays so, and then what is the user's.
 
     >>> coarsen([Span(0, 4, 2), Span(4, 9, 2), Span(9, 12, 1)], 2)
     [Span(start=0, end=9, role=2), Span(start=9, end=12, role=1)]
+    >>> coarsen([Span(0, 4, 2), Span(4, 9, 1), Span(9, 12, 2)], 2)
+    [Span(start=0, end=9, role=2), Span(start=9, end=12, role=2)]
     """
+    alike = _coarsen_alike(spans, limit)
+    stride = -(-len(alike) // limit)
+    parts = (alike[first : first + stride] for first in range(0, len(alike), stride or 1))
+    return [Span(part[0].start, part[-1].end, _role_of(part)) for part in parts]
+
+
+def _role_of(spans: list[Span]) -> int:
+    roles = [span.role for span in spans]
+    return next((role for role in (Role.UNTRUSTED, Role.USER) if role in roles), roles[0])
+
+
+def _coarsen_alike(spans: list[Span], limit: int) -> list[Span]:
+    """Join neighbours of one role; more than `limit` are left where roles alternate."""
     if len(spans) <= limit:
         return spans
     stride = -(-len(spans) // limit)

@@ -1,5 +1,6 @@
 """ANCHOR_SHIFT: the distribution over anchors left its running reference."""
 
+import math
 from copy import copy
 from typing import NamedTuple
 
@@ -111,7 +112,7 @@ class AnchorShift(RiseDetector):
         self.min_rows = min_rows
         self.min_mass = min_mass
         self.normal = reference
-        self.divergence = 0.0
+        self.divergence = math.nan
         self.entering = 0.0
         self.reference = SparseMass.of(np.zeros(0))
         # Candidates that the reference knew after each of its newest sentences, `settle` of them at most.

@@ -136,6 +136,7 @@ def served(trace: monitor_pb2.GetTraceResponse) -> Served:
     before = HeadShares(heads[: edges[0]], columns[: edges[0]], shares[: edges[0]])
     lock = [one.highest for one in trace.info.scores if one.kind == monitor_pb2.EVENT_KIND_ANCHOR_LOCK]
     return Served(
+        prompt=prompt,
         heads=[(one.head.layer, one.head.query_head) for one in trace.heads],
         roles=np.array([one.role for one in trace.sentences], np.uint8),
         starts=np.array([one.first_token for one in trace.sentences], np.int64),

@@ -177,6 +177,7 @@ class EventLog:
         self._held: deque[tuple[int, monitor_pb2.Event]] = deque()
         # Numbers given out, sent to subscribers, committed to the store, and let go by it.
         self._issued = self._sent = self._stored = self._let_go = 0
+        self._first = 0  # The number that those of this run come after.
         self._pending: deque[tuple[int, monitor_pb2.Event, bool]] = deque()
         self._pending_since = 0.0
         self._patient = True
@@ -193,7 +194,7 @@ class EventLog:
         """
         self._shelf = shelf
         self._held.extend(held)
-        self._issued = self._sent = first
+        self._issued = self._sent = self._first = first
         self.forgotten = self._held[0][0] - 1 if self._held else first
 
     def restart(self) -> None:
@@ -309,7 +310,7 @@ class EventLog:
         if events or last > sequence:
             return EventPage(events, last)
         # Neither the store nor the memory has what comes next.
-        return EventPage([], self.forgotten, self.forgotten - sequence)
+        return EventPage([], self.forgotten, max(0, self.forgotten - max(sequence, self._first)))
 
     def _send(self, sequence: int, event: monitor_pb2.Event, quietly: bool) -> None:
         self._sent = sequence

@@ -171,7 +171,9 @@ def _fold(sentences: list[Unfolded]) -> Iterator[Fold]:
     by_head = of_head.sums(places + _shifts(of_head, heads), mass * (keys != 0))
     entries = np.diff(by_head.edges)
     telling = [sum(row.by_head and row.heads > 0 for row in each.rows) for each in sentences]
-    shares = (by_head.mass / np.repeat(np.repeat(telling, counts), entries)).astype(np.float32)
+    # Where none tells heads apart all lies on the last head of each, which counts for nothing.
+    divisors = np.repeat(np.maximum(telling, 1), counts)
+    shares = (by_head.mass / np.repeat(divisors, entries)).astype(np.float32)
     head_columns = read[by_head.columns]
     head_places = np.repeat(np.concatenate([np.arange(count) for count in counts]).astype(np.uint8), entries)
 

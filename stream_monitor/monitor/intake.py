@@ -183,8 +183,15 @@ class Intake:
             self.metrics.recall.labels(*rank.labels).observe(audit.recall)
         if summary.wall_time_ns > 0:
             delay = max(0.0, time.time() - summary.wall_time_ns / 1e9)
-            named = exemplar(identity.parse(part.rows[0].request_id).external_id) if part.rows else None
+            named = self._exemplar_of(rank, part.rows[0].request_id) if part.rows else None
             self.metrics.step_delay.labels(*rank.labels).observe(delay, named)
+
+    def _exemplar_of(self, rank: Rank, request_id: str) -> dict[str, str] | None:
+        """Names a request, unless it was deleted."""
+        graveyard = self.pipeline.graveyard
+        if graveyard and (rank.engine.instance, request_id) in graveyard:
+            return None
+        return exemplar(identity.parse(request_id).external_id)
 
 
 _OUTCOMES = {_ACCEPTED: "accepted", _DUPLICATE: "duplicate", _REFUSED: "refused"}

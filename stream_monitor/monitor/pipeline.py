@@ -91,7 +91,11 @@ class Pipeline:
             return trace
 
         for source, started in ((part.rank, started) for part in step.parts for started in part.summary.started):
+            held = self.store.get(instance, started.request_id)
+            if held is not None and held.ended_without(source, started):
+                continue
             trace = seen(self.store.begin(instance, started.request_id, labels, now))
+            trace.started_by += (source,)
             new = trace.joined_late
             if new:
                 trace.tenant = source.tenant_of(started.tenant)

@@ -197,7 +197,13 @@ class Recorder(threading.Thread):
             database.close()
             raise
         self._database, self._newest, self._salt = database, database.meta("newest"), database.keys.salt
-        self._outcomes.opened(database)
+        try:
+            self._outcomes.opened(database)
+        except BaseException:
+            # It is opened as a whole, or again.
+            self._database = None
+            database.close()
+            raise
 
     def _write_batch(self, database: Database) -> None:
         with self._changed:
@@ -233,6 +239,9 @@ class Recorder(threading.Thread):
             if events and missing:
                 database.add_loss(events[0].sequence, missing)
             database.add_events(filter(self._wanted, events), now)
+            if events:
+                # Also of those that were deleted since: their numbers were given out.
+                database.set_meta("newest", events[-1].sequence)
             database.put_traces(filter(self._wanted, traces), now)
         if self._commits is not None:
             self._commits.observe(time.monotonic() - begun)

@@ -34,7 +34,7 @@ _TRACE_BYTES, _SPAN_BYTES = 6144, 136
 class RequestTrace:
     """State of one request; `instance` and `request_id` are its key.
 
-    `to_store` says that it has news for the store: it is new, has a finding, or has ended; `stored`, that the store has
+    `started_by` are the ranks that told of its start. `to_store` says that it has news for the store: it is new, has a finding, or has ended; `stored`, that the store has
     something of it; `cut`, that its engine went away while it ran.
     """
 
@@ -72,6 +72,7 @@ class RequestTrace:
         self.heads = RequestHeads()
         self._bytes = _TRACE_BYTES
         self.token_source: Rank | None = None
+        self.started_by: tuple[Rank, ...] = ()
         self._starts = SentenceStarts()
         self.rows = TraceRows(self._starts, self.heads)
         self._closed_ns = array("q")
@@ -101,7 +102,9 @@ class RequestTrace:
         """The request was scheduled. The same prompt again is the same start, told by another rank or after
         preemption; another prompt is a session going on: what it replaces is cut off and discarded as `readded`."""
         if not self.joined_late and started.prompt_tokens == self.prompt_tokens:
-            if started.prompt_flags and not self._prompt_split and not self.rows and self.output_tokens == 0:
+            if started.prompt_flags and not self._prompt_split and self.output_tokens == 0:
+                # Rows that are folded already into a prompt of one sentence know no other.
+                self.rows.remove_from(0, "readded")
                 self._split_prompt(started, 0)
             self._take_prompt_text(started)
             return
@@ -113,6 +116,14 @@ class RequestTrace:
         self.joined_late = False
         self.prompt_tokens = started.prompt_tokens
         self.refused_reason = started.refused_reason
+
+    def ended_without(self, rank: Rank, started: summary_pb2.RequestStarted) -> bool:
+        """Whether this start is of a rank that lags so far behind that the request has ended meanwhile; otherwise that
+        of a finished request says that its id is used again."""
+        late = self.finished and started.prompt_tokens == self.prompt_tokens and rank not in self.started_by
+        if late:
+            self.started_by += (rank,)
+        return late
 
     def add_tokens(self, run: summary_pb2.TokenRun) -> None:
         """Sampled tokens; close the sentences they end."""
@@ -151,6 +162,8 @@ class RequestTrace:
             return
         self.finished, self.total_tokens = True, total
         self.rows.remove_from(total, "past_end")
+        # What was folded together with those waits to be folded anew.
+        self._late = self._settled > 0
         if self._builder is None:
             self._begin_late(total)
         assert self._builder is not None
@@ -193,6 +206,7 @@ class RequestTrace:
         # A copy: what is lent out could not grow.
         roles = np.frombuffer(self._roles, np.uint8)[: index + 1].copy()
         return Observation(
+            prompt=self.prompt_sentences,
             index=index,
             mass=fold.mass,
             roles=roles,

@@ -33,7 +33,7 @@ def observation(index: int, on: dict[int, float], rows: int = 4, lag: int = 0) -
     shape = rows, FAR_KEYS
     lags = np.full(shape, lag) if lag else np.random.default_rng(index).integers(8, 2000, shape)
     starts = 12 * np.arange(index + 1)
-    return Observation(index, SparseMass.of(mass), roles, starts, rows, lags, np.full(shape, 0.05))
+    return Observation(PROMPT, index, SparseMass.of(mass), roles, starts, rows, lags, np.full(shape, 0.05))
 
 
 def run(panel: Panel, seen: list[Observation]) -> list[tuple[int, Kind]]:
@@ -352,3 +352,14 @@ def test_a_file_that_is_no_profile_is_one_line(content: str | dict[str, object],
         Profile.read(path)
     with pytest.raises(ProfileError, match="cannot read the profile"):
         Profile.read(tmp_path / "absent")
+
+
+def test_a_profile_is_not_told_of_a_divergence_that_was_never_measured() -> None:
+    panel = Panel()
+    shown = []
+    for index in range(PROMPT, PROMPT + 12):
+        panel.update(observation(index, {6: 0.4, index: 0.1}))
+        if panel.verdicts[Kind.ANCHOR_SHIFT] is not Verdict.INSUFFICIENT:
+            shown.append(Kind.ANCHOR_SHIFT in panel.values)
+    assert shown[0] is False, "the first has nothing to diverge from"
+    assert all(shown[1:])

@@ -56,7 +56,7 @@ def served(seed: int, moves_at: int | None = None) -> Served:
         head, column, mass = (np.array(part) for part in zip(*entries, strict=True))
         shares.append((index, head_shares(head, column, mass)))
     roles = np.array([Role.USER] * PROMPT + [Role.REASONING] * (size - PROMPT), np.uint8)
-    return Served(HEADS, roles, 12 * np.arange(size), np.full(size, 4), shares, lock=0.1)
+    return Served(PROMPT, HEADS, roles, 12 * np.arange(size), np.full(size, 4), shares, lock=0.1)
 
 
 def test_a_profile_weighs_the_receiver_and_finds_what_it_shows() -> None:
@@ -97,7 +97,7 @@ def test_receivers_come_from_the_sentences_of_the_output() -> None:
             if index > PROMPT + 12:
                 columns[(found.heads == RECEIVER) & (found.columns == 3)] = PROMPT + 5
             shares.append((index, found._replace(columns=columns)))
-        return Served(one.heads, one.roles, one.starts, one.rows, shares, one.lock)
+        return Served(one.prompt, one.heads, one.roles, one.starts, one.rows, shares, one.lock)
 
     found = receivers_of([looking(seed) for seed in range(20)])
     assert found.heads == ((3, RECEIVER),)

@@ -40,7 +40,7 @@ def served(reads: Reads, group: str, wording: str, seed: int) -> Served:
         np.concatenate([on, 0.4 - on]),
     )
     roles = np.array([Role.SYSTEM, Role.UNTRUSTED, Role.USER] + [Role.ANSWER] * 3, np.uint8)
-    return Served(HEADS, roles, 12 * np.arange(6), np.full(6, 4), [(index, shares) for index in range(3, 6)], None)
+    return Served(3, HEADS, roles, 12 * np.arange(6), np.full(6, 4), [(index, shares) for index in range(3, 6)], None)
 
 
 def labelled(reads: Reads, count: int = 4, seed: int = 0) -> list[Labelled]:

@@ -209,6 +209,16 @@ class Consumer:
             await message.ack()
 
 
+class _Client(Client):
+    """Speaks TLS with every broker, if it was told how to. The library alone does so where the broker asks for it, in
+    the clear: who stands between could ask for nothing, and be given the password."""
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        if "tls" in self.options:
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection)
+
+
 class Broker:
     """Connects, again and again; makes the stream where there is none.
 
@@ -280,7 +290,7 @@ class Broker:
             await self._session.close()
 
     async def _open(self) -> Session:
-        client, closed = Client(), asyncio.Event()
+        client, closed = _Client(), asyncio.Event()
         heard: list[Exception] = []
 
         async def on_error(error: Exception) -> None:
@@ -418,9 +428,10 @@ def _credentials(path: str) -> dict[str, Any]:
 
 
 def _tls(settings: OnStream) -> ssl.SSLContext | None:
-    """How to speak TLS with the broker; None if no setting asks for it."""
+    """How to speak TLS with the brokers, all of them; None if no setting and no address asks for it."""
     files = {name: getattr(settings, name) for name in ("nats_ca", "nats_certificate", "nats_key")}
-    if not any(files.values()) and not settings.nats.startswith("tls://"):
+    asked = any(url.startswith("tls://") for url in settings.nats.split(","))
+    if not any(files.values()) and not asked:
         return None
     if bool(files["nats_certificate"]) != bool(files["nats_key"]):
         raise SettingsError("nats_certificate and nats_key belong together: name both files, or none")

@@ -49,6 +49,7 @@ class Link:
         archive.stored = self.sender.wake
         deletion.beyond = self._delete
         self._tombstones = Tombstones(broker, self._heard)
+        self._unfinished: set[str] = set()
 
     def start(self) -> None:
         """Begin, once the store is open."""
@@ -70,6 +71,9 @@ class Link:
         """Others deleted requests. Raises StoreUnavailable."""
         until = time.time_ns() + self._remembered_ns
         new = {each for each in hashes if self._graveyard.bury_hashed(bytes.fromhex(each), until)}
+        # They are told again after a failure, and are no news then.
+        new |= self._unfinished.intersection(hashes)
+        self._unfinished |= new
         keys = {key for each in new for key, _ in await self._archive.find(each, everyones, buried=True)}
         keys |= {
             (trace.instance, trace.request_id)
@@ -78,6 +82,7 @@ class Link:
         }
         if keys:
             await self._deletion.delete(list(keys), ELSEWHERE, everywhere=False)
+        self._unfinished -= new
 
 
 def _hash(instance: str, request_id: str) -> str:

@@ -4,14 +4,21 @@ import asyncio
 import logging
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from stream_monitor.config import MonitorSettings
+from stream_monitor.monitor.archive import StoreUnavailable
 from stream_monitor.monitor.database import Database, StoredEvent, StoredTrace
 from stream_monitor.monitor.erasure import erase
+from stream_monitor.monitor.events import EventLog
 from stream_monitor.monitor.fleet import outbox
+from stream_monitor.monitor.fleet.link import Link
 from stream_monitor.monitor.fleet.names import DELETED, FINDING, TRACE
+from stream_monitor.monitor.graveyard import Graveyard
 from stream_monitor.monitor.retention import let_go_some
+from stream_monitor.monitor.store import TraceStore
 from stream_monitor.v1alpha1 import monitor_pb2
 
 FINISHED, RUNNING = monitor_pb2.REQUEST_STATE_FINISHED, monitor_pb2.REQUEST_STATE_RUNNING
@@ -114,3 +121,29 @@ def test_in_memory_the_oldest_make_room(monkeypatch: pytest.MonkeyPatch) -> None
     asyncio.run(held.done(each.number for each in found))
     assert asyncio.run(held.next()) == []
     assert held.waiting.total() == 0
+
+
+def test_a_deletion_heard_while_the_store_cannot_be_read_is_heard_again() -> None:
+    """What comes from the broker is told again after a failure, and is no news then."""
+    archive, deletion = SimpleNamespace(), SimpleNamespace()
+    reads, deleted = [], []
+
+    async def find(hashed: str, visible: object, buried: bool) -> list[tuple[tuple[str, str], object]]:
+        reads.append(hashed)
+        if len(reads) == 1:
+            raise StoreUnavailable("the store cannot be read now")
+        return [(("i", "r"), None)]
+
+    async def delete(keys: list[tuple[str, str]], who: str, everywhere: bool) -> None:
+        deleted.extend(keys)
+
+    archive.find, deletion.delete = find, delete
+    settings = MonitorSettings(nats="nats://127.0.0.1:4222", store="")
+    log = EventLog(10, 10, 10)
+    link = Link(settings, archive, log, TraceStore(10, 1 << 20, 10), Graveyard(), deletion)
+    with pytest.raises(StoreUnavailable):
+        asyncio.run(link._heard(["ab" * 16]))
+    asyncio.run(link._heard(["ab" * 16]))
+    assert deleted == [("i", "r")]
+    asyncio.run(link._heard(["ab" * 16]))
+    assert len(reads) == 2, "dealt with once"

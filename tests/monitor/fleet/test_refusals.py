@@ -1,5 +1,7 @@
 """What keeps a monitor or a process of the fleet from its broker: one clear line each, a count, and it serves on."""
 
+import asyncio
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +13,9 @@ from nats.js import JetStreamContext, api
 from typer.testing import CliRunner
 
 from stream_monitor.cli import app
+from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor.archive import ERASE_SECONDS
+from stream_monitor.monitor.fleet.broker import Broker, BrokerTrouble
 from tests.monitor.conftest import Running, starter
 from tests.monitor.fleet.broker import STREAM, NatsServer
 from tests.monitor.fleet.processes import SHIFTING, FleetProcess, until
@@ -110,6 +114,33 @@ def test_credentials(
         assert "right" not in caplog.text
     finally:
         server.end()
+
+
+def test_a_broker_that_asks_for_no_tls_is_told_nothing_in_the_clear(tmp_path: Path) -> None:
+    """One who stands between could say of any broker that it speaks no TLS."""
+    secret, heard = tmp_path / "secret", []
+    secret.write_text("monitor:very-secret-password")
+
+    async def stripped(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        info = {"server_id": "x", "version": "2.10.0", "max_payload": 1 << 20, "auth_required": True}
+        writer.write(b"INFO " + json.dumps(info).encode() + b"\r\n")
+        await writer.drain()
+        heard.append(await reader.read(1 << 16))
+        writer.close()
+
+    async def connect() -> None:
+        async with await asyncio.start_server(stripped, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            # Also where only another address asks for it.
+            addresses = f"nats://127.0.0.1:{port},tls://127.0.0.1:{port}"
+            settings = MonitorSettings(nats=addresses, nats_credentials=str(secret))
+            with pytest.raises(BrokerTrouble):
+                await Broker(settings, False, "test")._open()
+
+    asyncio.run(connect())
+    assert heard
+    assert all(said.startswith(b"\x16\x03") for said in heard), "a TLS handshake"
+    assert b"secret" not in b"".join(heard)
 
 
 def test_a_broker_without_jetstream(
