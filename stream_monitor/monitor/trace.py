@@ -34,8 +34,9 @@ _TRACE_BYTES, _SPAN_BYTES = 6144, 136
 class RequestTrace:
     """State of one request; `instance` and `request_id` are its key.
 
-    `started_by` are the ranks that told of its start. `to_store` says that it has news for the store: it is new, has a finding, or has ended; `stored`, that the store has
-    something of it; `cut`, that its engine went away while it ran.
+    `started_by` are the ranks that told of its start. `to_store` says that it has news for the store: it is new,
+    has a finding, or has ended; `stored`, that the store has something of it; `cut`, that its engine went away
+    while it ran.
     """
 
     def __init__(

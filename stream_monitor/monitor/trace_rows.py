@@ -89,8 +89,8 @@ class TraceRows:
         return SentenceMatrix.of([folded.get(index, _NOTHING) for index in range(len(spans))])
 
     def pop(self, position: int) -> Row:
-        """Take a row out. Of one that is folded, the first token of each sentence stands for its mass, and the others of
-        its sentence wait to be folded anew: so many may be taken out at no more cost than one."""
+        """Take a row out. Of one that is folded, the first token of each sentence stands for its mass, and the others
+        of its sentence wait to be folded anew: so many may be taken out at no more cost than one."""
         row = self._rows.pop(position)
         self.token_rows -= row.token
         if self._waiting.pop(position, None) is None:

@@ -127,7 +127,7 @@ def test_a_sentence_that_came_up_lately_is_no_evidence_of_a_shift() -> None:
         divergences.append(detector.divergence)
     assert math.isnan(divergences[0]), "there is nothing yet to diverge from"
     assert divergences[1 : 10 + detector.settle] == [0.0] * (9 + detector.settle)
-    assert 0 < max(divergences) < 0.01
+    assert 0 < max(divergences[1:]) < 0.01
     at_once = AnchorShift(settle=1)
     for index in range(12):
         mass = np.zeros(8 + index)
