@@ -138,14 +138,16 @@ def coarsen(spans: list[Span], limit: int) -> list[Span]:
     [Span(start=0, end=9, role=2), Span(start=9, end=12, role=2)]
     """
     alike = _coarsen_alike(spans, limit)
+    if len(alike) <= limit:
+        return alike
     stride = -(-len(alike) // limit)
-    parts = (alike[first : first + stride] for first in range(0, len(alike), stride or 1))
+    parts = (alike[first : first + stride] for first in range(0, len(alike), stride))
     return [Span(part[0].start, part[-1].end, _role_of(part)) for part in parts]
 
 
 def _role_of(spans: list[Span]) -> int:
     roles = [span.role for span in spans]
-    return next((role for role in (Role.UNTRUSTED, Role.USER) if role in roles), roles[0])
+    return next((int(role) for role in (Role.UNTRUSTED, Role.USER) if role in roles), roles[0])
 
 
 def _coarsen_alike(spans: list[Span], limit: int) -> list[Span]:

@@ -55,13 +55,16 @@ def install_worker_hooks(worker: Any, capture: Capture, replaced: Callable[[], N
     def hooked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(method)
         def call(*args: Any, **kwargs: Any) -> Any:
+            def read_again() -> None:
+                if _weights_are_there(name, args, kwargs):
+                    replaced()
+
             guard(capture, capture.invalidate)
             try:
                 return method(*args, **kwargs)
             finally:
                 guard(capture, capture.invalidate)
-                if _weights_are_there(name, *args, **kwargs):
-                    guard(capture, replaced)
+                guard(capture, read_again)
 
         return call
 
@@ -70,7 +73,7 @@ def install_worker_hooks(worker: Any, capture: Capture, replaced: Callable[[], N
             setattr(worker, name, hooked(name, method))
 
 
-def _weights_are_there(name: str, *args: Any, **kwargs: Any) -> bool:
+def _weights_are_there(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the weights' memory is mapped after this call: to read it while it is not would end the engine
     (device_allocator/cumem.py). It is until sleep or discard give it away, and again when wake_up brings it back."""
     if name == "wake_up":

@@ -95,7 +95,7 @@ class Pipeline:
             if held is not None and held.ended_without(source, started):
                 continue
             trace = seen(self.store.begin(instance, started.request_id, labels, now))
-            trace.started_by += (source,)
+            trace.told_of_start(source)
             new = trace.joined_late
             if new:
                 trace.tenant = source.tenant_of(started.tenant)

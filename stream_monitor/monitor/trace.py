@@ -123,8 +123,13 @@ class RequestTrace:
         of a finished request says that its id is used again."""
         late = self.finished and started.prompt_tokens == self.prompt_tokens and rank not in self.started_by
         if late:
-            self.started_by += (rank,)
+            self.told_of_start(rank)
         return late
+
+    def told_of_start(self, rank: Rank) -> None:
+        """Note which rank told of the start; see `ended_without`."""
+        if rank not in self.started_by:
+            self.started_by += (rank,)
 
     def add_tokens(self, run: summary_pb2.TokenRun) -> None:
         """Sampled tokens; close the sentences they end."""

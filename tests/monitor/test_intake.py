@@ -204,3 +204,10 @@ def test_a_deleted_request_is_no_exemplar_of_what_comes_later() -> None:
         if sample.exemplar
     ]
     assert exemplars == []
+
+
+def test_a_session_of_many_turns_notes_a_rank_once() -> None:
+    taker, rank = Taker(), Engine()
+    for turn in range(1, 6):
+        taker.take([rank.summary(started=[start(48 * turn, SPOKEN[:1])])])
+    assert len(taker.trace(rank).started_by) == 1
