@@ -72,6 +72,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     summary_bytes: int = 0
     kv_tokens_lost: int = 0
     tenant: str = ""
+    tenants_by_request: bool = False
 
     @property
     def heads_per_row(self) -> int:

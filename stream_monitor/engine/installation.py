@@ -368,4 +368,5 @@ class Installation:
             summary_bytes=self.search.summary_bytes,
             kv_tokens_lost=self._kv_tokens_lost,
             tenant=settings.tenant,
+            tenants_by_request=bool(settings.tenant_argument),
         )

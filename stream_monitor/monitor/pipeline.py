@@ -83,7 +83,7 @@ class Pipeline:
             model = first.rank.engine.model_name
             if not trace.model_name:
                 trace.model_name, trace.text = model, TokenText(self.vocabularies.of(model))
-                trace.tenant = first.rank.tenant_of("")
+                trace.tenant = first.rank.tenant_unheard
             # A pipeline rank that watches none of its layers does not know what is captured.
             if not trace.capture and first.rank.heads:
                 trace.capture = capture_id(first.rank.engine)

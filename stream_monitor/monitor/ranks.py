@@ -85,6 +85,11 @@ class Rank:
         """Whose a request is of which the engine says `said`."""
         return self.publishes_for or said or self.engine.tenant
 
+    @property
+    def tenant_unheard(self) -> str:
+        """Whose a request is of which the start was not seen, as the monitor was started since."""
+        return self.publishes_for or ("" if self.engine.tenants_by_request else self.engine.tenant)
+
 
 def rank_name(engine: summary_pb2.EngineInfo, tensor: int, pipeline: int) -> str:
     """Name of one place in an engine; an axis of size 1 is left out."""

@@ -46,6 +46,7 @@ def engine_message(info: EngineInfo) -> pb.EngineInfo:
         summary_bytes=info.summary_bytes,
         kv_tokens_lost=info.kv_tokens_lost,
         tenant=info.tenant,
+        tenants_by_request=info.tenants_by_request,
     )
 
 

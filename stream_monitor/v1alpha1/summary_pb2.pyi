@@ -109,6 +109,7 @@ class EngineInfo(_message.Message):
     SUMMARY_BYTES_FIELD_NUMBER: _builtins.int
     KV_TOKENS_LOST_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
+    TENANTS_BY_REQUEST_FIELD_NUMBER: _builtins.int
     instance: _builtins.str
     """UUID of this engine start, 36 characters. A restarted engine has a new one. MUST be present."""
     model_name: _builtins.str
@@ -134,6 +135,8 @@ class EngineInfo(_message.Message):
     """Whose all requests of this engine are that do not say otherwise; as RequestStarted.tenant. Empty: nobody's in
     particular. A publisher whose credential is of one tenant publishes for that one, whatever it says here.
     """
+    tenants_by_request: _builtins.bool
+    """Whether requests may say otherwise. If so, one of which the start was never seen is nobody's, and not `tenant`'s."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the watched layers, counted from 0 over the whole model, ascending."""
@@ -165,10 +168,11 @@ class EngineInfo(_message.Message):
         summary_bytes: _builtins.int = ...,
         kv_tokens_lost: _builtins.int = ...,
         tenant: _builtins.str = ...,
+        tenants_by_request: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["geometry", b"geometry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_parallel_index", b"data_parallel_index", "engine", b"engine", "first_query_head", b"first_query_head", "geometry", b"geometry", "instance", b"instance", "kv_tokens_lost", b"kv_tokens_lost", "layers", b"layers", "model_name", b"model_name", "pipeline_parallel_rank", b"pipeline_parallel_rank", "pipeline_parallel_size", b"pipeline_parallel_size", "plugin_version", b"plugin_version", "query_heads", b"query_heads", "summary_bytes", b"summary_bytes", "tenant", b"tenant", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "total_query_heads", b"total_query_heads", "vllm_version", b"vllm_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_parallel_index", b"data_parallel_index", "engine", b"engine", "first_query_head", b"first_query_head", "geometry", b"geometry", "instance", b"instance", "kv_tokens_lost", b"kv_tokens_lost", "layers", b"layers", "model_name", b"model_name", "pipeline_parallel_rank", b"pipeline_parallel_rank", "pipeline_parallel_size", b"pipeline_parallel_size", "plugin_version", b"plugin_version", "query_heads", b"query_heads", "summary_bytes", b"summary_bytes", "tenant", b"tenant", "tenants_by_request", b"tenants_by_request", "tensor_parallel_rank", b"tensor_parallel_rank", "tensor_parallel_size", b"tensor_parallel_size", "total_query_heads", b"total_query_heads", "vllm_version", b"vllm_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
