@@ -118,6 +118,7 @@ def schedule(names: list[str], step: int) -> Any:
         scheduled_cached_reqs=SimpleNamespace(**cached, resumed_req_ids=set()),
         num_scheduled_tokens=dict.fromkeys(names, tokens),
         finished_req_ids=set(),
+        preempted_req_ids=None,
         new_block_ids_to_zero=None,
         kv_cache_block_copies=None,
         scheduled_spec_decode_tokens={},

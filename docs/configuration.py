@@ -93,6 +93,7 @@ def valid(field: FieldInfo) -> str:
     low = [f"from {bound.ge}" for bound in field.metadata if hasattr(bound, "ge")]
     low += [f"above {bound.gt}" for bound in field.metadata if hasattr(bound, "gt")]
     high = [f"to {bound.le}" for bound in field.metadata if hasattr(bound, "le")]
+    high += [f"below {bound.lt}" for bound in field.metadata if hasattr(bound, "lt")]
     return " ".join([noun, *low, *high])
 
 

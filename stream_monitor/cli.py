@@ -10,6 +10,7 @@ import typer
 
 from stream_monitor import cli_monitor
 from stream_monitor.cli_fail import fail as _fail
+from stream_monitor.interrupts import end_as_at_ctrl_c
 
 if TYPE_CHECKING:
     from stream_monitor.config import OnStream
@@ -232,6 +233,7 @@ def trace(
     except ValueError as error:
         _fail(error)
     try:
+        end_as_at_ctrl_c()
         options = TraceOptions(search, attention, reduction)  # type: ignore[arg-type]  # checked above
         run(model, prompt, messages, out, options, needle, against)
     except TracingError as error:

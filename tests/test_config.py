@@ -1,5 +1,7 @@
 """Settings: which source wins, and what a wrong one is told."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,28 @@ def test_what_is_no_address(address: str) -> None:
 def test_the_default_socket_is_in_the_users_own_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     assert load(MonitorSettings).ingest == load(CaptureSettings).target == "unix:/run/user/7/stream-monitor/ingest.sock"
+
+
+@pytest.mark.parametrize(
+    "setting", [{"store_days": "inf"}, {"store_days": "99999"}, {"nats_days": "1e300"}, {"max_calls": "9" * 20}]
+)
+def test_numbers_that_no_clock_or_counter_holds_are_refused(setting: dict[str, str]) -> None:
+    (name,) = setting
+    with pytest.raises(SettingsError, match=f"^{name}: Input should be less than or equal to"):
+        load(MonitorSettings, **setting)
+
+
+def test_a_command_that_is_told_to_end_is_interrupted() -> None:
+    code = """
+import os, signal
+from stream_monitor.interrupts import end_as_at_ctrl_c
+end_as_at_ctrl_c()
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+    try:
+        os.kill(os.getpid(), number)
+        signal.pause()
+    except KeyboardInterrupt:
+        print(number.name)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout.split(), done.returncode) == (["SIGTERM", "SIGHUP", "SIGINT"], 0), done.stderr

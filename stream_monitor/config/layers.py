@@ -9,6 +9,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 PREFIX = "STREAM_MONITOR_"
 TABLE_NAMES = ("capture", "monitor", "fleet")
+MOST_DAYS = 36_500
+"""Of a time that something is kept: a hundred years, which any clock can be put forward by."""
 
 
 class SettingsError(ValueError):

@@ -35,8 +35,8 @@ class AccessSettings(Layered):
         False,
         description="Serve `metrics` without TLS, beyond loopback too. No traces; exemplars are ids of requests.",
     )
-    max_calls: int = Field(1024, ge=1, description="Calls of one gRPC method at a time, streams included.")
-    max_connections: int = Field(1024, ge=1, description="Connections to each address at a time.")
+    max_calls: int = Field(1024, ge=1, le=1 << 20, description="Calls of one gRPC method at a time, streams included.")
+    max_connections: int = Field(1024, ge=1, le=1 << 20, description="Connections to each address at a time.")
 
     @field_validator("metrics")
     @classmethod

@@ -5,6 +5,7 @@ import os
 from pydantic import Field, field_validator
 
 from stream_monitor.addresses import check_address
+from stream_monitor.config.layers import MOST_DAYS
 from stream_monitor.config.listening import Answering
 from stream_monitor.config.places import default_store, default_target
 from stream_monitor.config.stream import OnStream
@@ -36,7 +37,7 @@ class MonitorSettings(OnStream, Answering):
         default_factory=default_store,
         description="File that keeps findings and traces over restarts (SQLite, 0600). Empty: in memory only.",
     )
-    store_days: float = Field(7.0, gt=0, description="Days until findings and traces leave the store.")
+    store_days: float = Field(7.0, gt=0, le=MOST_DAYS, description="Days until findings and traces leave the store.")
     store_bytes: int = Field(
         1 << 30, ge=1 << 20, description="Size of the store; beyond it the oldest findings and traces go."
     )

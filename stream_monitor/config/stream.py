@@ -5,7 +5,7 @@ import os
 from pydantic import Field, field_validator
 
 from stream_monitor.addresses import check_broker
-from stream_monitor.config.layers import Layered
+from stream_monitor.config.layers import MOST_DAYS, Layered
 
 
 class OnStream(Layered):
@@ -31,6 +31,7 @@ class OnStream(Layered):
     nats_days: float = Field(
         7.0,
         gt=0,
+        le=MOST_DAYS,
         description="Days that a stream made here keeps its messages; one that is there keeps its own limits.",
     )
     nats_bytes: int = Field(1 << 33, ge=1 << 20, description="The same of its size; beyond it the oldest messages go.")

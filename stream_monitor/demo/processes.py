@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from stream_monitor.interrupts import end_as_at_ctrl_c
+
 # From linux/prctl.h. Orphans among the descendants become children of this process instead of init's, so that a
 # process that left its group, or whose parent died first, is still found.
 PR_SET_CHILD_SUBREAPER = 36
@@ -54,11 +56,7 @@ class Children:
     def __enter__(self) -> "Children":
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        # `kill` and a closed terminal end the demo the way Ctrl-C does, through the same clean-up.
-        # Started in the background of a script, a process inherits SIGINT as ignored, and Python then leaves it so.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
+        end_as_at_ctrl_c()
         return self
 
     def start(self, name: str, command: Sequence[str], log: Path, env: Mapping[str, str]) -> Child:

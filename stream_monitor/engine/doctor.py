@@ -5,12 +5,14 @@ the worker will meet.
 """
 
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +33,9 @@ def main(model: str) -> int:
         print(f"stream-monitor doctor: {error}", file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
-        print(f"stream-monitor doctor: {model}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        # vLLM's configurations are pydantic's, whose first line says how many errors there are.
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        print(f"stream-monitor doctor: {model}: {said.strip().splitlines()[0]}", file=sys.stderr)
         return 2
     except Exception as error:  # a model's own code, such as one that computes with weights it does not have here
         reason = f"vLLM cannot build it without its weights: {type(error).__name__}: {error}".splitlines()[0]
@@ -47,11 +51,21 @@ def plan_for(model: str, settings: CaptureSettings) -> CapturePlan:
 
     compat.register_backends()
     config = EngineArgs(model=model, worker_cls="stream_monitor.engine.worker.StreamWorker").create_engine_config()
-    refusals = compat.engine_refusals(config, settings.allow_untested_engine)
+    refusals = (*_off(settings), *compat.engine_refusals(config, settings.allow_untested_engine))
     with _single_rank(config):
         build_on_meta(config)
         facts = [facts for facts, _ in attention_layers(config)]
     return make_plan(facts, refusals, settings)
+
+
+def _off(settings: CaptureSettings) -> tuple[str, ...]:
+    """What keeps the plug-in from doing anything, whatever the model."""
+    plugins = os.environ.get("VLLM_PLUGINS")
+    named = plugins is None or "stream_monitor" in [name.strip() for name in plugins.split(",")]
+    return (
+        *(("STREAM_MONITOR_DISABLE switches the plug-in off",) if settings.disable else ()),
+        *(() if named else (f"VLLM_PLUGINS is {plugins!r}, without stream_monitor: vLLM does not load the plug-in",)),
+    )
 
 
 @contextlib.contextmanager
@@ -77,7 +91,9 @@ def show(plan: CapturePlan, settings: CaptureSettings, console: Console) -> None
         )
     else:
         console.print("[bold]Nothing can be captured.[/bold]")
-    table = Table("layer", "name", "attention", "heads (query/KV)", "head size", "plan")
+    table = Table()
+    for name in ("layer", "name", "attention", "heads (query/KV)", "head size", "plan"):
+        table.add_column(name, no_wrap=name not in ("name", "attention"), overflow="fold")
     for planned in plan.layers:
         facts = planned.facts
         if planned.refusals:

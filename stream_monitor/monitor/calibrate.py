@@ -59,6 +59,10 @@ def calibrate(
                 if len(models) > 1
                 else f"{models[0]} is captured in {len(kinds)} ways; restart the monitor after a change of the capture"
             )
+        if model_name and not infos:
+            others = sorted({info.model_name for info in filter(_is_whole, monitor.list_requests())})
+            held_of = f"; it holds some of {', '.join(others)}" if others else ""
+            raise ProfileError(f"the monitor holds no finished request of {model_name} that was captured{held_of}")
         asked = [(info, request) for info in infos if (request := _asked(monitor, info)) is not None]
     requests = [request for info, request in asked if _label(info, labels) is None]
     if not requests:

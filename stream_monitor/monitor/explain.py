@@ -2,7 +2,6 @@
 
 import numpy as np
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -54,14 +53,17 @@ def _curve(trace: Trace, event: monitor_pb2.Event | None) -> Table:
     the output rested on before and rests on there."""
     scores = trace.vertical_score
     rows = trace.captured_rows
-    table = Table("sentence", "role", "tokens", "rows", "anchor score", box=None, title="anchor curve")
+    table = Table(box=None, title="anchor curve")
+    for name in ("sentence", "role", "tokens", "rows", "anchor score"):
+        table.add_column(name, no_wrap=True)
     before = {anchor.sentence.index: anchor.share for anchor in event.from_anchors} if event else {}
     after = {anchor.sentence.index: anchor.share for anchor in event.to_anchors} if event else {}
     if event:
-        table.add_column("before")
-        table.add_column("since" if before else "at the finding")
+        table.add_column("before", no_wrap=True)
+        table.add_column("since" if before else "at the finding", no_wrap=True)
     if with_text := any(sentence.text for sentence in trace.sentences):
-        table.add_column("text", no_wrap=True)
+        # It alone gives way where the screen is narrow.
+        table.add_column("text")
     found = {one.sentence.index for one in trace.events}
     # The first sentence holds the attention sink, beside which no bar could be seen.
     most = float(np.nanmax(scores[1:])) if np.isfinite(scores[1:]).any() else 0.0
@@ -78,9 +80,8 @@ def _curve(trace: Trace, event: monitor_pb2.Event | None) -> Table:
         ]
         if event:
             cells += [f"{shares[index]:.0%}" if index in shares else "" for shares in (before, after)]
-        if with_text:
-            cells.append(escape(one_line(sentence.text, _TEXT)))
-        table.add_row(*cells)
+        text = Text(one_line(sentence.text, _TEXT), no_wrap=True, overflow="ellipsis")
+        table.add_row(*cells, *[text] * with_text)
     return table
 
 

@@ -29,10 +29,13 @@ def check_exposure(name: str, address: str, allowed: bool) -> None:
 def prepare_unix(name: str, address: str) -> Path:
     """Make the socket's folder ours, remove a stale socket, and refuse one that is in use."""
     path = Path(address.removeprefix("unix:"))
-    with suppress(FileExistsError):
-        os.makedirs(path.parent, mode=FOLDER_MODE)
-        os.chmod(path.parent, FOLDER_MODE)
-    folder = os.lstat(path.parent)
+    try:
+        with suppress(FileExistsError):
+            os.makedirs(path.parent, mode=FOLDER_MODE)
+            os.chmod(path.parent, FOLDER_MODE)
+        folder = os.lstat(path.parent)
+    except OSError as error:
+        raise ListenError(f"{name}: cannot make folder {path.parent}: {error.strerror}") from None
     if not stat.S_ISDIR(folder.st_mode):
         raise ListenError(f"{name}: {path.parent} is not a folder (or a symbolic link to one)")
     if folder.st_uid != os.getuid():

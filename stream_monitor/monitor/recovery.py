@@ -100,6 +100,8 @@ def set_aside(path: Path) -> Path:
     for end in ("-wal", "-shm", ""):
         with suppress(FileNotFoundError):
             os.rename(f"{path}{end}", f"{aside}{end}")
+            # Its time begins now, however long nobody wrote to it.
+            os.utime(f"{aside}{end}")
     return aside
 
 

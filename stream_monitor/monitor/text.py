@@ -45,12 +45,13 @@ class Vocabulary(dict[int, bytes]):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        file = path / "tokenizer.json" if path.is_dir() else path
         try:
             from tokenizers import Tokenizer
         except ImportError:
             raise TextError("tokenizers: needs the package tokenizers: pip install 'stream-monitor[text]'") from None
+        file = path
         try:
+            file = path / "tokenizer.json" if path.is_dir() else path
             content = file.read_text(encoding="utf-8")
             decoder = json.loads(content)["decoder"]
             self._tokenizer = Tokenizer.from_str(content)

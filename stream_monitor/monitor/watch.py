@@ -19,6 +19,8 @@ from stream_monitor.monitor.text import one_line
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 
 TABLE_ROWS, EVENT_LINES, TEXT_CHARACTERS = 20, 10, 40
+_TABLE_LINES = 6
+"""Of the table that are no requests."""
 _PREFIX = "EVENT_KIND_"
 
 
@@ -76,7 +78,9 @@ async def _table(monitor: AsyncMonitor, events: AsyncIterator[Received], request
     try:
         with Live(refresh_per_second=4) as live:
             while not collecting.done():
-                live.update(Group(_requests_table(await _listed(monitor, requests)), *map(_event_line, newest)))
+                # Where it all finds no room on the screen, the end is left out.
+                shown = (await _listed(monitor, requests))[: max(1, live.console.height - len(newest) - _TABLE_LINES)]
+                live.update(Group(*map(_event_line, newest), _requests_table(shown)))
                 await asyncio.sleep(0.5)
         collecting.result()
     finally:
@@ -97,10 +101,12 @@ async def _listed(monitor: AsyncMonitor, requests: Sequence[str]) -> list[monito
 
 
 def _requests_table(requests: Sequence[monitor_pb2.RequestInfo]) -> Table:
-    table = Table(title="Requests, newest first")
-    table.add_column("request", overflow="fold", min_width=24)
-    for name in ("model", "state", "tokens", "sentences", "rows", "top anchor", "events"):
-        table.add_column(name, justify="left" if name in ("model", "state", "top anchor") else "right")
+    table = Table(title="Requests, newest first", box=None)
+    for name in ("request", "state", "tokens", "sentences", "rows", "events"):
+        table.add_column(name, justify="left" if name in ("request", "state") else "right", no_wrap=True)
+    # These give way where the screen is narrow.
+    table.add_column("model")
+    table.add_column("top anchor")
     for info in requests:
         top = ""
         if info.HasField("top_anchor"):
@@ -110,13 +116,13 @@ def _requests_table(requests: Sequence[monitor_pb2.RequestInfo]) -> Table:
         state = monitor_pb2.RequestState.Name(info.state).removeprefix("REQUEST_STATE_").lower()
         table.add_row(
             Text(info.external_id),
-            Text(info.model_name),
             f"refused: {info.refused_reason}" if info.refused_reason else state,
             f"{info.prompt_tokens}+{info.output_tokens}",
             str(info.sentences),
             str(info.rows_kept),
-            Text(top),
             str(info.events),
+            Text(info.model_name, no_wrap=True, overflow="ellipsis"),
+            Text(top, no_wrap=True, overflow="ellipsis"),
         )
     return table
 

@@ -12,9 +12,13 @@ from stream_monitor.tracing.errors import TracingError
 
 def check_free(out: Path) -> None:
     """Raises TracingError unless a result can be put at `out`: it is absent, or an empty folder, and may be made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    try:
+        taken = out.exists() and (not out.is_dir() or any(out.iterdir()))
+        place = next(folder for folder in out.absolute().parents if folder.exists())
+    except OSError as error:
+        raise TracingError(f"cannot write {out}: {error.strerror}") from None
+    if taken:
         raise TracingError(f"{out} exists already; name a new folder, or an empty one")
-    place = next(folder for folder in out.absolute().parents if folder.exists())
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise TracingError(f"cannot write {out}: {place} is not a folder that may be written")
 

@@ -208,8 +208,12 @@ def _read_config(name: str) -> Any:
     """
     import transformers
 
-    looks_like_path = name.startswith((".", "/", "~")) or Path(name).exists()
-    if looks_like_path and not (Path(name) / "config.json").is_file():
+    try:
+        looks_like_path = name.startswith((".", "/", "~")) or Path(name).exists()
+        lacks_config = looks_like_path and not (Path(name) / "config.json").is_file()
+    except OSError as error:
+        raise TracingError(f"cannot read {name}: {error.strerror}") from None
+    if lacks_config:
         raise TracingError(f"{name} is not the folder of a Hugging Face model: it has no config.json")
     try:
         whole = transformers.AutoConfig.from_pretrained(name)

@@ -10,7 +10,7 @@ import pytest
 
 from stream_monitor.monitor import archive
 from stream_monitor.monitor.database import Database, StoredEvent, StoredTrace
-from stream_monitor.monitor.recovery import let_go_aside
+from stream_monitor.monitor.recovery import let_go_aside, set_aside
 from stream_monitor.monitor.retention import EVENTS, REQUESTS, TRACE_BYTES, Removed, housekeep, let_go_some
 from stream_monitor.v1alpha1 import monitor_pb2
 from tests.monitor.conftest import Running, until
@@ -153,6 +153,17 @@ def test_damaged_files_and_marks_of_deleted_requests_go_too(database: Database, 
     assert database.tombstones() == {b"b": 50}
     let_go_aside(tmp_path / "monitor.db", time.time_ns() + 1)
     assert not new.exists()
+
+
+def test_the_time_of_a_file_that_is_set_aside_begins_then(tmp_path: Path) -> None:
+    """However long ago it was written."""
+    store = tmp_path / "monitor.db"
+    store.write_text("shopping list")
+    os.utime(store, (1, 1))
+    begun = time.time_ns() - 10**9
+    aside = set_aside(store)
+    let_go_aside(store, begun)
+    assert aside.read_text() == "shopping list"
 
 
 def test_a_cursor_from_before_is_told_the_oldest_held(

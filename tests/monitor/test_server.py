@@ -127,6 +127,7 @@ def test_folders_that_are_not_ours_are_refused(tmp_path: Path) -> None:
         (link, "symbolic link"),
         (shared, "open to every user"),
         (Path("/proc/1"), "in use|cannot|belongs|open"),
+        (Path("/proc/none"), "^ingest: cannot make folder /proc/none: "),
     ):
         with pytest.raises(ListenError, match=why):
             prepare_unix("ingest", f"unix:{folder / 'x.sock'}")
