@@ -47,7 +47,7 @@ class StandIns:
 
     waits = 0
     search = None
-    shares_cpus, seconds, backlog = False, 0.0, 0
+    shares_cpus, processor_seconds, backlog = False, 0.0, 0
 
     def __init__(self, requests: int, stride: int) -> None:
         self.names = [f"chatcmpl-{number:032x}-0" for number in range(requests)]
