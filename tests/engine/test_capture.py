@@ -408,25 +408,16 @@ def test_steps_do_not_pile_up_behind_a_search_that_hangs():
     assert len(rig.capture._started) <= 1
 
 
-def test_what_a_request_gives_back_may_be_filled_by_a_connector_at_once():
+@pytest.mark.parametrize("how", ["finished_req_ids", "preempted_req_ids"])
+def test_what_a_request_gives_back_may_be_filled_by_a_connector_at_once(how):
     rig = Rig(connector=True).arm()
     rig.run(2)
-    ended = step(2)
-    ended.scheduled_cached_reqs = step(0).scheduled_cached_reqs
-    ended.num_scheduled_tokens, ended.finished_req_ids = {}, {"a"}
-    rig.capture.before_step(ended)
+    without = step(2)
+    without.scheduled_cached_reqs, without.num_scheduled_tokens = step(0).scheduled_cached_reqs, {}
+    setattr(without, how, {"a"})
+    rig.capture.before_step(without)
     assert rig.generations.of_block[5] == rig.generations.now == 3
     assert rig.capture._blocks_of == {}
-
-
-def test_so_may_what_was_taken_from_a_preempted_one():
-    rig = Rig(connector=True).arm()
-    rig.run(2)
-    taken = step(2)
-    taken.scheduled_cached_reqs = step(0).scheduled_cached_reqs
-    taken.num_scheduled_tokens, taken.preempted_req_ids = {}, {"a"}
-    rig.capture.before_step(taken)
-    assert rig.generations.of_block[5] == rig.generations.now
 
 
 def test_a_dummy_run_is_not_looked_at():
