@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-@app.command(help="Follow requests and events: a live table, or with --json one event per line.")
+@app.command(
+    help="Follow requests and events: a live table, or one event per line, plain into a file or pipe, or with --json."
+)
 @reaches_a_monitor
 def watch(
     monitor_at: "Target",

@@ -2,17 +2,17 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from stream_monitor.v1alpha1 import ingest_pb2, ingest_pb2_grpc
-from tests.monitor.conftest import Running, run
+from tests.monitor.conftest import Running, run, until
 from tests.monitor.synthetic import Engine
 
 __all__ = ["run"]  # the fixture
@@ -101,28 +101,42 @@ def published(monitor: Running, request_id: str) -> None:
     list(stub.Publish(iter([ingest_pb2.PublishRequest(summary=summary) for summary in summaries])))
 
 
-def wait_for_subscriber(monitor: Running) -> None:
-    deadline = time.monotonic() + 20
-    while not monitor.server.log.subscribers:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+def wait_for_subscribers(monitor: Running, number: int = 1) -> None:
+    until(lambda: len(monitor.server.log.subscribers) >= number, 20)
 
 
-def watching(monitor: Running, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "stream_monitor", "watch", "--target", monitor.server.grpc_address, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"COLUMNS": "160"},
-    )
+Watch = Callable[..., subprocess.Popen[str]]
 
 
-def test_watch_prints_one_event_a_line_and_outlives_the_monitor(run: Callable[..., Running], tmp_path: Path) -> None:
+@pytest.fixture
+def watching() -> Iterator[Watch]:
+    """Starts `stream-monitor watch`, which goes on until it is told to end."""
+    processes = []
+
+    def start(monitor: Running, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stream_monitor", "watch", "--target", monitor.server.grpc_address, *arguments],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            # Buffered, as where a user starts it: each line has to be flushed.
+            env=os.environ | {"COLUMNS": "160", "PYTHONUNBUFFERED": ""},
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+def test_watch_prints_one_event_a_line_and_outlives_the_monitor(
+    run: Callable[..., Running], watching: Watch, tmp_path: Path
+) -> None:
     first = run()
     process = watching(first, "--json", "--request", "my-req-1")
     assert process.stdout is not None
-    wait_for_subscriber(first)
+    wait_for_subscribers(first)
     published(first, "chatcmpl-other-aee6d49e")
     published(first, CHAT)
     event = json.loads(process.stdout.readline())
@@ -132,7 +146,7 @@ def test_watch_prints_one_event_a_line_and_outlives_the_monitor(run: Callable[..
     first.call(first.server.stop())
     first.stopped = True
     second = run(grpc=first.server.grpc_address, ingest=f"unix:{tmp_path / 'second.sock'}")
-    wait_for_subscriber(second)
+    wait_for_subscribers(second)
     published(second, CHAT)
     assert json.loads(process.stdout.readline())["engine_instance"] != event["engine_instance"]
     process.send_signal(signal.SIGINT)
@@ -141,13 +155,36 @@ def test_watch_prints_one_event_a_line_and_outlives_the_monitor(run: Callable[..
     assert "Traceback" not in errors
 
 
-def test_watch_shows_a_table(run: Callable[..., Running]) -> None:
+def test_watch_prints_plain_lines_where_there_is_no_terminal(run: Callable[..., Running], watching: Watch) -> None:
+    monitor = run()
+    interrupted, cut_off = watching(monitor), watching(monitor)
+    assert interrupted.stdout is not None
+    assert cut_off.stdout is not None
+    wait_for_subscribers(monitor, 2)
+    published(monitor, CHAT)
+    line = interrupted.stdout.readline()
+    assert cut_off.stdout.readline() == line
+    assert re.fullmatch(r"\S+ chatcmpl-my-req-1 ANCHOR_SHIFT WARNING at sentence \d+ the anchors moved .+\n", line)
+    # As `head -1` ends: what comes next has nobody to read it.
+    cut_off.stdout.close()
+    published(monitor, "chatcmpl-my-req-2-aee6d49e")
+    assert interrupted.stdout.readline().split()[1] == "chatcmpl-my-req-2"
+    interrupted.send_signal(signal.SIGINT)
+    for process in (interrupted, cut_off):
+        assert process.stderr is not None
+        assert (process.wait(20), process.stderr.read()) == (0, "")
+
+
+def test_watch_shows_a_table_in_a_terminal(run: Callable[..., Running], watching: Watch) -> None:
     monitor = run()
     published(monitor, CHAT)
-    process = watching(monitor, "--all")
-    wait_for_subscriber(monitor)
-    time.sleep(2)
+    screen, terminal = os.openpty()
+    process = watching(monitor, "--all", stdout=terminal)
+    os.close(terminal)
+    shown = ""
+    while not re.search(r"Requests, newest first.*chatcmpl-my-req-1 .*finished", shown, re.DOTALL):
+        shown += os.read(screen, 1 << 16).decode(errors="replace")
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=20)
-    assert "chatcmpl-my-req-1" in output
-    assert "Traceback" not in errors
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, "")
+    os.close(screen)

@@ -1,10 +1,11 @@
-"""`stream-monitor watch`: events as JSON lines or a live table, across restarts of the monitor."""
+"""`stream-monitor watch`: events as a live table, or line by line, across restarts of the monitor."""
 
 import asyncio
 import json
 import sys
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
 
 from google.protobuf.json_format import MessageToDict
 from rich.console import Group
@@ -21,7 +22,9 @@ from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 TABLE_ROWS, EVENT_LINES, TEXT_CHARACTERS = 20, 10, 40
 _TABLE_LINES = 6
 """Of the table that are no requests."""
-_PREFIX = "EVENT_KIND_"
+_STATE_AND_NUMBERS, _ANCHOR = 64, 16
+"""Characters of a line that the columns after the request take, and the least that are of use for the model and the top
+anchor each."""
 
 
 def kinds(names: Sequence[str], everything: bool) -> list[str]:
@@ -30,18 +33,27 @@ def kinds(names: Sequence[str], everything: bool) -> list[str]:
     return list(KINDS) if everything else list(names)
 
 
-def as_line(received: Received) -> str:
+def plain_line(received: Received) -> str:
+    """One event as one line: time, request, kind, severity, what; and at its end how many before it were lost."""
+    event = received.event
+    time = datetime.fromtimestamp(event.wall_time_ns / 1e9, UTC).isoformat(timespec="milliseconds")
+    lost = f" ({received.lost} events before it were lost)" if received.lost else ""
+    line = f"{time} {event.external_id} {_kind(event)} {_severity(event)} {event.summary}{lost}"
+    return one_line(line, len(line))
+
+
+def json_line(received: Received) -> str:
     """One event as one line of JSON; the ids stand at the top, enums by name, `lost` and `gap` where events were."""
     event = received.event
     fields = MessageToDict(event, preserving_proto_field_name=True)
     line = {
-        "kind": monitor_pb2.EventKind.Name(event.kind).removeprefix(_PREFIX),
+        "kind": _kind(event),
         "external_id": event.external_id,
         "request_id": event.key.request_id,
         "engine_instance": event.key.engine_instance,
         "sample_index": event.key.sample_index,
         **{name: value for name, value in fields.items() if name not in ("kind", "key", "external_id", "wall_time_ns")},
-        "severity": monitor_pb2.Severity.Name(event.severity).removeprefix("SEVERITY_"),
+        "severity": _severity(event),
         "wall_time_ns": event.wall_time_ns,
         "cursor": received.cursor,
     }
@@ -53,14 +65,14 @@ def as_line(received: Received) -> str:
 
 
 async def follow(target: Target, requests: Sequence[str], wanted: Sequence[str], as_json: bool) -> None:
-    """Until cancelled. Raises MonitorError."""
+    """Until cancelled; a table in a terminal alone, since a file or a pipe takes lines. Raises MonitorError."""
     async with AsyncMonitor(target) as monitor:
         events = monitor.subscribe(request_ids=requests, kinds=wanted, notify=_tell)
-        if as_json:
-            async for received in events:
-                print(as_line(received), flush=True)
-        else:
+        if sys.stdout.isatty() and not as_json:
             await _table(monitor, events, requests)
+            return
+        async for received in events:
+            print(json_line(received) if as_json else plain_line(received), flush=True)
 
 
 def _tell(message: str) -> None:
@@ -80,7 +92,7 @@ async def _table(monitor: AsyncMonitor, events: AsyncIterator[Received], request
             while not collecting.done():
                 # Where it all finds no room on the screen, the end is left out.
                 shown = (await _listed(monitor, requests))[: max(1, live.console.height - len(newest) - _TABLE_LINES)]
-                live.update(Group(*map(_event_line, newest), _requests_table(shown)))
+                live.update(Group(*map(_event_line, newest), _requests_table(shown, live.console.width)))
                 await asyncio.sleep(0.5)
         collecting.result()
     finally:
@@ -100,13 +112,18 @@ async def _listed(monitor: AsyncMonitor, requests: Sequence[str]) -> list[monito
     return found
 
 
-def _requests_table(requests: Sequence[monitor_pb2.RequestInfo]) -> Table:
+def _requests_table(requests: Sequence[monitor_pb2.RequestInfo], width: int) -> Table:
+    """Where the screen is narrow, the model and the top anchor are left out, and long ids take several lines."""
+    longest = max((len(info.external_id) for info in requests), default=0)
+    wide = width >= longest + _STATE_AND_NUMBERS + 2 * _ANCHOR
     table = Table(title="Requests, newest first", box=None)
-    for name in ("request", "state", "tokens", "sentences", "rows", "events"):
-        table.add_column(name, justify="left" if name in ("request", "state") else "right", no_wrap=True)
-    # These give way where the screen is narrow.
-    table.add_column("model")
-    table.add_column("top anchor")
+    table.add_column("request", no_wrap=wide, overflow="fold")
+    table.add_column("state", no_wrap=True)
+    for name in ("tokens", "sentences", "rows", "events"):
+        table.add_column(name, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("model")
+        table.add_column("top anchor")
     for info in requests:
         top = ""
         if info.HasField("top_anchor"):
@@ -114,21 +131,27 @@ def _requests_table(requests: Sequence[monitor_pb2.RequestInfo]) -> Table:
             text = one_line(info.top_anchor.sentence.text, TEXT_CHARACTERS)
             top = f"#{info.top_anchor.sentence.index} {role} {info.top_anchor.share:.0%} {text}".rstrip()
         state = monitor_pb2.RequestState.Name(info.state).removeprefix("REQUEST_STATE_").lower()
-        table.add_row(
+        cells: list[str | Text] = [
             Text(info.external_id),
-            f"refused: {info.refused_reason}" if info.refused_reason else state,
+            Text(f"refused:\n{info.refused_reason}" if info.refused_reason else state),
             f"{info.prompt_tokens}+{info.output_tokens}",
             str(info.sentences),
             str(info.rows_kept),
             str(info.events),
-            Text(info.model_name, no_wrap=True, overflow="ellipsis"),
-            Text(top, no_wrap=True, overflow="ellipsis"),
-        )
+        ]
+        ends = [Text(end, no_wrap=True, overflow="ellipsis") for end in (info.model_name, top)]
+        table.add_row(*cells, *ends * wide)
     return table
 
 
 def _event_line(event: monitor_pb2.Event) -> Text:
     style = "yellow" if event.kind in FINDINGS else "dim"
-    return Text(
-        f"{monitor_pb2.EventKind.Name(event.kind).removeprefix(_PREFIX)} {event.external_id}: {event.summary}", style
-    )
+    return Text(f"{_kind(event)} {event.external_id}: {event.summary}", style)
+
+
+def _kind(event: monitor_pb2.Event) -> str:
+    return monitor_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_")
+
+
+def _severity(event: monitor_pb2.Event) -> str:
+    return monitor_pb2.Severity.Name(event.severity).removeprefix("SEVERITY_")
