@@ -1,6 +1,7 @@
 """`stream-monitor explain`: one request's anchor curve, and one finding on it, in a terminal."""
 
 import numpy as np
+from rich.bar import Bar
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
@@ -54,15 +55,16 @@ def _curve(trace: Trace, event: monitor_pb2.Event | None) -> Table:
     scores = trace.vertical_score
     rows = trace.captured_rows
     table = Table(box=None, title="anchor curve")
-    for name in ("sentence", "role", "tokens", "rows", "anchor score"):
+    for name in ("sentence", "role", "tokens", "rows", "score"):
         table.add_column(name, no_wrap=True)
+    # Bars and the text give way where the screen is narrow.
+    table.add_column(max_width=_BAR)
     before = {anchor.sentence.index: anchor.share for anchor in event.from_anchors} if event else {}
     after = {anchor.sentence.index: anchor.share for anchor in event.to_anchors} if event else {}
     if event:
         table.add_column("before", no_wrap=True)
         table.add_column("since" if before else "at the finding", no_wrap=True)
     if with_text := any(sentence.text for sentence in trace.sentences):
-        # It alone gives way where the screen is narrow.
         table.add_column("text")
     found = {one.sentence.index for one in trace.events}
     # The first sentence holds the attention sink, beside which no bar could be seen.
@@ -70,13 +72,13 @@ def _curve(trace: Trace, event: monitor_pb2.Event | None) -> Table:
     for sentence in trace.sentences:
         index = sentence.index
         score = float(scores[index])
-        bar = "" if not np.isfinite(score) or most <= 0 else "█" * min(_BAR, round(_BAR * score / most))
-        cells = [
+        cells: list[str | Bar] = [
             f"{index}{' ◀' if index in found else ''}",
             summary_pb2.Role.Name(sentence.role).removeprefix("ROLE_").lower(),
             f"{sentence.first_token}-{sentence.end_token - 1}",
             str(rows[index]),
-            "" if not np.isfinite(score) else f"{'<0.0001' if 0 < score < 1e-4 else f'{score:.4f}'} {bar}",
+            "" if not np.isfinite(score) else "<0.0001" if 0 < score < 1e-4 else f"{score:.4f}",
+            Bar(most, 0, score) if score > 0 and most > 0 else "",
         ]
         if event:
             cells += [f"{shares[index]:.0%}" if index in shares else "" for shares in (before, after)]
