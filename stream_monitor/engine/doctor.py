@@ -33,9 +33,7 @@ def main(model: str) -> int:
         print(f"stream-monitor doctor: {error}", file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
-        # vLLM's configurations are pydantic's, whose first line says how many errors there are.
-        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        print(f"stream-monitor doctor: {model}: {said.strip().splitlines()[0]}", file=sys.stderr)
+        print(f"stream-monitor doctor: {model}: {_first_line(error)}", file=sys.stderr)
         return 2
     except Exception as error:  # a model's own code, such as one that computes with weights it does not have here
         reason = f"vLLM cannot build it without its weights: {type(error).__name__}: {error}".splitlines()[0]
@@ -43,6 +41,16 @@ def main(model: str) -> int:
         return 2
     show(plan, settings, Console(soft_wrap=True))
     return 0 if plan.watched else 1
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says; its kind, if it says nothing."""
+    said = str(error)
+    if isinstance(error, ValidationError):
+        # vLLM's configurations are pydantic's, whose first line only says how many errors there are.
+        first = error.errors()[0]
+        said = ": ".join([*map(str, first["loc"]), first["msg"]])
+    return next(iter(said.strip().splitlines()), type(error).__name__)
 
 
 def plan_for(model: str, settings: CaptureSettings) -> CapturePlan:
