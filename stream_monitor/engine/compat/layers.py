@@ -23,7 +23,8 @@ def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
     from stream_monitor.engine.backends.tap import TappedAttention
 
     # Layers of a draft model of its own are called draft..., those of EAGLE and the like are numbered on from the
-    # model's last (`start_layer_id` in model_executor/models/llama_eagle.py).
+    # model's last (`start_layer_id` in model_executor/models/llama_eagle.py), and some that predict several tokens
+    # begin at 0 again, under mtp (model_executor/models/qwen3_next_mtp.py, mimo_v2_mtp.py).
     of_model = model_layers(vllm_config) if vllm_config.speculative_config is not None else None
     found = []
     for name, layer in vllm_config.compilation_config.static_forward_context.items():
@@ -47,13 +48,17 @@ def attention_layers(vllm_config: Any) -> list[tuple[LayerFacts, Any]]:
             sliding_window=_sliding_window(layer),
             alibi=getattr(impl, "alibi_slopes", None) is not None,
             shares_kv_with=getattr(layer, "kv_sharing_target_layer_name", None) or "",
-            draft=name.startswith("draft") or (of_model is not None and index >= of_model),
+            draft=_of_draft_model(name) or (of_model is not None and index >= of_model),
             most_head_dim=MOST_HEAD_DIM.get(platform_name(), 0),
             quantised_caches=getattr(impl, "quantised_caches", ()),
             varying_scales=_varying_scales(layer),
         )
         found.append((facts, layer))
     return found
+
+
+def _of_draft_model(name: str) -> bool:
+    return name.startswith("draft") or "mtp" in name.split(".")
 
 
 def _sliding_window(layer: Any) -> int:
