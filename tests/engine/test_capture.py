@@ -452,6 +452,15 @@ def test_a_cost_above_the_bound_raises_the_stride_and_counts_what_that_leaves_ou
     assert rig.estimator.jobs[-1].ledger.hook_seconds > 0
 
 
+@pytest.mark.parametrize(("shares", "factor"), [(True, 2), (False, 1)])
+def test_what_the_search_takes_counts_where_it_has_no_cpu_of_its_own(shares, factor):
+    rig = Rig(max_overhead=100.0).arm()
+    rig.estimator.shares_cpus = shares
+    rig.estimator.processor_seconds = 1e6
+    rig.run(140)
+    assert rig.capture.governor.factor == factor
+
+
 def test_tokens_that_are_still_on_the_device_are_noted_when_the_engine_asks_for_them():
     rig = Rig().arm()
     pending = SimpleNamespace(get_output=lambda: SimpleNamespace(req_ids=["a"], sampled_token_ids=[[7]]))

@@ -1,13 +1,14 @@
 """The estimator thread over a real search and a real ring: what it counts of its own work."""
 
 import os
+import time
 from collections.abc import Collection
 
 import numpy as np
 import pytest
 import torch
 
-from stream_kernels.cpu import CpuSearch
+from stream_kernels.cpu import ROW_RACED, CpuSearch
 from stream_kernels.layout import KeyLayout, PagedKeys
 from stream_kernels.search import BlockSummary, SearchConfig
 from stream_monitor.engine import estimator
@@ -91,6 +92,25 @@ def test_bytes_read_and_written_are_counted(watched: tuple[int, ...]) -> None:
     # A record cannot hold its own length: it tells of those before.
     assert (first.record_bytes, second.record_bytes) == (0, len(payloads[0]))
     assert second.queues == QUEUES
+
+
+def test_time_that_a_search_sleeps_takes_no_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, for which the thread waits."""
+    rig = Rig()
+
+    def search(slot: CpuSlot) -> np.ndarray:
+        time.sleep(0.05)
+        begin = time.thread_time()
+        while time.thread_time() - begin < 0.01:
+            pass
+        return np.full(len(slot.labels), ROW_RACED, np.uint8)
+
+    monkeypatch.setattr(rig.estimator._search, "run", search)
+    rig.submit(1)
+    assert rig.estimator.drain(30)
+    assert 0.01 <= rig.estimator.processor_seconds < 0.05
+    assert rig.estimator.ledger.estimate_seconds >= 0.06
+    rig.end()
 
 
 def test_on_the_core_processs_cpu_a_search_waits_for_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
