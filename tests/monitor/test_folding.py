@@ -100,3 +100,20 @@ def test_together_and_one_by_one(most: int, monkeypatch: pytest.MonkeyPatch) -> 
         assert not captured.lag_mass[:, 1:].any()
     mass = sum(float(row.mass.sum()) for row in sentences[2].rows) / sentences[2].rows[0].heads / 6
     assert matrix.shares[matrix.rows == 2].sum() == pytest.approx(mass, rel=1e-5)
+
+
+def test_rows_whose_heads_cannot_be_told_apart_give_no_shares() -> None:
+    """Beside sentences that tell, one of the same request among them, into which no division by nothing may reach."""
+    draw = np.random.default_rng(1)
+    telling, silent = unfolded(draw, 5, 2, range(2)), unfolded(draw, 5, 2, range(2))
+    for each in silent.rows:
+        each.by_head = False
+    same_request = silent._replace(heads=telling.heads)
+    with np.errstate(all="raise"):
+        folds = fold([silent, telling, same_request])
+    assert [each.telling for each in folds] == [0, 2, 0]
+    for each in (folds[0], folds[2]):
+        assert [len(part) for part in (*each.shares, *each.mass)] == [0] * 5
+        assert each.folded.mass.sum() == pytest.approx(sum(float(row.mass.sum()) for row in silent.rows))
+    assert same(folds[1], fold([telling])[0])
+    assert folds[1].mass.shares.sum() > 0
