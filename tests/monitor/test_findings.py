@@ -132,6 +132,19 @@ def test_a_profile_made_of_a_monitors_requests_calibrates_the_next(
     assert "no profile fits tiny, capture " in caplog.text
 
 
+def test_calibrating_a_model_that_is_not_held_names_those_that_are(monitor: Running, tmp_path: Path) -> None:
+    asked = ("calibrate", "--out", tmp_path / "p.json", "--target", monitor.server.grpc_address, "--model-name")
+    code, _, errors = run(*asked, "tniy")
+    assert (code, errors) == (2, "stream-monitor: the monitor holds no finished request of tniy that was captured\n")
+    for name in ("tiny", "small", "tiny"):
+        monitor.publish(request(Engine(engine(model_name=name)), f"{name}-1", [28] * 6))
+    running = Engine(engine(model_name="running"))
+    monitor.publish(request(running, "unfinished", [28] * 6)[:-1])
+    code, _, errors = run(*asked, "tniy")
+    assert code == 2
+    assert errors.endswith(" no finished request of tniy that was captured; it holds some of small, tiny\n")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"requests": 40}, "a rate of 0.01 for 4 detectors needs 399"), ({"version": 9}, "profile of version 9")],
