@@ -1,11 +1,15 @@
 """Fixtures for the whole suite."""
 
+import errno
+import io
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,6 +43,25 @@ def compiled_search() -> None:
 
     cache = PagedKeys(torch.zeros(1, 1, 32, 128), KeyLayout(32, 64, 32, 1), 1.0)
     CpuSearch([cache], 1, SearchConfig(), max_rows=1, max_context=32, query_dtype=torch.float32)
+
+
+@pytest.fixture
+def closed_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that may not be entered: not by root either, whom permissions do not bind, since the calls refuse it."""
+    folder = tmp_path / "closed"
+
+    def refusing(call: Callable[..., Any]) -> Callable[..., Any]:
+        def called(path: Any, *arguments: Any, **named: Any) -> Any:
+            if isinstance(path, str | Path) and folder in Path(path).parents:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return call(path, *arguments, **named)
+
+        return called
+
+    folder.mkdir()
+    for module, name in ((os, "stat"), (os, "mkdir"), (io, "open")):
+        monkeypatch.setattr(module, name, refusing(getattr(module, name)))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -164,6 +164,13 @@ def test_a_bad_setting_is_one_line(setting: str, says: str, chat_file: Path, tmp
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("given", "file"), [("", "tokenizer.json"), ("model", "model")])
+def test_a_folder_that_may_not_be_entered_is_one_line(given: str, file: str, closed_folder: Path) -> None:
+    with pytest.raises(TextError) as error:
+        Vocabularies.read(f"tiny={closed_folder / given}")
+    assert str(error.value) == f"tokenizers: cannot read {closed_folder / file}: Permission denied"
+
+
 def test_without_the_package_the_extra_is_named(chat_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(TextError, match=r"pip install 'stream-monitor\[text\]'"):

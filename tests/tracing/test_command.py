@@ -111,6 +111,20 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == [prompt]
 
 
+@pytest.mark.parametrize(
+    ("option", "said"), [("--out", "write"), ("--model", "read"), ("--prompt", "read"), ("--messages", "read")]
+)
+def test_a_folder_that_may_not_be_entered_is_one_line(
+    option: str, said: str, tiny_folder: Path, prompt: Path, tmp_path: Path, closed_folder: Path
+) -> None:
+    given = {"--model": tiny_folder, "--prompt": prompt, "--out": tmp_path / "out"} | {option: closed_folder / "there"}
+    if option == "--messages":
+        del given["--prompt"]
+    code, _, errors = trace(*(part for pair in given.items() for part in pair))
+    assert (code, errors) == (2, f"stream-monitor: cannot {said} {closed_folder / 'there'}: Permission denied\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_prompt_beyond_the_models_limit_is_one_line(tiny_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("a" * (tiny.SHAPE["max_position_embeddings"] + 1))
