@@ -63,13 +63,16 @@ def export(store: str, out: Path, format: str, since: str, until: str, model_nam
     first, last = _time("--since", since, 0), _time("--until", until, 2**63 - 1)
     if not store:
         raise ExportError("the monitor keeps everything in memory (setting store); name a file with --store")
-    if not Path(store).exists():
-        raise ExportError(f"there is no store at {store}; name one with --store")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"--out: {out} exists and is not an empty folder")
-    parts = out.with_name(f".{out.name}.part")
-    shutil.rmtree(parts, ignore_errors=True)
     try:
+        if not Path(store).exists():
+            raise ExportError(f"there is no store at {store}; name one with --store")
+    except OSError as error:
+        raise ExportError(f"cannot read {store}: {error.strerror}") from None
+    parts = out.with_name(f".{out.name}.part")
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ExportError(f"--out: {out} exists and is not an empty folder")
+        shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
         counts = _write(Path(store), parts, format, first, last, (model_name, tenant))
         with suppress(FileNotFoundError):

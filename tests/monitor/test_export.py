@@ -157,3 +157,15 @@ def test_a_missing_library_is_named_with_the_remedy(
     with pytest.raises(ExportError, match=r"Parquet needs pyarrow: pip install 'stream-monitor\[export\]'"):
         export(str(store[1]), tmp_path / "out", "parquet", "", "", "")
     assert not (tmp_path / "out").exists()
+
+
+def test_folders_that_may_not_be_entered_are_told_in_one_line(tmp_path: Path, closed_folder: Path) -> None:
+    store = tmp_path / "monitor.db"
+    store.touch()
+    for given, out, said in (
+        (closed_folder / "there", tmp_path / "out", "cannot read"),
+        (store, closed_folder / "there", "--out: cannot write"),
+    ):
+        with pytest.raises(ExportError, match=f"^{said} {closed_folder / 'there'}: Permission denied$"):
+            export(str(given), out, "jsonl", "", "", "")
+    assert sorted(tmp_path.iterdir()) == [closed_folder, store]
