@@ -14,7 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numba
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from stream_kernels.cpu_kernel import compiling, search_rows
 
@@ -138,3 +141,22 @@ def test_the_kernel_imports_nothing_of_ours_that_the_hash_does_not_cover() -> No
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             ours = [name for name in names if name.split(".")[0] in ("stream_kernels", "stream_monitor")]
             assert all(name.startswith("stream_kernels.cpu_kernel.") for name in ours), path.name
+
+
+def test_callees_are_lent_arrays_and_make_none() -> None:
+    @compiling.jit()
+    def lent(values: NDArray[np.float32]) -> float:
+        row = values[1]
+        return float(row[0])
+
+    @compiling.jit()
+    def made(values: NDArray[np.float32], row: int) -> None:
+        values[row] = values[row + 1]
+
+    values = np.arange(6, dtype=np.float32).reshape(3, 2)
+    entry = numba.njit(lambda values: lent(values))
+    held = sys.getrefcount(values)
+    assert [entry(values) for _ in range(100)] == [2.0] * 100
+    assert sys.getrefcount(values) == held
+    with pytest.raises(numba.core.errors.NumbaError, match="NRT required but not enabled"):
+        numba.njit(lambda values: made(values, len(values) - 2))(values)

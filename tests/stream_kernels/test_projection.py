@@ -22,7 +22,7 @@ def project(
 
 
 @pytest.mark.parametrize("dim", [16, 20, 64])
-@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 15, 16, 17, 96])
+@pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 12, 15, 16, 17, 96])
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 70])
 def test_products_are_numpys(dim: int, heads: int, count: int) -> None:
     draw = np.random.default_rng(0)

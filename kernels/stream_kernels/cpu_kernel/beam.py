@@ -21,7 +21,7 @@ from stream_kernels.cpu_kernel.logits import (
 from stream_kernels.cpu_kernel.nodes import FANOUT_BITS, NodeIndex
 from stream_kernels.cpu_kernel.projection import project_nodes
 from stream_kernels.cpu_kernel.reading import READ, read_on
-from stream_kernels.cpu_kernel.selection import kth_largest, sort_key
+from stream_kernels.cpu_kernel.selection import least_of_best, sort_key
 from stream_kernels.cpu_kernel.structures import MINUS_INFINITY, ZERO, Floats, Geometry, Pages, Plan, Scratch
 from stream_kernels.cpu_kernel.summaries import (
     Summaries,
@@ -205,9 +205,7 @@ def _look_at_outliers(
     softcap: np.float32,
 ) -> None:
     """Raises the estimates of the `twice` best nodes of the front to what their outliers say, and their sort keys."""
-    for i in range(count):
-        s.work[i] = s.rank[i]
-    worst = kth_largest(s.work, count, twice)
+    worst = least_of_best(s.rank, count, twice)
     found = 0
     for i in range(count):
         if s.rank[i] >= worst:
@@ -251,9 +249,7 @@ def _look_into(
 
     The other nodes are left. Returns how many nodes are in front now, and how many were left so far.
     """
-    for i in range(count):
-        s.work[i] = s.rank[i]
-    worst = kth_largest(s.work, count, min(width, count))
+    worst = least_of_best(s.rank, count, min(width, count))
     found, first_left = 0, left
     for i in range(count):
         node = b.front[i]
@@ -275,5 +271,6 @@ def _look_into(
         if node_blocks(level - 1, child, g.sink_blocks) > 0:
             b.below[found] = child
             found += 1
-    b.front[:found] = b.below[:found]
+    for i in range(found):
+        b.front[i] = b.below[i]
     return found, left

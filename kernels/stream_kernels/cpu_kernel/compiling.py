@@ -31,6 +31,11 @@ class _CalleeLowering(NativeLowering):  # type: ignore[misc]
     numba optimises every function together with all it calls, on each level of callers anew, and gives it machine code
     and a wrapper for Python. Here callees stay intermediate code, which is optimised once, in the function that Python
     calls: a third of the time.
+
+    Nor do callees count references to arrays: a view of a row of a table costs two locked instructions else, and most
+    loops are over such views. All arrays are lent by the caller for the whole call. None may be made (numba then says
+    "NRT required but not enabled"; to assign one array to another makes one), and none that was lent may be returned
+    to a function that Python calls, which would count it down.
     """
 
     _name = "stream_kernels_callee_lowering"
@@ -40,6 +45,7 @@ class _CalleeLowering(NativeLowering):  # type: ignore[misc]
         library._optimize_final_module = lambda: None
         library._finalize_final_module = lambda: setattr(library, "_finalized", True)
         state.flags.no_cpython_wrapper = state.flags.no_cfunc_wrapper = True
+        state.targetctx = state.targetctx.subtarget(enable_nrt=False)
         # The machine code also is the object that stands for the function. Any built-in one will do; this one raises a
         # KeyError, should the function be called from Python after all.
         with patch.object(state.targetctx, "get_executable", lambda *_: {}.popitem):

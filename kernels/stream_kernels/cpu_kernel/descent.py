@@ -5,7 +5,7 @@ import numpy as np
 from stream_kernels.cpu_kernel.compiling import jit
 from stream_kernels.cpu_kernel.keys import load_probes
 from stream_kernels.cpu_kernel.logits import add_mass, largest, score_keys, weight_above
-from stream_kernels.cpu_kernel.selection import kth_largest, sort_key
+from stream_kernels.cpu_kernel.selection import least_of_best, sort_key
 from stream_kernels.cpu_kernel.structures import EXACT, MINUS_INFINITY, Geometry, Pages, Plan, Scratch
 
 
@@ -83,8 +83,7 @@ def _keep_branches(g: Geometry, plan: Plan, s: Scratch, heads: int, branches: in
         return branches
     for b in range(branches):
         s.rank[b] = sort_key(s.score[b], b)
-        s.work[b] = s.rank[b]
-    worst = kth_largest(s.work, branches, keep)
+    worst = least_of_best(s.rank, branches, keep)
     kept = 0
     for b in range(branches):
         if s.rank[b] >= worst:

@@ -238,15 +238,10 @@ def dot_bfloat16(queries: int) -> Any:
                     part = builder.load(builder.inttoptr(address, _FLOATS.as_pointer()), align=4)
                     product = builder.fmul(wide, part, flags=("contract",))
                     builder.store(builder.fadd(builder.load(total), product, flags=("contract",)), total)
-            kind = ir.FunctionType(ir.FloatType(), [ir.FloatType(), _FLOATS])
-            reduce = builder.module.globals.get("llvm.vector.reduce.fadd.v8f32") or ir.Function(
-                builder.module, kind, "llvm.vector.reduce.fadd.v8f32"
-            )
-            for q, total in enumerate(sums):
+            sums = _sums_over_lanes(builder, [builder.load(total) for total in sums])
+            for q in range(queries):
                 address = builder.add(products, builder.mul(products_bytes, ir.Constant(size, q)))
-                whole = builder.call(
-                    reduce, [ir.Constant(ir.FloatType(), -0.0), builder.load(total)], fastmath=("reassoc",)
-                )
+                whole = builder.extract_element(sums, ir.Constant(ir.IntType(32), q))
                 builder.store(whole, builder.inttoptr(address, ir.FloatType().as_pointer()))
             return context.get_dummy_value()
 
@@ -254,6 +249,28 @@ def dot_bfloat16(queries: int) -> Any:
         return types.none(*arguments), generate
 
     return dot
+
+
+def _sums_over_lanes(builder: Any, vectors: list[Any]) -> Any:
+    """A vector whose lanes are the sums over the lanes of each of at most eight vectors.
+
+    What is to be added is shuffled side by side, of two vectors at a time: seven additions and fourteen shuffles for
+    eight vectors, where one by one takes 24 of each.
+    """
+
+    def joined(one: Any, other: Any, first: list[int], second: list[int]) -> Any:
+        parts = [
+            builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(ir.IntType(32), LANES), lanes))
+            for lanes in (first, second)
+        ]
+        return builder.fadd(*parts)
+
+    rest = vectors + [ir.Constant(_FLOATS, [0.0] * LANES)] * (LANES - len(vectors))
+    for _ in range(2):
+        # Neighbours within each half, which shuffles of one instruction do not cross.
+        pairs = zip(rest[::2], rest[1::2], strict=True)
+        rest = [joined(a, b, [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]) for a, b in pairs]
+    return joined(rest[0], rest[1], [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15])
 
 
 def _spread(builder: Any, scalar: Any) -> Any:

@@ -80,7 +80,7 @@ def _split_exp(x: np.float32) -> tuple[np.float32, np.float32]:
     In a loop it vectorises, which the library's exp does not.
     """
     x = max(x, _EXP_FLOOR)
-    whole = np.float32(math.floor(x * _LOG2_E + _HALF))
+    whole = np.floor(x * _LOG2_E + _HALF)
     f = (x - whole * _LN_2_HIGH) - whole * _LN_2_LOW
     excess = f * (_ONE + f * (_C2 + f * (_C3 + f * (_C4 + f * (_C5 + f * _C6)))))
     return int_as_float(np.int32((np.int32(whole) + np.int32(127)) << np.int32(23))), excess

@@ -25,15 +25,47 @@ _COLUMNS = 4 * LANES
 _MANY = 16
 """Queries from which it pays to widen nodes into the columns of a tile: no sum over the lanes of a vector then."""
 
-# The usual numbers of query heads per KV head; sums of eight and a vector fit the registers of a machine with AVX2.
-_dot_eight = dot_bfloat16(8)
-_dot_seven = dot_bfloat16(7)
-_dot_five = dot_bfloat16(5)
-_dot_four = dot_bfloat16(4)
-_dot_three = dot_bfloat16(3)
-_dot_one = dot_bfloat16(1)
 _dot_columns_of_two = dot_columns(4, 2)
 _dot_columns_of_one = dot_columns(4, 1)
+
+
+def _projection(queries: int) -> Any:
+    """Makes the products of nodes `begin` to `count` with `queries` queries at addresses, for vectors of whole lanes.
+
+    The loop over nodes is here, so that what is the same for all of them is worked out once.
+    """
+    dot = dot_bfloat16(queries)
+
+    def project(
+        first: int,
+        slots: NDArray[np.int32],
+        nodes: Ints,
+        begin: int,
+        count: int,
+        head_dim: int,
+        query: int,
+        query_bytes: int,
+        out: int,
+        out_bytes: int,
+    ) -> None:
+        for i in range(begin, count):
+            if i + _AHEAD < count:
+                coming: Any = first + 2 * head_dim * np.int64(slots[nodes[i + _AHEAD]])
+                for line in range(0, 2 * head_dim, 64):
+                    prefetch(coming + line)
+            vector: Any = first + 2 * head_dim * np.int64(slots[nodes[i]])
+            dot(vector, query, query_bytes, head_dim, out + 4 * i, out_bytes)
+
+    return jit()(project)
+
+
+# The usual numbers of query heads per KV head; sums of eight and a vector fit the registers of a machine with AVX2.
+_project_eight = _projection(8)
+_project_seven = _projection(7)
+_project_five = _projection(5)
+_project_four = _projection(4)
+_project_three = _projection(3)
+_project_one = _projection(1)
 
 
 @jit()
@@ -54,6 +86,9 @@ def project_nodes(
     `tile` [D, W] is room to work, W at least 32. Only arrays and numbers are handed over: a named tuple of arrays costs
     a call as much as a node does.
     """
+    if head_dim % LANES:
+        _project_any(first, slots, nodes, count, head_dim, queries, heads, products)
+        return
     row_bytes = 4 * products.shape[1]
     query_bytes = 4 * queries.shape[1]
     # Addresses are unsigned to numba, and an unsigned and a signed number add up to a float.
@@ -66,15 +101,45 @@ def project_nodes(
             _widen(first, slots, nodes, done, head_dim, tile)
             _project_columns(tile, query, query_bytes, heads, head_dim, out + 4 * done, row_bytes)
             done += _COLUMNS
-    for i in range(done, count):
-        if i + _AHEAD < count:
-            coming: Any = first + 2 * head_dim * np.int64(slots[nodes[i + _AHEAD]])
-            for line in range(0, 2 * head_dim, 64):
-                prefetch(coming + line)
+    left = heads
+    while left > 0:
+        if left >= 8:
+            _project_eight(first, slots, nodes, done, count, head_dim, query, query_bytes, out, row_bytes)
+            taken = 8
+        elif left == 7:
+            _project_seven(first, slots, nodes, done, count, head_dim, query, query_bytes, out, row_bytes)
+            taken = 7
+        elif left >= 5:
+            _project_five(first, slots, nodes, done, count, head_dim, query, query_bytes, out, row_bytes)
+            taken = 5
+        elif left == 4:
+            _project_four(first, slots, nodes, done, count, head_dim, query, query_bytes, out, row_bytes)
+            taken = 4
+        elif left == 3:
+            _project_three(first, slots, nodes, done, count, head_dim, query, query_bytes, out, row_bytes)
+            taken = 3
+        else:
+            _project_one(first, slots, nodes, done, count, head_dim, query, query_bytes, out, row_bytes)
+            taken = 1
+        left -= taken
+        query += taken * query_bytes
+        out += taken * row_bytes
+
+
+@jit()
+def _project_any(
+    first: int,
+    slots: NDArray[np.int32],
+    nodes: Ints,
+    count: int,
+    head_dim: int,
+    queries: Floats,
+    heads: int,
+    products: Floats,
+) -> None:
+    """`project_nodes` for head sizes that are no multiple of LANES."""
+    for i in range(count):
         vector: Any = first + 2 * head_dim * np.int64(slots[nodes[i]])
-        if head_dim % LANES == 0:
-            _project(vector, query, query_bytes, heads, head_dim, out + 4 * i, row_bytes)
-            continue
         stored = numba.carray(pointer(vector, types.uint16), (head_dim,))
         for h in range(heads):
             products[h, i] = ZERO
@@ -107,30 +172,3 @@ def _project_columns(
         _dot_columns_of_one(
             query + last * query_bytes, query_bytes, columns, row_bytes, head_dim, out + last * out_bytes, out_bytes
         )
-
-
-@jit()
-def _project(vector: int, query: int, query_bytes: int, heads: int, head_dim: int, out: int, out_bytes: int) -> None:
-    """Products of the bfloat16 vector with `heads` queries, all at addresses."""
-    while heads > 0:
-        if heads >= 8:
-            _dot_eight(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 8
-        elif heads == 7:
-            _dot_seven(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 7
-        elif heads >= 5:
-            _dot_five(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 5
-        elif heads == 4:
-            _dot_four(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 4
-        elif heads == 3:
-            _dot_three(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 3
-        else:
-            _dot_one(vector, query, query_bytes, head_dim, out, out_bytes)
-            done = 1
-        heads -= done
-        query += done * query_bytes
-        out += done * out_bytes

@@ -10,7 +10,7 @@ from stream_kernels.cpu_kernel.candidates import note_strongest, read_candidate
 from stream_kernels.cpu_kernel.compiling import jit
 from stream_kernels.cpu_kernel.keys import prefetch_block
 from stream_kernels.cpu_kernel.logits import add_mass
-from stream_kernels.cpu_kernel.selection import kth_largest, tie_of
+from stream_kernels.cpu_kernel.selection import least_of_best, tie_of
 from stream_kernels.cpu_kernel.structures import MINUS_INFINITY, Floats, Geometry, Pages, Plan, Scratch
 
 _MAX_RESIDUAL = 2.0
@@ -39,9 +39,7 @@ def read_on(
     Leaves the regression in `b.line`, and in `s.work` `READ` for every node of the front that was read.
     """
     most = min(count, g.width if g.rerank else g.top_k)
-    for i in range(count):
-        s.work[i] = s.rank[i]
-    worst = kth_largest(s.work, count, most)
+    worst = least_of_best(s.rank, count, most)
     chosen = 0
     for i in range(count):
         if s.rank[i] >= worst:

@@ -116,7 +116,8 @@ def _search_table(
                 element = layer * queries[1] + row * queries[2] + head * queries[3]
                 load_query(queries[0] + element * itemsize, g.query_type, plan.scale[layer], s.query[h], g.head_dim)
             reads += search_unit(g, plan, s, beam, summary, layer, row, unit, context, pages)
-        learned_sink[layer, row] = plan.sinks[layer]
+        for head in range(plan.sinks.shape[1]):
+            learned_sink[layer, row, head] = plan.sinks[layer, head]
         keys_read[layer, row] = np.float32(reads) / np.float32(g.query_heads)
     return True
 

@@ -107,7 +107,7 @@ class Scratch(NamedTuple):
     rank: NDArray[np.int64]
     """[C] sort keys."""
     work: NDArray[np.int64]
-    """[C] sort keys, reordered by selection."""
+    """[C] which nodes were read; then the places of the blocks a head keeps."""
     outside: NDArray[np.float32]
     """[n, 2] peak and weight of forced blocks and the learned sink."""
     left: NDArray[np.float32]

@@ -205,11 +205,14 @@ def _join(
         between = _square_distance(m.node[0], m.made[0])
         spread += np.float32(blocks) / total * (m.spreads[layer, kv_head, children[i]] + between)
         for part in range(1, len(m.node)):
-            m.candidates[count] = m.node[part]
+            for c in range(g.head_dim):
+                m.candidates[count, c] = m.node[part, c]
             m.distance[count] = _square_distance(m.node[part], m.made[0])
             count += 1
     for part in range(1, len(m.made)):
-        m.made[part] = m.candidates[_farthest(m.distance, count)]
+        farthest = _farthest(m.distance, count)
+        for c in range(g.head_dim):
+            m.made[part, c] = m.candidates[farthest, c]
         for i in range(count):
             m.distance[i] = min(m.distance[i], _square_distance(m.candidates[i], m.made[part]))
     return spread

@@ -11,7 +11,7 @@ from stream_kernels.cpu_kernel.compiling import jit
 from stream_kernels.cpu_kernel.descent import descend
 from stream_kernels.cpu_kernel.keys import load_keys
 from stream_kernels.cpu_kernel.logits import add_mass, first_equal, largest, score_keys, weight_above
-from stream_kernels.cpu_kernel.selection import kth_largest, sort_key
+from stream_kernels.cpu_kernel.selection import least_of_best, sort_key
 from stream_kernels.cpu_kernel.structures import (
     BEAM,
     ELEMENT_BYTES,
@@ -93,8 +93,7 @@ def search_unit(
         for b in range(candidates):
             s.score[b] = s.peak[h, b] + np.float32(math.log(s.weight[h, b]))
             s.rank[b] = sort_key(s.score[b], s.start[b])
-            s.work[b] = s.rank[b]
-        worst = kth_largest(s.work, candidates, keep)
+        worst = least_of_best(s.rank, candidates, keep)
         kept = 0
         for b in range(candidates):
             if s.rank[b] < worst:
