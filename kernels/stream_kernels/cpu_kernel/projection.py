@@ -18,8 +18,9 @@ from stream_kernels.cpu_kernel.intrinsics import (
 )
 from stream_kernels.cpu_kernel.structures import ZERO, Floats, Ints
 
-_AHEAD = 8
-"""Vectors asked for before they are needed: about as many as a memory access takes to arrive."""
+_AHEAD = 32
+"""Vectors asked for before they are needed: more than a memory access takes to arrive, also where a page must be looked
+up first."""
 _COLUMNS = 4 * LANES
 """Nodes widened at a time, where many queries share them."""
 _MANY = 16
