@@ -16,9 +16,8 @@ from stream_monitor.anchors.panel import Kind
 from stream_monitor.anchors.profile import make_profile
 from stream_monitor.v1alpha1 import summary_pb2
 from tests.docs.blocks import PAGES, ROOT, unmarked
-from tests.monitor.conftest import TIMEOUT, Running, starter
+from tests.monitor.conftest import TIMEOUT, Running, Stream, starter
 from tests.monitor.synthetic import Engine, Look, finished, started, tokens
-from tests.monitor.test_ingest import Stream
 from tests.security.guarded import Files
 
 _METRIC_ROW = re.compile(r"^\| `(stream_monitor_\w+)` \| (counter|gauge|histogram) \|([^|]*)\| [^|]+\.[^|]* \|$", re.M)

@@ -84,7 +84,7 @@ class Ingest:
                 self._take()
             self._streams.discard(task)
             self._ready.pop(publisher, None)
-            for rank in publisher.said.newest:
+            if (rank := publisher.said.rank) is not None:
                 rank.streams -= 1
                 rank.left_at = time.monotonic()
 

@@ -5,7 +5,7 @@ Several at a time, since numpy spends as much on finding out what to do as on do
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc
 
@@ -14,7 +14,7 @@ from stream_monitor.monitor.faults import Fault, Refusal, invalid
 from stream_monitor.monitor.merge import Merger, Part
 from stream_monitor.monitor.metrics import Metrics, exemplar
 from stream_monitor.monitor.pipeline import Pipeline
-from stream_monitor.monitor.ranks import Rank, RankBook
+from stream_monitor.monitor.ranks import Rank, RankBook, RankKey, key_of
 from stream_monitor.monitor.rows import Row, check_audits, decode
 from stream_monitor.monitor.validate import parse
 from stream_monitor.v1alpha1 import ingest_pb2, summary_pb2
@@ -32,12 +32,16 @@ class Stream:
 
     Attributes:
         publishes_for: the tenant of its publisher's credential, if it is of one.
-        newest: sequence of each rank's newest message.
+        key: of the one rank that it is of, as its first message says.
+        rank: the same once it was admitted.
+        newest: sequence of its newest message.
         fault: what was wrong with the message that ended it.
     """
 
     publishes_for: str = ""
-    newest: dict[Rank, int] = field(default_factory=dict)
+    key: RankKey | None = None
+    rank: Rank | None = None
+    newest: int = 0
     fault: Fault | None = None
 
 
@@ -112,22 +116,27 @@ class Intake:
     def _read(self, raw: bytes, stream: Stream) -> _Message:
         """Check a message as far as can be told without its rows."""
         summary = parse(raw, self.max_bytes)
+        key = key_of(summary.engine)
+        if stream.key is None:
+            stream.key = key
+        elif stream.key != key:
+            # Open streams keep their ranks: one that brought many would take the places of other engines' for good.
+            raise invalid("other_rank", "engine names another rank than before; open a stream for each rank")
         try:
             rank = self.ranks.admit(summary.engine, stream.publishes_for)
         except Refusal as refusal:
             return _Message(summary, len(raw), _REFUSED, reason=refusal.reason)
-        newest = stream.newest.get(rank)
-        if newest is None:
+        if stream.rank is None:
+            stream.rank = rank
             self.ranks.opened(rank)
             self.metrics.know(rank.labels)
-            newest = 0
-        if summary.sequence <= newest:
+        if summary.sequence <= stream.newest:
             raise Fault(
                 grpc.StatusCode.OUT_OF_RANGE,
                 "out_of_order",
-                f"sequence is {summary.sequence} after {newest}; it must ascend on a stream",
+                f"sequence is {summary.sequence} after {stream.newest}; it must ascend on a stream",
             )
-        stream.newest[rank] = summary.sequence
+        stream.newest = summary.sequence
         if summary.sequence <= rank.sequence:
             return _Message(summary, len(raw), _DUPLICATE, rank)
         rank.recent_messages += 1
@@ -137,20 +146,19 @@ class Intake:
 
     def _decode(self, read: list[_Message], stream: Stream) -> None:
         """Decode the rows of all messages; the first that is at fault, and what came after, leaves the list."""
-        of_rank: dict[Rank, list[_Message]] = {}
-        for message in read:
-            if message.rank is not None and message.outcome == _ACCEPTED:
-                of_rank.setdefault(message.rank, []).append(message)
+        rank = stream.rank
+        if rank is None:
+            return
+        accepted = [message for message in read if message.outcome == _ACCEPTED]
         try:
-            for rank, messages in of_rank.items():
-                _decode_all(rank, messages)
+            _decode_all(rank, accepted)
         except Fault:
             # Which one it is, is told by looking at each alone.
             for place, message in enumerate(read):
-                if message.rank is None or message.outcome != _ACCEPTED:
+                if message.outcome != _ACCEPTED:
                     continue
                 try:
-                    _decode_all(message.rank, [message])
+                    _decode_all(rank, [message])
                 except Fault as fault:
                     stream.fault = fault
                     del read[place:]

@@ -93,6 +93,7 @@ MESSAGES: dict[str, tuple[str, dict[str, str]]] = {
             "oversized": "larger than `max_message_bytes`",
             "schema_version": "of a version that is not supported",
             "engine": "the rank describes itself unsoundly, or otherwise than before",
+            "other_rank": "of another rank than those before on the stream",
             "shape": "an array's length contradicts its shape",
             "value": "a field is missing or out of its range",
             "limit": "more entries, or longer, than the contract allows",

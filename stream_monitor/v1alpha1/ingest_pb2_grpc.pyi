@@ -37,7 +37,8 @@ class IngestServiceStub:
     """The publisher sends summaries in ascending sequence; the monitor answers each with its fate, in the same order.
     After a reconnection the publisher SHOULD send again what was never acknowledged; the monitor answers DUPLICATE
     to what it already has. A message that breaks the contract ends the stream with a status that names the fault:
-      INVALID_ARGUMENT     not a StepSummary, a field missing, an array whose length contradicts its shape
+      INVALID_ARGUMENT     not a StepSummary, a field missing, an array whose length contradicts its shape,
+                           another engine rank than the stream's first message names
       RESOURCE_EXHAUSTED   larger than the limit the monitor states in the status message
       FAILED_PRECONDITION  schema version not supported
       OUT_OF_RANGE         sequence not above the previous one of this stream
@@ -55,7 +56,8 @@ class IngestServiceAsyncStub(IngestServiceStub):
     """The publisher sends summaries in ascending sequence; the monitor answers each with its fate, in the same order.
     After a reconnection the publisher SHOULD send again what was never acknowledged; the monitor answers DUPLICATE
     to what it already has. A message that breaks the contract ends the stream with a status that names the fault:
-      INVALID_ARGUMENT     not a StepSummary, a field missing, an array whose length contradicts its shape
+      INVALID_ARGUMENT     not a StepSummary, a field missing, an array whose length contradicts its shape,
+                           another engine rank than the stream's first message names
       RESOURCE_EXHAUSTED   larger than the limit the monitor states in the status message
       FAILED_PRECONDITION  schema version not supported
       OUT_OF_RANGE         sequence not above the previous one of this stream
@@ -76,7 +78,8 @@ class IngestServiceServicer(metaclass=_abc_1.ABCMeta):
         """The publisher sends summaries in ascending sequence; the monitor answers each with its fate, in the same order.
         After a reconnection the publisher SHOULD send again what was never acknowledged; the monitor answers DUPLICATE
         to what it already has. A message that breaks the contract ends the stream with a status that names the fault:
-          INVALID_ARGUMENT     not a StepSummary, a field missing, an array whose length contradicts its shape
+          INVALID_ARGUMENT     not a StepSummary, a field missing, an array whose length contradicts its shape,
+                               another engine rank than the stream's first message names
           RESOURCE_EXHAUSTED   larger than the limit the monitor states in the status message
           FAILED_PRECONDITION  schema version not supported
           OUT_OF_RANGE         sequence not above the previous one of this stream

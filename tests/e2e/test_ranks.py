@@ -14,7 +14,7 @@ from tests.e2e.offline_engine import Request, Spec
 from tests.e2e.recorder import rows_of
 from tests.e2e.test_attention_kinds import random_ids
 from tests.e2e.tiny_models import make_model
-from tests.monitor.conftest import Running, starter
+from tests.monitor.conftest import Running, Stream, starter
 
 pytestmark = pytest.mark.engine
 
@@ -127,7 +127,11 @@ def monitor(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
 def traces(monitor: Running, result: OfflineResult, names: Iterable[str] = PROMPTS) -> dict[str, Any]:
     """What the monitor makes of what the ranks sent, in their order of arrival."""
-    monitor.publish(result.summaries)
+    streams = {place: Stream(monitor) for place in ranks_of(result)}
+    for summary in result.summaries:
+        streams[summary.engine.pipeline_parallel_rank, summary.engine.tensor_parallel_rank].send(summary)
+    for stream in streams.values():
+        stream.close()
     return {name: monitor.api.GetTrace(monitor_pb2.GetTraceRequest(request_id=name)) for name in names}
 
 

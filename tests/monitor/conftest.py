@@ -1,6 +1,7 @@
 """A real monitor on real sockets, driven from blocking test code."""
 
 import asyncio
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -75,6 +76,25 @@ class Running:
         self.channel.close()
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(TIMEOUT)
+
+
+class Stream:
+    """A publisher that sends one message at a time."""
+
+    def __init__(self, monitor: Running) -> None:
+        self._requests: queue.SimpleQueue[ingest_pb2.PublishRequest | None] = queue.SimpleQueue()
+        stub = ingest_pb2_grpc.IngestServiceStub(monitor.ingest_channel)
+        self._answers: Iterator[ingest_pb2.PublishResponse] = stub.Publish(
+            iter(self._requests.get, None), timeout=TIMEOUT
+        )
+
+    def send(self, summary: summary_pb2.StepSummary) -> ingest_pb2.PublishResponse:
+        self._requests.put(ingest_pb2.PublishRequest(summary=summary))
+        return next(self._answers)
+
+    def close(self) -> None:
+        self._requests.put(None)
+        assert list(self._answers) == []
 
 
 def until(holds: Callable[[], bool], seconds: float = 10.0) -> None:

@@ -1,8 +1,7 @@
 """What Publish does with bad, repeated and late messages, and that the account of rows stays exact."""
 
 import itertools
-import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import grpc
 import numpy as np
@@ -11,30 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_monitor.monitor import store
-from stream_monitor.v1alpha1 import ingest_pb2, ingest_pb2_grpc, monitor_pb2, summary_pb2
-from tests.monitor.conftest import TIMEOUT, Running, until
+from stream_monitor.v1alpha1 import ingest_pb2, monitor_pb2, summary_pb2
+from tests.monitor.conftest import Running, Stream, until
 from tests.monitor.synthetic import Engine, Look, engine, finished, started, tokens
 
 ACCEPTED, DUPLICATE, REFUSED = 1, 2, 3
-
-
-class Stream:
-    """A publisher that sends one message at a time."""
-
-    def __init__(self, monitor: Running) -> None:
-        self._requests: queue.SimpleQueue[ingest_pb2.PublishRequest | None] = queue.SimpleQueue()
-        stub = ingest_pb2_grpc.IngestServiceStub(monitor.ingest_channel)
-        self._answers: Iterator[ingest_pb2.PublishResponse] = stub.Publish(
-            iter(self._requests.get, None), timeout=TIMEOUT
-        )
-
-    def send(self, summary: summary_pb2.StepSummary) -> ingest_pb2.PublishResponse:
-        self._requests.put(ingest_pb2.PublishRequest(summary=summary))
-        return next(self._answers)
-
-    def close(self) -> None:
-        self._requests.put(None)
-        assert list(self._answers) == []
 
 
 def good() -> summary_pb2.StepSummary:

@@ -5,6 +5,7 @@ import uuid
 from collections import Counter
 from collections.abc import Sequence
 
+import grpc
 import numpy as np
 import pytest
 
@@ -16,7 +17,7 @@ from stream_monitor.monitor.intake import Intake, Stream
 from stream_monitor.monitor.merge import Merger
 from stream_monitor.monitor.metrics import Metrics
 from stream_monitor.monitor.pipeline import Pipeline
-from stream_monitor.monitor.ranks import RankBook
+from stream_monitor.monitor.ranks import RankBook, key_of
 from stream_monitor.monitor.store import TraceStore
 from stream_monitor.monitor.text import Vocabularies
 from stream_monitor.monitor.trace import RequestTrace
@@ -211,3 +212,30 @@ def test_a_session_of_many_turns_notes_a_rank_once() -> None:
     for turn in range(1, 6):
         taker.take([rank.summary(started=[start(48 * turn, SPOKEN[:1])])])
     assert len(taker.trace(rank).started_by) == 1
+
+
+def test_a_second_rank_on_a_stream_ends_it_and_takes_no_place() -> None:
+    taker, (one, other) = Taker(), two_ranks()
+    stream = Stream()
+    summaries = [one.summary(), one.summary(), other.summary(), one.summary()]
+    raw = [ingest_pb2.PublishRequest(summary=each).SerializeToString() for each in summaries]
+    assert [answer.sequence for answer in taker.intake.take(raw, stream)] == [1, 2], "what came before it counts"
+    assert stream.fault is not None
+    assert (stream.fault.status, stream.fault.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "other_rank")
+    assert str(stream.fault) == "engine names another rank than before; open a stream for each rank"
+    assert [rank.key for rank in taker.intake.ranks.ranks.values()] == [key_of(one.info)]
+    assert taker.metrics.registry.get_sample_value(
+        "stream_monitor_messages_total", {"outcome": "invalid", "reason": "other_rank"}
+    )
+
+
+def test_a_stream_whose_rank_was_refused_brings_no_other_one() -> None:
+    taker, (one, other) = Taker(), two_ranks()
+    taker.intake.ranks.limit = 1
+    taker.take([one.summary()])
+    stream = Stream()
+    raw = [ingest_pb2.PublishRequest(summary=each.summary()).SerializeToString() for each in (other, one)]
+    (answer,) = taker.intake.take(raw, stream)
+    assert answer.reason == "too_many_ranks"
+    assert stream.fault is not None
+    assert stream.fault.reason == "other_rank"

@@ -14,9 +14,8 @@ from stream_monitor.monitor import outcomes
 from stream_monitor.monitor.metric_table import ENGINE, TABLE
 from stream_monitor.monitor.metrics import EXEMPLAR_CHARACTERS, RESULTS, ROLES, exemplar
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
-from tests.monitor.conftest import Running
+from tests.monitor.conftest import Running, Stream
 from tests.monitor.synthetic import SENTENCE, Engine, Look, engine, finished, started, tokens
-from tests.monitor.test_ingest import Stream
 
 MAX_SERIES = 300
 """Of one engine, every label value active."""

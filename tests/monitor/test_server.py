@@ -26,10 +26,9 @@ from stream_monitor.monitor.metric_table import TABLE
 from stream_monitor.monitor.run import GRPC_LOG, GoneWhileWrittenTo
 from stream_monitor.monitor.server import SERVICES, MonitorServer
 from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc
-from tests.monitor.conftest import Running
+from tests.monitor.conftest import Running, Stream
 from tests.monitor.process import free_port
 from tests.monitor.synthetic import Engine
-from tests.monitor.test_ingest import Stream
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 

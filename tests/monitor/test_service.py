@@ -9,9 +9,8 @@ import pytest
 
 from stream_monitor.monitor import store
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
-from tests.monitor.conftest import Running, until
+from tests.monitor.conftest import Running, Stream, until
 from tests.monitor.synthetic import Engine, Look, engine, finished, started, tokens
-from tests.monitor.test_ingest import Stream
 
 CHAT = "chatcmpl-my-req-1-aee6d49e"
 SHIFTING = [4] * 14 + [30] * 8
