@@ -69,19 +69,39 @@ class DatabaseFile:
         keys: its hashes.
     """
 
-    def __init__(self, path: Path, salt: bytes | None = None) -> None:
-        """Open or create, with `salt` if it is created. Raises StoreRefused, OSError or sqlite3.Error."""
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    def __init__(self, path: Path, salt: bytes | None = None, read_only: bool = False) -> None:
+        """Open or create, with `salt` if it is created. Raises StoreRefused, OSError or sqlite3.Error.
+
+        `read_only` opens what is there, needs no right to write, and makes no file of its own where nobody else has
+        the store open (see `overtaken`).
+        """
         self.path = path
+        if not read_only:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Held until the connection is closed: to close any descriptor of the file would drop SQLite's locks on it. It
         # also makes the file ours alone before anything is in it.
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
+        self._file = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        self._alone = read_only and not os.path.exists(f"{path}-wal")
+        self._opened = self._state()
         try:
+            # Without a write-ahead log there is no monitor to agree with. SQLite would make one all the same, which it
+            # cannot remove without the right to write, and which may be another user's than the monitor's.
+            options = f"?{'immutable=1' if self._alone else 'mode=ro'}" if read_only else ""
             self._connection = sqlite3.connect(
-                path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+                f"{path.absolute().as_uri()}{options}",
+                timeout=BUSY_SECONDS,
+                isolation_level=None,
+                check_same_thread=False,
+                uri=True,
             )
             try:
-                self._prepare(salt or secrets.token_bytes(16))
+                if not read_only:
+                    self._create_if_new(salt or secrets.token_bytes(16))
+                self._refuse_others()
+                if not read_only:
+                    self._prepare()
+                self._read_meta()
             except BaseException:
                 self._connection.close()
                 raise
@@ -89,10 +109,17 @@ class DatabaseFile:
             os.close(self._file)
             raise
 
-    def _prepare(self, salt: bytes) -> None:
+    def _create_if_new(self, salt: bytes) -> None:
         run = self._connection.execute
-        if not run("PRAGMA user_version").fetchone()[0] and not run("SELECT 1 FROM sqlite_master").fetchone():
-            self._create(salt)
+        if run("PRAGMA user_version").fetchone()[0] or run("SELECT 1 FROM sqlite_master").fetchone():
+            return
+        script = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {SCHEMA};"
+        self._connection.executescript(f"BEGIN; {_TABLES} {script} COMMIT;")
+        values = {"epoch": uuid.uuid4().hex, "salt": salt, "newest": 0, "forgotten": 0}
+        self._connection.executemany("INSERT INTO meta VALUES (?, ?)", values.items())
+
+    def _refuse_others(self) -> None:
+        run = self._connection.execute
         if run("PRAGMA application_id").fetchone()[0] != APPLICATION:
             raise StoreRefused(f"store: {self.path} is another program's database; name another file with --store")
         schema = run("PRAGMA user_version").fetchone()[0]
@@ -101,6 +128,8 @@ class DatabaseFile:
                 f"store: {self.path} has schema {schema}, this version knows {SCHEMA}: it was written by a newer "
                 "stream-monitor; upgrade, or name another file with --store"
             )
+
+    def _prepare(self) -> None:
         for pragma in (
             "journal_mode = WAL",
             # Each commit is on the disk before it counts as one, not only before the next checkpoint.
@@ -108,24 +137,30 @@ class DatabaseFile:
             "secure_delete = ON",
             f"journal_size_limit = {WAL_BYTES}",
         ):
-            run(f"PRAGMA {pragma}")
-        meta = dict(run("SELECT name, value FROM meta").fetchall())
+            self._connection.execute(f"PRAGMA {pragma}")
+
+    def _read_meta(self) -> None:
+        meta = dict(self._connection.execute("SELECT name, value FROM meta").fetchall())
         kinds = {name: type(meta.get(name)) for name in _META}
         if kinds != _META:
             # A page that is damaged may still read as one, with nothing or other things on it.
             raise sqlite3.DatabaseError(f"database disk image is malformed: meta holds {kinds}")
         self.epoch, self.keys = meta["epoch"], Keys(meta["salt"])
 
-    def _create(self, salt: bytes) -> None:
-        script = f"PRAGMA application_id = {APPLICATION}; PRAGMA user_version = {SCHEMA};"
-        self._connection.executescript(f"BEGIN; {_TABLES} {script} COMMIT;")
-        values = {"epoch": uuid.uuid4().hex, "salt": salt, "newest": 0, "forgotten": 0}
-        self._connection.executemany("INSERT INTO meta VALUES (?, ?)", values.items())
-
     def close(self) -> None:
         """End the connection; the last one to close leaves no write-ahead log."""
         self._connection.close()
         os.close(self._file)
+
+    def _state(self) -> tuple[int, int]:
+        found = os.fstat(self._file)
+        return found.st_mtime_ns, found.st_size
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether somebody wrote to a store that was opened `read_only` while nobody else had it open: what was read
+        since may not fit together."""
+        return self._alone and self._state() != self._opened
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:

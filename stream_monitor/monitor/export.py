@@ -63,35 +63,58 @@ def export(store: str, out: Path, format: str, since: str, until: str, model_nam
     first, last = _time("--since", since, 0), _time("--until", until, 2**63 - 1)
     if not store:
         raise ExportError("the monitor keeps everything in memory (setting store); name a file with --store")
-    try:
-        if not Path(store).exists():
-            raise ExportError(f"there is no store at {store}; name one with --store")
-    except OSError as error:
-        raise ExportError(f"cannot read {store}: {error.strerror}") from None
+    if _taken(out):
+        raise ExportError(f"--out: {out} exists and is not an empty folder")
+    database = _open(Path(store))
     parts = out.with_name(f".{out.name}.part")
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ExportError(f"--out: {out} exists and is not an empty folder")
         shutil.rmtree(parts, ignore_errors=True)
         parts.mkdir(parents=True)
-        counts = _write(Path(store), parts, format, first, last, (model_name, tenant))
+        counts = _write(database, parts, format, first, last, (model_name, tenant))
         with suppress(FileNotFoundError):
             out.rmdir()
         parts.rename(out)
     except OSError as error:
         raise ExportError(f"--out: cannot write {out}: {error.strerror}") from None
-    except StoreRefused as error:
-        raise ExportError(error) from None
     except sqlite3.Error as error:
-        raise ExportError(f"cannot read {store} ({recovery.reason(error)}: {error})") from None
+        raise _unreadable(database.path, error) from None
     finally:
+        database.close()
         shutil.rmtree(parts, ignore_errors=True)
     return f"{out}: {counts['events']} events, {counts['traces']} traces"
 
 
-def _write(store: Path, folder: Path, format: str, first: int, last: int, whose: Whose) -> dict[str, int]:
+def _taken(out: Path) -> bool:
+    try:
+        return out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise ExportError(f"--out: cannot look into {out}: {error.strerror}") from None
+
+
+def _open(store: Path) -> Database:
+    """For reading alone: a store that is backed up, or another user's, is left as it is."""
+    try:
+        return Database(store, read_only=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ExportError(f"there is no store at {store}; name one with --store") from None
+    except PermissionError as error:
+        raise ExportError(
+            f"cannot read {store}: {error.strerror}; export as the user that the monitor runs as"
+        ) from None
+    except OSError as error:
+        raise ExportError(f"cannot read {store}: {error.strerror}") from None
+    except StoreRefused as error:
+        raise ExportError(error) from None
+    except sqlite3.Error as error:
+        raise _unreadable(store, error) from None
+
+
+def _unreadable(store: Path, error: sqlite3.Error) -> ExportError:
+    return ExportError(f"cannot read {store} ({recovery.reason(error)}: {error})")
+
+
+def _write(database: Database, folder: Path, format: str, first: int, last: int, whose: Whose) -> dict[str, int]:
     counts = {}
-    database = Database(store)
     try:
         for name, rows in (
             ("events", _events(database, first, last, whose)),
@@ -106,7 +129,8 @@ def _write(store: Path, folder: Path, format: str, first: int, last: int, whose:
             finally:
                 sink.close()
     finally:
-        database.close()
+        if database.overtaken:
+            raise ExportError(f"a monitor began to write to {database.path} while it was read; export again")
     return counts
 
 

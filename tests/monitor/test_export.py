@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from stream_monitor.client import Monitor
+from stream_monitor.monitor.database import Database
 from stream_monitor.monitor.export import ExportError, export
 from tests.monitor.conftest import Running
 from tests.monitor.synthetic import Engine, engine
+from tests.monitor.test_retention import fill
 from tests.monitor.test_service import SHIFTING
 from tests.monitor.test_store import stored, until
 
@@ -135,11 +139,13 @@ def test_a_failure_leaves_no_file(store: tuple[Running, Path], tmp_path: Path, m
         (("--format", "jsonl", "--out", "out", "--store", ""), "the monitor keeps everything in memory"),
         (("--format", "jsonl", "--out", "taken", "--store", "taken/file"), "taken exists and is not an empty folder"),
         (("--format", "jsonl", "--out", "out", "--store", "taken/file"), "cannot read taken/file (corrupt"),
+        (("--format", "jsonl", "--out", "taken/file/out", "--store", "store.db"), "--out: cannot write taken/file/out"),
     ],
 )
 def test_what_cannot_be_done_is_told_in_one_line(tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").write_text("no database" * 100)
+    Database(tmp_path / "store.db").close()
     done = subprocess.run(
         [sys.executable, "-m", "stream_monitor", "export", *arguments], cwd=tmp_path, capture_output=True, text=True
     )
@@ -159,13 +165,75 @@ def test_a_missing_library_is_named_with_the_remedy(
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_that_may_not_be_entered_are_told_in_one_line(tmp_path: Path, closed_folder: Path) -> None:
-    store = tmp_path / "monitor.db"
-    store.touch()
-    for given, out, said in (
-        (closed_folder / "there", tmp_path / "out", "cannot read"),
-        (store, closed_folder / "there", "--out: cannot write"),
-    ):
-        with pytest.raises(ExportError, match=f"^{said} {closed_folder / 'there'}: Permission denied$"):
-            export(str(given), out, "jsonl", "", "", "")
-    assert sorted(tmp_path.iterdir()) == [closed_folder, store]
+def test_an_out_that_may_not_be_looked_into_is_named(store: tuple[Database, Path], closed_folder: Path) -> None:
+    out = closed_folder / "out"
+    with pytest.raises(ExportError, match=f"^--out: cannot look into {out}: Permission denied$"):
+        export(str(store[1]), out, "jsonl", "", "", "")
+
+
+@pytest.fixture(params=["stopped", "killed"])
+def left(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A store of three requests, as a monitor leaves it that was stopped in order, or killed."""
+    path = tmp_path / "left" / "monitor.db"
+    running = Database(tmp_path / "running" / "monitor.db")
+    fill(running, range(1, 4), 1, size=0)
+    if request.param == "stopped":
+        running.close()
+    shutil.copytree(tmp_path / "running", path.parent)
+    assert Path(f"{path}-wal").exists() == (request.param == "killed")
+    return path
+
+
+def refusing(monkeypatch: pytest.MonkeyPatch, flags: int) -> None:
+    """Files are opened by a user who may not, with any of these flags."""
+    native = os.open
+
+    def opened(path: Any, asked: int, *more: Any, **others: Any) -> int:
+        if asked & flags == flags:
+            raise PermissionError(13, "Permission denied", path)
+        return native(path, asked, *more, **others)
+
+    monkeypatch.setattr(os, "open", opened)
+
+
+def test_a_store_is_left_as_it_is_and_need_not_be_writable(
+    left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The index of the write-ahead log, which SQLite makes anew at will, has the places of readers in it.
+    before = {each.name: each.read_bytes() for each in left.parent.iterdir() if not each.name.endswith("-shm")}
+    refusing(monkeypatch, os.O_RDWR)
+    events, traces = exported(left, tmp_path / "out", "jsonl")
+    assert ([event["sequence"] for event in events], len(traces)) == ([1, 2, 3], 3)
+    assert {each.name: each.read_bytes() for each in left.parent.iterdir() if not each.name.endswith("-shm")} == before
+
+
+def test_no_store_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "empty.db"
+    path.touch()
+    with pytest.raises(ExportError, match=f"{path} is another program's database"):
+        export(str(path), tmp_path / "out", "jsonl", "", "", "")
+    assert path.stat().st_size == 0
+
+
+@pytest.mark.parametrize("left", ["stopped"], indirect=True)
+def test_a_store_that_may_not_be_read_is_named(left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refusing(monkeypatch, 0)
+    with pytest.raises(ExportError) as refused:
+        export(str(left), tmp_path / "out", "jsonl", "", "", "")
+    assert str(refused.value) == f"cannot read {left}: Permission denied; export as the user that the monitor runs as"
+
+
+@pytest.mark.parametrize("left", ["stopped"], indirect=True)
+def test_what_a_monitor_wrote_meanwhile_is_not_half_exported(
+    left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overtaken(*_: object) -> Iterator[list[Any]]:
+        other = Database(left)
+        fill(other, range(4, 5), 1, size=0)
+        other.close()
+        yield []
+
+    monkeypatch.setattr("stream_monitor.monitor.export._traces", overtaken)
+    with pytest.raises(ExportError, match=f"a monitor began to write to {left} while it was read; export again"):
+        export(str(left), tmp_path / "out", "jsonl", "", "", "")
+    assert not (tmp_path / "out").exists()
