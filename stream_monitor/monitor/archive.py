@@ -196,8 +196,11 @@ class Archive:
         """Requests an id may mean, newest first, and how well it fits. Raises StoreUnavailable.
 
         Requests of tenants that are not `visible` do not exist.
-        `buried` asks for those too that were deleted while the store could not be written, and are still in it.
+        `buried` asks, to delete, for those too that were deleted while the store could not be written, and are still in
+        it; one that is not open yet may hold any, so that nothing found would be no answer.
         """
+        if buried and self.recorder is not None and self._reader is None:
+            raise StoreUnavailable(f"the store is not open yet ({self.recorder.trouble})")
         nothing: list[tuple[TraceKey, int, str]] = []
         found = await self.read(lambda database: database.find(request_id), nothing)
         return [(key, fit) for key, fit, tenant in found if visible(tenant) and (buried or key not in self._graveyard)]

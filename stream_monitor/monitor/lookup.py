@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from stream_monitor.monitor import views
 from stream_monitor.monitor.access.rights import Visible
-from stream_monitor.monitor.archive import Archive
+from stream_monitor.monitor.archive import Archive, StoreUnavailable
 from stream_monitor.monitor.database import Listed
 from stream_monitor.monitor.identity import EXACT, TraceKey, names
 from stream_monitor.monitor.store import TraceStore
@@ -34,7 +34,14 @@ class Lookup:
         """
         held = self.traces.find(request_id, visible)
         found = {(trace.instance, trace.request_id): _fit(trace, request_id) for trace in held}
-        for key, fit in await self.archive.find(request_id, visible, buried):
+        try:
+            stored = await self.archive.find(request_id, visible, buried)
+        except StoreUnavailable:
+            if not buried or not held:
+                raise
+            # These go from memory now; the deletion says that the store has to be asked again.
+            stored = []
+        for key, fit in stored:
             if self.traces.get(*key) is None:
                 found.setdefault(key, fit)
         best = min(found.values(), default=EXACT)

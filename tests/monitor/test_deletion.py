@@ -2,13 +2,15 @@
 
 import random
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 
+from stream_monitor.monitor import recorder
 from stream_monitor.monitor.database import Database, StoredTrace
 from stream_monitor.monitor.erasure import erase
 from stream_monitor.v1alpha1 import monitor_pb2
@@ -109,6 +111,39 @@ def test_a_restart_remembers_what_was_deleted(run: Callable[..., Running], store
     assert names(again.api) == []
     assert again.metric("stream_monitor_rows_total", outcome="discarded", reason="deleted") == rank.heads
     assert b"gone" not in files(store)
+
+
+def test_a_deletion_before_the_store_is_open_is_refused_or_reaches_it_then(
+    run: Callable[..., Running], store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "RETRY_SECONDS", (0.1,))
+    monitor, rank = run(store=str(store)), Engine()
+    monitor.publish(rank.request(GONE, [4] * 6)[:-1] + rank.request(KEPT, [4] * 6))
+    monitor.stop()
+    assert b"gone" in files(store)
+    with out_of_reach(store):
+        again = run(store=str(store))
+        again.publish([rank.summary([Look(GONE, 84)])])
+        for name, said in ((KEPT, "the store is not open yet (cannot_open)"), (GONE, "gone from memory, the request")):
+            with pytest.raises(grpc.RpcError) as error:
+                delete(again, name)
+            assert error.value.code() is grpc.StatusCode.UNAVAILABLE
+            assert said in error.value.details()
+        assert names(again.api) == []
+    until(lambda: again.metric("stream_monitor_store_up") == 1)
+    until(lambda: b"gone" not in files(store))
+    assert delete(again, KEPT) == [KEPT]
+
+
+@contextmanager
+def out_of_reach(store: Path) -> Iterator[None]:
+    """A store's folder cannot be used for a while."""
+    aside = store.parent.with_name("aside")
+    store.parent.rename(aside)
+    store.parent.write_text("a file where the folder should be")
+    yield
+    store.parent.unlink()
+    aside.rename(store.parent)
 
 
 def test_events_that_wait_for_a_subscriber_are_taken_back(monitor: Running) -> None:

@@ -2,11 +2,12 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor.access.rights import everyones
 from stream_monitor.monitor.archive import Archive
-from stream_monitor.monitor.deletion import Deletion
+from stream_monitor.monitor.deletion import Deletion, DeletionUnfinished
 from stream_monitor.monitor.events import FINDINGS, EventLog
 from stream_monitor.monitor.fleet import names, outbox
 from stream_monitor.monitor.fleet.broker import Broker
@@ -74,15 +75,21 @@ class Link:
         # They are told again after a failure, and are no news then.
         new |= self._unfinished.intersection(hashes)
         self._unfinished |= new
-        keys = {key for each in new for key, _ in await self._archive.find(each, everyones, buried=True)}
-        keys |= {
+        held = {
             (trace.instance, trace.request_id)
             for trace in self._traces.newest_first()
             if _hash(trace.instance, trace.request_id) in new
         }
-        if keys:
-            await self._deletion.delete(list(keys), ELSEWHERE, everywhere=False)
+        await self._remove(held)
+        stored = {key for each in new for key, _ in await self._archive.find(each, everyones, buried=True)}
+        await self._remove(stored - held)
         self._unfinished -= new
+
+    async def _remove(self, keys: set[TraceKey]) -> None:
+        if keys:
+            # What the store cannot do yet waits there, and a monitor that is started meanwhile is told again.
+            with suppress(DeletionUnfinished):
+                await self._deletion.delete(list(keys), ELSEWHERE, everywhere=False)
 
 
 def _hash(instance: str, request_id: str) -> str:

@@ -1,16 +1,23 @@
 """A request that is deleted anywhere is gone everywhere: from the broker's files, each process and its monitor."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import grpc
 import pytest
 from nats.js import JetStreamContext
 
+from stream_monitor.monitor import recorder
+from stream_monitor.monitor.archive import StoreUnavailable
+from stream_monitor.monitor.fleet.names import request_hash
 from stream_monitor.v1alpha1 import monitor_pb2
+from tests.monitor.conftest import Running
 from tests.monitor.fleet.broker import STREAM, NatsServer
 from tests.monitor.fleet.processes import SHIFTING, FleetProcess, metric, until
-from tests.monitor.process import MonitorProcess
+from tests.monitor.process import MonitorProcess, free_port
 from tests.monitor.synthetic import Engine, Look, finished
+from tests.monitor.test_deletion import files, out_of_reach
+from tests.monitor.test_store import names as store_names
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -112,6 +119,28 @@ def test_a_deletion_waits_for_a_broker_that_is_away(
     until(lambda: one.ids() == [], one.log.read_text)
     until(lambda: not broker.holds(b"gone"))
     until(lambda: not store_holds(one, b"gone"))
+
+
+def test_what_others_deleted_before_the_store_is_open_leaves_it_then(
+    run: Callable[..., Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder, "RETRY_SECONDS", (0.1,))
+    store, rank = tmp_path / "store" / "monitor.db", Engine()
+    monitor = run(store=str(store))
+    monitor.publish(rank.request(GONE, SHIFTING)[:-1])
+    monitor.stop()
+    assert b"gone" in files(store)
+    keys = [monitor_pb2.TraceKey(engine_instance=rank.info.instance, request_id=name) for name in (GONE, KEPT)]
+    deleted = [request_hash(key) for key in keys]
+    with out_of_reach(store):
+        again = run(store=str(store), nats=f"nats://127.0.0.1:{free_port()}")
+        again.publish([rank.summary([Look(KEPT, 200)])])
+        with pytest.raises(StoreUnavailable):
+            again.call(again.server.link._heard(deleted))
+        assert store_names(again.api) == [], "from memory it is gone at once"
+    until(lambda: again.metric("stream_monitor_store_up") == 1)
+    again.call(again.server.link._heard(deleted))
+    assert b"gone" not in files(store)
 
 
 _UP = {FleetProcess: "stream_monitor_fleet_up", MonitorProcess: "stream_monitor_nats_up"}
