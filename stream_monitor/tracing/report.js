@@ -22,18 +22,22 @@ function fill(grid, index) {
 }
 
 function drawMasks() {
-  const { side, step, heads } = trace.masks;
+  const { side, step, heads, tokens } = trace.masks;
   const layer = Number(document.getElementById("layer").value);
   const head = Number(document.getElementById("head").value);
   const grid = Array.from({ length: side }, () => new Array(side).fill(null));
   for (let one = 0; one < heads; one++) {
     if (head === one || head < 0) fill(grid, layer * heads + one);
   }
-  const tokens = Array.from({ length: side }, (_, cell) => cell * step);
+  // Where a cell's middle lies on an axis of tokens, so that it covers its first to its last, and which these are.
+  const middles = Array.from({ length: side }, (_, cell) => cell * step + (step - 1) / 2);
+  const spans = Array.from({ length: side }, (_, cell) => [cell * step, Math.min((cell + 1) * step, tokens) - 1]
+    .map((token) => token.toLocaleString("en")).join(" to "));
   const figure = {
-    ...shareHeatmap(tokens, tokens, grid),
-    text: grid.map((row) => row.map((share) => (share === null ? "" : percent(share)))),
-    hovertemplate: "queries from token %{y:,d}<br>keys from token %{x:,d}<br>%{text}<extra></extra>",
+    ...shareHeatmap(middles, middles, grid),
+    text: grid.map((row, query) => row.map((share, key) => (share === null ? ""
+      : `queries of tokens ${spans[query]}<br>keys of tokens ${spans[key]}<br>${percent(share)}`))),
+    hovertemplate: "%{text}<extra></extra>",
   };
   const layout = {
     height: 640, margin: { t: 20 }, plot_bgcolor: "white", ...squareAxes("keys, token", "queries, token"),

@@ -85,6 +85,7 @@ def _masks(findings: Findings) -> dict[str, Any]:
         "counts": [len(one.share) for one in every],
         "side": every[0].side,
         "step": every[0].pool * findings.block_size,
+        "tokens": len(findings.masks.metadata["tokens"]),
         "layers": findings.masks.layers,
         "heads": heads,
         "receivers": [list(head) for head in findings.anchors.receivers],

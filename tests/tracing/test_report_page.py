@@ -77,6 +77,33 @@ def test_the_masks_chosen_are_drawn(page: Page, traced: Path, layer: int, head: 
         assert found[cell] == pytest.approx(max(share, 1e-3), abs=0.005)
 
 
+def test_a_cell_of_the_masks_covers_its_tokens_and_names_them(page: Page, traced: Path) -> None:
+    page.select_option("#layer", "1")
+    page.select_option("#head", "-1")
+    tokens = len(MaskFile(traced / "masks.parquet").metadata["tokens"])
+    last = (tokens - 1) // 8 * 8
+    assert last < tokens - 1 < last + 7, "the last block is cut short"
+    page.locator("#masks").scroll_into_view_if_needed()
+    for query, span in ((8, "8 to 15"), (15, "8 to 15"), (tokens - 1, f"{last:,} to {tokens - 1:,}")):
+        # Closer in, where a token is some pixels wide.
+        page.evaluate(
+            "(range) => Plotly.relayout('masks', range)",
+            {"xaxis.range": [-10, 50], "yaxis.range": [query + 30, query - 30]},
+        )
+        for key in (0, 7):
+            x, y = page.evaluate(
+                "([key, query]) => { const { xaxis, yaxis } = document.getElementById('masks')._fullLayout;"
+                " const box = document.querySelector('#masks .nsewdrag').getBoundingClientRect();"
+                " return [box.x + xaxis.l2p(key), box.y + yaxis.l2p(query)] }",
+                [key, query],
+            )
+            page.mouse.move(x, y)
+            said = page.locator("#masks .hovertext", has_text=f"queries of tokens {span}keys of tokens 0 to 7")
+            said.wait_for()
+            page.mouse.move(0, 0)
+            said.wait_for(state="detached")
+
+
 def test_sentences_anchors_and_routes_are_drawn_and_speak(page: Page) -> None:
     shown: dict[str, Any] = page.evaluate(
         "Object.fromEntries(['sentences', 'anchors', 'routes'].map("
