@@ -6,9 +6,11 @@ is made, so that replaced ones are taken without a restart.
 
 import ssl
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stream_monitor.addresses import check_address, is_local
+from stream_monitor.folders import folder_fault, own_folder
 from stream_monitor.replaced import Mark, mark
 
 if TYPE_CHECKING:
@@ -68,6 +70,25 @@ class Target:
                 f"{self.address} is beyond this host and would be spoken to in the clear; name the file of the "
                 "monitor's CA, or `system`, or allow it"
             )
+
+    def check_folder(self) -> bool:
+        """Whether the folder of a socket in `own_folder` is there; True for all other addresses.
+
+        Raises:
+            TargetError: others may put a socket there, and would get what is sent.
+        """
+        folder = Path(self.address.removeprefix("unix:")).parent
+        if folder != own_folder():
+            return True
+        try:
+            fault = folder_fault(folder)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise TargetError(f"cannot look at folder {folder}: {error.strerror}") from None
+        if fault:
+            raise TargetError(f"{fault}; have it removed, or name another socket: target, and ingest of the monitor")
+        return True
 
     def credentials(self) -> "grpc.ChannelCredentials | None":
         """Of a gRPC channel; None for one in the clear. Raises TargetError if a file cannot be read."""

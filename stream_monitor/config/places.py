@@ -1,14 +1,15 @@
 """Where sockets and files live unless told otherwise."""
 
 import os
-import tempfile
 from pathlib import Path
+
+from stream_monitor.folders import own_folder
 
 
 def runtime_folder() -> Path:
     """Where sockets live unless told otherwise: `$XDG_RUNTIME_DIR/stream-monitor`, else a folder of this user's."""
     base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "stream-monitor" if base else Path(tempfile.gettempdir()) / f"stream-monitor-{os.getuid()}"
+    return Path(base) / "stream-monitor" if base else own_folder()
 
 
 def default_target() -> str:

@@ -21,6 +21,7 @@ from stream_monitor.engine.compat import engine as compat
 from stream_monitor.engine.compat.doctor import build_on_meta, single_rank_groups
 from stream_monitor.engine.compat.layers import attention_layers
 from stream_monitor.engine.plan import CapturePlan, make_plan
+from stream_monitor.target import TargetError
 
 
 def main(model: str) -> int:
@@ -67,13 +68,19 @@ def plan_for(model: str, settings: CaptureSettings) -> CapturePlan:
 
 
 def _off(settings: CaptureSettings) -> tuple[str, ...]:
-    """What keeps the plug-in from doing anything, whatever the model."""
+    """What keeps the plug-in from doing anything of use, whatever the model."""
     plugins = os.environ.get("VLLM_PLUGINS")
     named = plugins is None or "stream_monitor" in [name.strip() for name in plugins.split(",")]
-    return (
-        *(("STREAM_MONITOR_DISABLE switches the plug-in off",) if settings.disable else ()),
-        *(() if named else (f"VLLM_PLUGINS is {plugins!r}, without stream_monitor: vLLM does not load the plug-in",)),
-    )
+    found = []
+    if settings.disable:
+        found.append("STREAM_MONITOR_DISABLE switches the plug-in off")
+    if not named:
+        found.append(f"VLLM_PLUGINS is {plugins!r}, without stream_monitor: vLLM does not load the plug-in")
+    try:
+        settings.monitor().check_folder()
+    except TargetError as error:
+        found.append(f"target: {error}")
+    return tuple(found)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from stream_monitor.addresses import is_local
+from stream_monitor.folders import folder_fault
 
 FOLDER_MODE = 0o770
 SOCKET_UMASK = 0o117
@@ -33,15 +34,11 @@ def prepare_unix(name: str, address: str) -> Path:
         with suppress(FileExistsError):
             os.makedirs(path.parent, mode=FOLDER_MODE)
             os.chmod(path.parent, FOLDER_MODE)
-        folder = os.lstat(path.parent)
+        fault = folder_fault(path.parent)
     except OSError as error:
         raise ListenError(f"{name}: cannot make folder {path.parent}: {error.strerror}") from None
-    if not stat.S_ISDIR(folder.st_mode):
-        raise ListenError(f"{name}: {path.parent} is not a folder (or a symbolic link to one)")
-    if folder.st_uid != os.getuid():
-        raise ListenError(f"{name}: folder {path.parent} belongs to user {folder.st_uid}, not to us ({os.getuid()})")
-    if folder.st_mode & 0o007:
-        raise ListenError(f"{name}: folder {path.parent} is open to every user; it must be 0770 or stricter")
+    if fault:
+        raise ListenError(f"{name}: {fault}")
     try:
         held = os.lstat(path)
     except FileNotFoundError:

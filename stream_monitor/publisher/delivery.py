@@ -91,6 +91,10 @@ class Delivery:
 
     async def _connect_and_send(self) -> tuple[grpc.StatusCode, str]:
         """One stream over one connection, with what the target's files hold by now; its status. Raises TargetError."""
+        while not self._target.check_folder():
+            # Not left to gRPC, which would take whoever makes it first.
+            self._say_unreachable()
+            await asyncio.sleep(LONGEST_WAIT)
         mark = self._target.mark()
         credentials = self._target.credentials()
         if credentials is None:
@@ -99,6 +103,8 @@ class Delivery:
             opened = grpc.aio.secure_channel(self._address, credentials, options=_OPTIONS)
         async with opened as channel:
             await self._connected(channel, mark)
+            # It may have been away for as long as that took.
+            self._target.check_folder()
             status, details = await self._one_stream(IngestServiceStub(channel))
             self._judge(status)
             self._backlog.rewind()
@@ -109,10 +115,12 @@ class Delivery:
         ready = asyncio.ensure_future(channel.channel_ready())
         try:
             while not (await asyncio.wait((ready,), timeout=LONGEST_WAIT))[0] and self._target.mark() == mark:
-                reason = f" ({await _failure(channel)})" if self._target.ca else ""
-                self._log.say("unreachable", f"monitor at {self._address} unreachable{reason}, will keep trying")
+                self._say_unreachable(f" ({await _failure(channel)})" if self._target.ca else "")
         finally:
             ready.cancel()
+
+    def _say_unreachable(self, reason: str = "") -> None:
+        self._log.say("unreachable", f"monitor at {self._address} unreachable{reason}, will keep trying")
 
     async def _one_stream(self, stub: "IngestServiceAsyncStub") -> tuple[grpc.StatusCode, str]:
         """Send and settle until the stream ends; return its status. Raises TargetError."""

@@ -2,6 +2,10 @@
 
 from typing import NoReturn
 
+import os
+import tempfile
+from pathlib import Path
+
 import pytest
 from pydantic import BaseModel, ValidationError, model_validator
 
@@ -10,6 +14,7 @@ from stream_monitor.engine import doctor
 from stream_monitor.engine.doctor import _off
 from stream_monitor.engine.plan import make_plan
 from tests.engine.test_plan import facts
+from stream_monitor.folders import own_folder
 
 PLUGINS = "VLLM_PLUGINS"
 
@@ -88,3 +93,17 @@ def test_reasons_and_verdicts_are_whole_on_80_columns(
     assert [text for text in verdict if text] == ["refused", "watched", "not watched", "refused"]
     assert "".join(name) == "".join(layer.name for layer in layers)
     assert "".join(implementation) == "".join(layer.implementation for layer in layers)
+
+
+def test_a_socket_in_a_strangers_folder_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    assert _off(CaptureSettings()) == ()
+    own_folder().mkdir(mode=0o700)
+    (said,) = _off(CaptureSettings())
+    assert said == (
+        f"target: folder {own_folder()} belongs to user {owner}, not to us ({owner + 1}); have it removed, or name "
+        "another socket: target, and ingest of the monitor"
+    )

@@ -165,7 +165,7 @@ def test_a_missing_library_is_named_with_the_remedy(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_out_that_may_not_be_looked_into_is_named(store: tuple[Database, Path], closed_folder: Path) -> None:
+def test_an_out_that_may_not_be_looked_into_is_named(store: tuple[Running, Path], closed_folder: Path) -> None:
     out = closed_folder / "out"
     with pytest.raises(ExportError, match=f"^--out: cannot look into {out}: Permission denied$"):
         export(str(store[1]), out, "jsonl", "", "", "")
