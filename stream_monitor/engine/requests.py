@@ -59,6 +59,7 @@ class _Tracked:
 
     Attributes:
         ahead: places from the last prompt token, less engine steps, when its prompt had been read last.
+        cut: runs of tokens that the pending ones do not go on from.
     """
 
     prompt_tokens: int
@@ -73,6 +74,7 @@ class _Tracked:
     reading: Reading = field(default_factory=Reading)
     pending_flags: bytearray = field(default_factory=bytearray)
     pending_ids: list[int] = field(default_factory=list)
+    cut: list[TokenRun] = field(default_factory=list)
 
 
 class RequestTable:
@@ -248,9 +250,16 @@ class RequestTable:
         if tracked.stops and (ends := [n for n, token in enumerate(token_ids) if token in tracked.stops]):
             # Asynchronous scheduling samples past the end before it knows of it.
             token_ids, tracked.stopped = token_ids[: ends[0] + 1], True
+        goes_on = first_position == tracked.total_tokens
         tracked.total_tokens = first_position + len(token_ids)
         if self._flags is None or tracked.refused_reason:
             return
+        if not goes_on:
+            # Tokens in between were lost, or some come again: in a run of their own these keep their positions, by
+            # which the receiver counts what it misses, and what was read before says nothing of them.
+            if tracked.pending_flags:
+                tracked.cut.append(self._run(request_id, tracked))
+            tracked.reading, tracked.last_token = Reading(), -1
         if not tracked.pending_flags:
             tracked.pending_first = first_position
         if self._channels is None:
@@ -269,7 +278,7 @@ class RequestTable:
         self._with_tokens[request_id] = None
 
     def take_tokens(self, rows: Container[str] | None = None) -> list[TokenRun]:
-        """Tokens since they were last taken, one run a request.
+        """Tokens since they were last taken, one run a request unless some are missing in between.
 
         Args:
             rows: requests of which a row goes along. A sentence is scored when a row behind its end is in, so tokens of
@@ -282,10 +291,15 @@ class RequestTable:
         ]
         for request_id in ready:
             del self._with_tokens[request_id]
-        return [self._take(request_id) for request_id in ready]
+        return [run for request_id in ready for run in self._take(request_id)]
 
-    def _take(self, request_id: str) -> TokenRun:
+    def _take(self, request_id: str) -> list[TokenRun]:
         tracked = self._tracked[request_id]
+        runs, tracked.cut = [*tracked.cut, self._run(request_id, tracked)], []
+        return runs
+
+    @staticmethod
+    def _run(request_id: str, tracked: _Tracked) -> TokenRun:
         run = TokenRun(
             request_id,
             tracked.pending_first,
@@ -301,7 +315,7 @@ class RequestTable:
         tracked = self._tracked.get(request_id)
         if tracked is None:
             return None
-        last = [self._take(request_id)] if self._with_tokens.pop(request_id, 0) is None else []
+        last = self._take(request_id) if self._with_tokens.pop(request_id, 0) is None else []
         self._forget(request_id)
         if tracked.refused_reason == ID_TOO_LONG:
             return None

@@ -168,3 +168,14 @@ def test_a_prompt_is_read_as_well(model: Model) -> None:
     requests.add_tokens("a", len(prompt), model.ids(" c = 3. d"))
     (run,) = requests.take_tokens()
     assert not any(flag & ENDS for flag in run.flags), "the output goes on where the prompt ended"
+
+
+def test_what_was_begun_before_missing_tokens_says_nothing_of_those_behind(model: Model) -> None:
+    requests = table(token_flags=model.flags, marks=model.marks)
+    requests.start(new(prompt=1))
+    begun, behind = model.ids("The sum is $$a = 1. b"), model.ids(" So it is seven. Then")
+    requests.add_tokens("a", 1, begun)
+    requests.add_tokens("a", 1 + len(begun) + 5, behind)
+    before, after = requests.take_tokens()
+    assert not any(flag & ENDS for flag in before.flags)
+    assert after.flags == model.flags[behind].tobytes()

@@ -172,6 +172,23 @@ def test_tokens_come_out_once_in_runs_of_positions():
     assert requests.take_tokens() == []
 
 
+def test_tokens_that_do_not_go_on_keep_their_positions():
+    requests = table(send_token_ids=True)
+    requests.start(new())
+    for position, token_ids in ((10, [5]), (11, [6]), (14, [7, 8]), (15, [9])):
+        requests.add_tokens("a", position, token_ids)
+    found = [(run.first_position, run.flags, run.token_ids) for run in requests.take_tokens()]
+    assert found == [
+        (first, bytes(ids), np.array(ids, "<u4").tobytes()) for first, ids in ((10, [5, 6]), (14, [7, 8]), (15, [9]))
+    ]
+    assert requests.take_tokens() == []
+    requests.add_tokens("a", 16, [1])
+    requests.add_tokens("a", 20, [2])
+    last, finished = requests.finish("a")
+    assert [(run.first_position, run.flags) for run in last] == [(16, bytes([1])), (20, bytes([2]))]
+    assert finished.total_tokens == 21
+
+
 def test_tokens_wait_for_a_row_of_their_request_but_not_for_ever():
     requests = table()
     requests.start(new("a"))
