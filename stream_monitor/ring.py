@@ -142,9 +142,14 @@ class RingWriter:
         self._head = self._words[_HEAD] = head + span
         return True
 
+    def skip(self) -> None:
+        """Take the number of a record that is lost before it could be written: the reader finds it missing."""
+        self._sequence += 1
+        self._words[_SEQUENCE] = self._sequence
+
     @property
     def sequence(self) -> int:
-        """Records written so far."""
+        """Records written so far, those skipped included."""
         return self._sequence
 
     def close(self) -> None:

@@ -208,13 +208,27 @@ class Estimator:
         for record in split(step):
             labels = _labels_of(record.rows)
             count(self._ledger, labels, "captured", "", self._heads)
-            record.ledger = written = merged(job.ledger, self._ledger)
-            encoded = encode(record)
-            if self._ring.write(encoded, written.token_rows.captured, written.chunk_rows.captured):
-                self._ledger.record_bytes += len(encoded)
-            else:
-                count(self._ledger, labels, "captured", "", -self._heads)
-                count(self._ledger, labels, "dropped", "record_too_large", self._heads)
+            if self._put(record, job.ledger):
+                continue
+            count(self._ledger, labels, "captured", "", -self._heads)
+            count(self._ledger, labels, "dropped", "record_too_large", self._heads)
+            # Requests begin, go on and end all the same.
+            rest = replace(record, step=0, rows=None, audits=[], more=False)
+            if (rest.started or rest.tokens or rest.finished) and not self._put(rest, job.ledger):
+                log.warning(
+                    "Stream Monitor: what step %d says of requests is larger than the ring and lost; raise "
+                    "STREAM_MONITOR_RING_BYTES",
+                    job.step,
+                )
+                self._ring.skip()
+
+    def _put(self, record: StepRecord, runner: Ledger) -> bool:
+        """Write a record, with the sum of both ledgers; False if it is larger than the ring."""
+        record.ledger = written = merged(runner, self._ledger)
+        encoded = encode(record)
+        fits = self._ring.write(encoded, written.token_rows.captured, written.chunk_rows.captured)
+        self._ledger.record_bytes += len(encoded) * fits
+        return fits
 
 
 def _labels_of(rows: Rows | None) -> list[RowLabel]:

@@ -270,7 +270,8 @@ MESSAGES_LOST = _define(
     "counter",
     "messages_lost_total",
     ENGINE,
-    "Numbers missing in a rank's sequence. Their rows are in the account as `dropped`.",
+    "Numbers missing in a rank's sequence: records that were lost with what they said of requests (starts, tokens, "
+    "ends). Their rows are in the account as `dropped`.",
 )
 STEP_DELAY = _define(
     _S,

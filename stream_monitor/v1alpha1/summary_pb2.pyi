@@ -666,8 +666,8 @@ class StepSummary(_message.Message):
     schema_version: _builtins.int
     """Version of this schema: 2. Receivers accept N and N - 1 and refuse others. Version 1 had no Rows.narrow_block_ids."""
     sequence: _builtins.int
-    """From 1, ascending for this rank. A number that never comes is a record whose rows were lost; they are in the ledger
-    of this message or of a later one.
+    """From 1, ascending for this rank. A number that never comes is a record that was lost; its rows are in the ledger of
+    this message or of a later one.
     """
     step: _builtins.int
     """Engine steps since capture was armed, equal on all ranks of an engine; 0 in a message without rows."""

@@ -7,6 +7,7 @@ from collections.abc import Collection
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from stream_kernels.cpu import ROW_RACED, CpuSearch
 from stream_kernels.layout import KeyLayout, PagedKeys
@@ -18,8 +19,8 @@ from stream_monitor.engine.cpu.slots import CpuSlot, LayerTap
 from stream_monitor.engine.estimator import Estimator
 from stream_monitor.engine.requests import RowLabel
 from stream_monitor.engine.steps import Job
-from stream_monitor.records import Ledger, Phase, QueueState, decode
-from stream_monitor.ring import RingReader, RingWriter
+from stream_monitor.records import Ledger, Phase, QueueState, RequestFinished, RequestStarted, TokenRun, decode
+from stream_monitor.ring import Record, RingReader, RingWriter
 
 PAGE, HEADS, KV_HEADS, DIM, PAGES = 32, 4, 2, 16, 12
 CONTEXTS = (40, 70)
@@ -30,7 +31,9 @@ QUEUES = [QueueState("estimator", 1, 4)]
 class Rig:
     """An estimator over a search of two rows, and what came out at the other end of its ring."""
 
-    def __init__(self, watched: tuple[int, ...] = (0, 1, 2, 3), cpus: Collection[int] = ()) -> None:
+    def __init__(
+        self, watched: tuple[int, ...] = (0, 1, 2, 3), cpus: Collection[int] = (), ring_bytes: int = 1 << 16
+    ) -> None:
         cache = PagedKeys(torch.randn(PAGES, KV_HEADS, PAGE, 2 * DIM), KeyLayout.row_major(PAGE, DIM), 1.0)
         config = SearchConfig(strategy="exact", top_k=2)
         search = CpuSearch(
@@ -47,7 +50,7 @@ class Rig:
         self.slot.labels = [RowLabel(f"r{n}", size - 1, 0, Phase.DECODE, "", True) for n, size in enumerate(CONTEXTS)]
         self.slot.batch_rows[:], self.slot.contexts[:], self.slot.generations[:] = (0, 1), CONTEXTS, 1
         self.slot.tables[0][:] = np.arange(PAGES)
-        self.ring = RingWriter(1 << 16)
+        self.ring = RingWriter(ring_bytes)
         self.faults: list[str] = []
         self.estimator = Estimator(
             CpuRowSearch(search, BlockSummary.allocate(1, 2, len(watched), config), BlockGenerations(PAGES)),
@@ -67,15 +70,17 @@ class Rig:
 
     def end(self) -> list[bytes]:
         """The records that were written."""
+        return [record.payload for record in self.read()]
+
+    def read(self) -> list[Record]:
+        """The same with what the ring says of them."""
         self.estimator.stop(60)
         assert self.faults == []
         reader = RingReader(self.ring.fd)
-        payloads = []
-        while record := reader.read():
-            payloads.append(record.payload)
+        records = list(iter(reader.read, None))
         reader.close()
         self.ring.close()
-        return payloads
+        return records
 
 
 @pytest.mark.parametrize("watched", [(0, 1, 2, 3), (1,)])
@@ -142,3 +147,30 @@ def test_with_cpus_of_its_own_it_waits_for_nothing(monkeypatch: pytest.MonkeyPat
     rig.submit(1)
     assert rig.estimator.drain(30)
     assert len(rig.end()) == 1
+
+
+def test_rows_too_large_for_the_ring_are_dropped_and_what_is_said_of_requests_is_not() -> None:
+    rig = Rig(ring_bytes=4096)
+    rig.slot.labels = [replace(label, request_id=label.request_id.ljust(1024, "x")) for label in rig.slot.labels]
+    started = [RequestStarted("r", 3, b"", b"", bytes(3))]
+    tokens, finished = [TokenRun("r", 3, bytes(1500))], [RequestFinished("r", 1503)]
+    rig.estimator.submit(Job(1, 1, Ledger(), rig.slot, started, tokens, finished))
+    (payload,) = rig.end()
+    record = decode(payload)
+    assert (record.step, record.rows, record.more) == (0, None, False)
+    assert (record.started, record.tokens, record.finished) == (started, tokens, finished)
+    rows = record.ledger.token_rows
+    assert (rows.captured, rows.dropped) == (0, {"record_too_large": 2 * HEADS})
+
+
+def test_what_is_said_of_requests_is_missing_by_number_where_it_is_too_large_itself(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    rig = Rig()
+    rig.submit(1)
+    rig.estimator.submit(Job(2, 1, Ledger(), None, [RequestStarted("r", 1 << 17, b"", b"", bytes(1 << 17))]))
+    rig.submit(3)
+    first, second = rig.read()
+    assert (first.mark.sequence, second.mark.sequence) == (1, 3)
+    assert (second.lost_records, second.lost_token_rows) == (1, 0)
+    assert "what step 2 says of requests is larger than the ring and lost" in caplog.text
