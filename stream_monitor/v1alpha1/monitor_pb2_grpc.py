@@ -102,7 +102,8 @@ class MonitorServiceServicer:
         """Removes a request for good, from memory and store: its trace, its events, those that wait for subscribers included,
         and its ids. Answered when no byte of it is left in the store's files; what the engine still sends of it is thrown
         away. NOT_FOUND and FAILED_PRECONDITION as in GetTrace; UNAVAILABLE if the store cannot be written now: it is then
-        gone from memory, the store follows as soon as it can be written, and asking again tells.
+        gone from memory, the store follows as soon as it can be written, and asking again tells. UNAVAILABLE also if it is
+        not in memory and the store, which may hold it, is not open yet: ask again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

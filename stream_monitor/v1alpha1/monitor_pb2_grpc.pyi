@@ -58,7 +58,8 @@ class MonitorServiceStub:
     """Removes a request for good, from memory and store: its trace, its events, those that wait for subscribers included,
     and its ids. Answered when no byte of it is left in the store's files; what the engine still sends of it is thrown
     away. NOT_FOUND and FAILED_PRECONDITION as in GetTrace; UNAVAILABLE if the store cannot be written now: it is then
-    gone from memory, the store follows as soon as it can be written, and asking again tells.
+    gone from memory, the store follows as soon as it can be written, and asking again tells. UNAVAILABLE also if it is
+    not in memory and the store, which may hold it, is not open yet: ask again.
     """
 
 @_typing.type_check_only
@@ -91,7 +92,8 @@ class MonitorServiceAsyncStub(MonitorServiceStub):
     """Removes a request for good, from memory and store: its trace, its events, those that wait for subscribers included,
     and its ids. Answered when no byte of it is left in the store's files; what the engine still sends of it is thrown
     away. NOT_FOUND and FAILED_PRECONDITION as in GetTrace; UNAVAILABLE if the store cannot be written now: it is then
-    gone from memory, the store follows as soon as it can be written, and asking again tells.
+    gone from memory, the store follows as soon as it can be written, and asking again tells. UNAVAILABLE also if it is
+    not in memory and the store, which may hold it, is not open yet: ask again.
     """
 
 class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -145,7 +147,8 @@ class MonitorServiceServicer(metaclass=_abc_1.ABCMeta):
         """Removes a request for good, from memory and store: its trace, its events, those that wait for subscribers included,
         and its ids. Answered when no byte of it is left in the store's files; what the engine still sends of it is thrown
         away. NOT_FOUND and FAILED_PRECONDITION as in GetTrace; UNAVAILABLE if the store cannot be written now: it is then
-        gone from memory, the store follows as soon as it can be written, and asking again tells.
+        gone from memory, the store follows as soon as it can be written, and asking again tells. UNAVAILABLE also if it is
+        not in memory and the store, which may hold it, is not open yet: ask again.
         """
 
 def add_MonitorServiceServicer_to_server(servicer: MonitorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
