@@ -23,7 +23,8 @@ in that of `stream-monitor fleet`. Settings are read once, at start. A name that
 range, is refused with one line that says what would be valid: `stream-monitor serve` and `stream-monitor vllm` do not
 start then; vLLM's own server serves without capture and says so in its log.
 
-If the variable `VLLM_PLUGINS` is set, it must contain `stream_monitor`: vLLM loads no other plug-ins than it lists.
+If the variable `VLLM_PLUGINS` is set, it must contain `stream_monitor`, without a space beside it: vLLM loads no other
+plug-ins than it lists. `stream-monitor vllm` does not start without it.
 """
 
 SECTIONS = {

@@ -5,7 +5,6 @@ the worker will meet.
 """
 
 import contextlib
-import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from stream_monitor.config import CaptureSettings, SettingsError, load
 from stream_monitor.engine.compat import engine as compat
 from stream_monitor.engine.compat.doctor import build_on_meta, single_rank_groups
 from stream_monitor.engine.compat.layers import attention_layers
+from stream_monitor.engine.compat.plugins import not_loaded
 from stream_monitor.engine.plan import CapturePlan, make_plan
 from stream_monitor.target import TargetError
 
@@ -69,13 +69,11 @@ def plan_for(model: str, settings: CaptureSettings) -> CapturePlan:
 
 def _off(settings: CaptureSettings) -> tuple[str, ...]:
     """What keeps the plug-in from doing anything of use, whatever the model."""
-    plugins = os.environ.get("VLLM_PLUGINS")
-    named = plugins is None or "stream_monitor" in [name.strip() for name in plugins.split(",")]
     found = []
     if settings.disable:
         found.append("STREAM_MONITOR_DISABLE switches the plug-in off")
-    if not named:
-        found.append(f"VLLM_PLUGINS is {plugins!r}, without stream_monitor: vLLM does not load the plug-in")
+    if reason := not_loaded():
+        found.append(reason)
     try:
         settings.monitor().check_folder()
     except TargetError as error:

@@ -23,12 +23,16 @@ def command(model: str, flags: list[str]) -> list[str]:
 
 
 def main(model: str, flags: list[str]) -> int:
-    """Replace this process by the server; returns 2, with one line, if the flags or settings cannot work."""
+    """Replace this process by the server; returns 2, with one line, if flags, settings or VLLM_PLUGINS cannot work."""
     from stream_monitor.config import CaptureSettings, SettingsError, load
+    from stream_monitor.engine.compat.plugins import not_loaded
 
     try:
-        load(CaptureSettings)
+        settings = load(CaptureSettings)
         line = command(model, flags)
+        if not settings.disable and (reason := not_loaded()):
+            # Somebody's list of what may be loaded is not ours to change.
+            raise ValueError(f"{reason}; add stream_monitor to it, or unset it")
     except (SettingsError, ValueError) as error:
         print(f"stream-monitor vllm: {error}", file=sys.stderr)
     else:

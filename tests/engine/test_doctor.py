@@ -19,7 +19,7 @@ from stream_monitor.folders import own_folder
 PLUGINS = "VLLM_PLUGINS"
 
 
-@pytest.mark.parametrize("named", [None, "stream_monitor", "other, stream_monitor"])
+@pytest.mark.parametrize("named", [None, "stream_monitor", "other,stream_monitor"])
 def test_a_plug_in_that_is_loaded_is_not_off(named: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PLUGINS, raising=False)
     if named is not None:
@@ -32,6 +32,9 @@ def test_what_switches_it_off_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     disabled, not_loaded = _off(CaptureSettings(disable=True))
     assert disabled == "STREAM_MONITOR_DISABLE switches the plug-in off"
     assert not_loaded == "VLLM_PLUGINS is 'other', without stream_monitor: vLLM does not load the plug-in"
+    monkeypatch.setenv(PLUGINS, "other, stream_monitor")
+    (not_loaded,) = _off(CaptureSettings())
+    assert "with a space, which vLLM takes for a part of the name" in not_loaded
 
 
 class Sizes(BaseModel):
