@@ -1,10 +1,9 @@
 """What `stream-monitor doctor` says of plans, and where there is none; with real models in tests/e2e/test_doctor.py."""
 
-from typing import NoReturn
-
 import os
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from pydantic import BaseModel, ValidationError, model_validator
@@ -13,8 +12,8 @@ from stream_monitor.config import CaptureSettings
 from stream_monitor.engine import doctor
 from stream_monitor.engine.doctor import _off
 from stream_monitor.engine.plan import make_plan
-from tests.engine.test_plan import facts
 from stream_monitor.folders import own_folder
+from tests.engine.test_plan import facts
 
 PLUGINS = "VLLM_PLUGINS"
 
