@@ -5,6 +5,9 @@ export const FLOOR = 1e-3;
 
 export const percent = (share) => (share >= 0.9995 ? "100%" : `${(100 * share).toPrecision(share < FLOOR ? 2 : 3)}%`);
 
+/** Middles of `count` cells on an axis of the things they stand for, `step` each from number `origin` on. */
+export const middles = (count, step, origin = 0) => Array.from({ length: count }, (_, cell) => origin + cell * step + (step - 1) / 2);
+
 /** Trace of a heat map. `shares`: rows of shares, null where there is none; their colour is logarithmic. */
 export function shareHeatmap(x, y, shares) {
   return {

@@ -29,12 +29,11 @@ function drawMasks() {
   for (let one = 0; one < heads; one++) {
     if (head === one || head < 0) fill(grid, layer * heads + one);
   }
-  // Where a cell's middle lies on an axis of tokens, so that it covers its first to its last, and which these are.
-  const middles = Array.from({ length: side }, (_, cell) => cell * step + (step - 1) / 2);
+  const places = middles(side, step);
   const spans = Array.from({ length: side }, (_, cell) => [cell * step, Math.min((cell + 1) * step, tokens) - 1]
     .map((token) => token.toLocaleString("en")).join(" to "));
   const figure = {
-    ...shareHeatmap(middles, middles, grid),
+    ...shareHeatmap(places, places, grid),
     text: grid.map((row, query) => row.map((share, key) => (share === null ? ""
       : `queries of tokens ${spans[query]}<br>keys of tokens ${spans[key]}<br>${percent(share)}`))),
     hovertemplate: "%{text}<extra></extra>",
@@ -78,10 +77,10 @@ const span = (group) => {
 };
 
 function drawSentences() {
-  const numbers = trace.matrix.map((_, group) => group * trace.group);
+  const places = middles(trace.matrix.length, trace.group);
   const figure = {
-    ...shareHeatmap(numbers, numbers, trace.matrix.map((row) => row.map((share) => share || null))),
-    hovertemplate: "%{y} reads %{x}<extra></extra>",
+    ...shareHeatmap(places, places, trace.matrix.map((row) => row.map((share) => share || null))),
+    hovertemplate: trace.group > 1 ? "%{customdata:.2%}<extra></extra>" : "%{y} reads %{x}<extra></extra>",
   };
   const layout = {
     height: 640, margin: { t: 20 }, plot_bgcolor: "white", ...squareAxes("sentence that is read", "sentence that reads"),

@@ -436,8 +436,11 @@ def _tls(settings: OnStream) -> ssl.SSLContext | None:
     if bool(files["nats_certificate"]) != bool(files["nats_key"]):
         raise SettingsError("nats_certificate and nats_key belong together: name both files, or none")
     for name, path in files.items():
-        if path and not Path(path).is_file():
-            raise SettingsError(f"{name}: no file {path}")
+        try:
+            if path and not Path(path).is_file():
+                raise SettingsError(f"{name}: no file {path}")
+        except OSError as error:
+            raise SettingsError(f"{name}: cannot look at {path}: {error.strerror}") from None
     try:
         context = ssl.create_default_context(cafile=files["nats_ca"] or None)
         if files["nats_certificate"]:

@@ -76,6 +76,14 @@ def test_a_file_that_cannot_be_used(setting: str, content: str | None, line: str
     assert refused.output.startswith(f"stream-monitor: {line.replace('FILE', str(file))}")
 
 
+def test_a_file_that_may_not_be_looked_at(closed_folder: Path, tmp_path: Path) -> None:
+    file = closed_folder / "ca.pem"
+    flags = ["--nats", "nats://127.0.0.1:4222", "--nats-ca", str(file), "--fleet-store", str(tmp_path / "fleet.db")]
+    refused = CliRunner().invoke(app, ["fleet", *flags, "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0"])
+    assert refused.exit_code == 2
+    assert refused.output == f"stream-monitor: nats_ca: cannot look at {file}: Permission denied\n"
+
+
 def test_a_monitors_store_is_not_a_fleets(monitor: Callable[..., Running], broker: NatsServer, tmp_path: Path) -> None:
     running = monitor(store=str(tmp_path / "store" / "monitor.db"))
     running.publish(Engine().request("chatcmpl-r-0a1b2c3d", SHIFTING))

@@ -372,9 +372,9 @@ def test_a_long_trace_is_drawn_in_coarse_cells_and_exactly_where_one_looks_close
     step = 16
     expect(page.get_by_text(f"Each cell stands for {step} by {step} sentences")).to_be_visible()
     coarse = drawn(page)
-    largest: dict[tuple[int, int], float] = {}
+    largest: dict[tuple[float, ...], float] = {}
     for (row, column), share in matrix.items():
-        cell = (row // step * step, column // step * step)
+        cell = tuple(index // step * step + (step - 1) / 2 for index in (row, column))
         largest[cell] = max(largest.get(cell, 0.0), share)
     assert coarse == largest
     page.evaluate(

@@ -1,7 +1,7 @@
 // The sentence matrix as a heat map: long traces in coarser cells, exact ones where the reader looks closer.
 import { colour, CONFIG, hasPlotly, layout, panel } from "./charts.js";
 import { h, words } from "./dom.js";
-import { percent, shareHeatmap, squareAxes } from "./shares.js";
+import { middles, percent, shareHeatmap, squareAxes } from "./shares.js";
 
 const HEIGHT = 440;
 const SIDE = 200;
@@ -33,8 +33,8 @@ export class HeatMap {
     const [rows, columns] = this.#view ?? [all, all];
     const { step, shares, pairs } = this.#cells = trace.cells(rows, columns, SIDE);
     this.#cells.origin = [rows[0], columns[0]];
-    const y = shares.map((_, at) => rows[0] + at * step);
-    const x = (shares[0] ?? []).map((_, at) => columns[0] + at * step);
+    const y = middles(shares.length, step, rows[0]);
+    const x = middles(shares[0]?.length ?? 0, step, columns[0]);
     const figure = {
       ...shareHeatmap(x, y, shares),
       hovertemplate: step > 1 ? "%{customdata:.2%}<extra></extra>" : "%{y} reads %{x}: %{customdata:.2%}<extra></extra>",
@@ -116,7 +116,7 @@ export class HeatMap {
   #outline() {
     if (!this.#cell) return [];
     const { step, origin } = this.#cells;
-    const [y, x] = this.#cell.map((at, axis) => origin[axis] + at * step - step / 2);
+    const [y, x] = this.#cell.map((at, axis) => origin[axis] + at * step - 0.5);
     return [{ type: "rect", x0: x, x1: x + step, y0: y, y1: y + step, line: { color: colour("found"), width: 2 } }];
   }
 }
