@@ -128,7 +128,8 @@ def make_beam(g: Geometry, kv_heads: int, heads: int, config: SearchConfig) -> B
         first_lot=config.first_lot,
         outlier_256ths=config.outlier_256ths,
         spread_weight=np.float32(config.spread_weight),
-        width=config.box_width,
+        width=config.nodes_kept(1),
+        upper_width=config.nodes_kept(2),
         tops=levels.tops,
         nodes=index,
         summaries=Summaries(

@@ -167,8 +167,8 @@ def _unit_scores(unit: Unit, scratch: BeamScratch, level, count, norm, SHAPE: tl
 def _score_levels(
     unit: Unit, pyramid: Pyramid, scratch: BeamScratch, outside, stretch, end, top, most, SHAPE: tl.constexpr
 ):
-    """Goes down the pyramid from level `top`, keeping `box_width` nodes of each level, and orders the best `most` nodes
-    of level 0 for reading, in `scratch.order`.
+    """Goes down the pyramid from level `top`, keeping `box_width` nodes of level 1 and `upper_width` of each above,
+    and orders the best `most` nodes of level 0 for reading, in `scratch.order`.
 
     Returns:
         How many blocks may be read, and the key-equivalents read.
@@ -204,10 +204,11 @@ def _score_levels(
         scored = tl.sum(front.to(tl.int32), 0)
         twice = (scored * SHAPE.outlier_256ths + 255) // 256
         reads += scored + twice * SHAPE.outlier_keys
+        kept = tl.where(level > 1, SHAPE.upper_width, tl.where(level > 0, SHAPE.box_width, most))
         # First by the nodes' bulk alone, to find those whose outliers are looked at; then by both.
         for again in range(2):
             key = sortable(_unit_scores(unit, scratch, level, count, norm, SHAPE), front)
-            wanted = tl.where(again == 0, twice, tl.where(level > 0, SHAPE.box_width, most))
+            wanted = tl.where(again == 0, twice, kept)
             selected = largest(key, wanted)
             to = tl.cumsum(selected.to(tl.int32), 0) - 1
             if again == 0:

@@ -175,8 +175,9 @@ def make_shape(
         vectors=1 + config.outlier_keys,
         levels=levels.count,
         nodes_tile=triton.next_power_of_2(levels.most_scored),
-        box_width=config.box_width,
-        kept_tile=triton.next_power_of_2(config.box_width),
+        box_width=config.nodes_kept(1),
+        upper_width=config.nodes_kept(2),
+        kept_tile=triton.next_power_of_2(config.nodes_kept(1)),
         nodes_read=keys_read,
         nodes_scanned=_NODES_SCANNED,
     )

@@ -70,7 +70,9 @@ class Shape:
     nodes_tile: int
     """Most nodes of one level that a search scores."""
     box_width: int
-    """Nodes of one level that a search keeps."""
+    """Nodes of level 1 that a search keeps."""
+    upper_width: int
+    """The same of each level above."""
     kept_tile: int
     nodes_read: int
     """Summaries read at a time."""

@@ -51,7 +51,7 @@ def search_beam(
     scored, norm, reads = _score(prompt, queries, rows, profile, level, ids, every, outside, None)
     dropped = []
     while level:
-        kept = largest(_unit_score(scored.mass() - norm, rows), config.box_width)
+        kept = largest(_unit_score(scored.mass() - norm, rows), config.nodes_kept(level))
         dropped.append((scored, scored.present & ~kept))
         order = (~kept).sort(dim=-1, stable=True).indices[:, : int(kept.sum(1).max())]
         level -= 1

@@ -122,7 +122,7 @@ def beam(
 ) -> Found:
     """Searches blocks `config.sink_blocks` to `end` of each unit.
 
-    1. From `top_level` down, every level scores its nodes and keeps the `box_width` best of them; the children of
+    1. From `top_level` down, every level scores its nodes and keeps the `nodes_kept` best of them; the children of
        those, and the up to seven nodes no whole parent covers, are scored next.
     2. A node's estimate is what the mean and spread of its keys say (`bulk_scores`, with `spread_weight`), or what its
        best outlier says (`outlier_scores`) if that is more. Outliers are looked at only in the `outlier_share` best
@@ -182,7 +182,7 @@ def beam(
         log_mass = torch.where(again[:, None], torch.maximum(bulk, outlier), bulk)
         place = rank(unit_scores(log_mass + size - norm[..., None], heads), front)
         if level:
-            kept = front & (place < config.box_width)
+            kept = front & (place < config.nodes_kept(level))
             dropped.append(_Nodes(log_mass, counts, front & ~kept))
 
     read, fit = _read(log_mass, block_lse, heads, front, place, outside, config)

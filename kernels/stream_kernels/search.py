@@ -41,6 +41,8 @@ class SearchConfig:
             K blocks of largest exact mass. Without it the last round's scores decide (the paper's descent), and only
             the K blocks kept are then read in full, to give their mass.
         box_width: nodes that beam keeps per level of the summary pyramid.
+        upper_width: the same of levels above the first, where it is less. Contexts of half a million tokens and more
+            have such levels, and a node kept there leads to 64 blocks and more.
         outlier_share: of the nodes that beam scores on a level, how many it looks at twice, in 256ths rounded up: all
             by the mean of their keys, then the best of them by their outlier keys too.
         outlier_keys: outliers that a node holds. A second costs half as much memory again, and finds more where reads
@@ -62,6 +64,7 @@ class SearchConfig:
     share_kv_group: bool = True
     rerank: bool = True
     box_width: int = 160
+    upper_width: int = 100
     outlier_share: float = 0.5
     outlier_keys: int = 1
     spread_weight: float = 1.0
@@ -84,6 +87,8 @@ class SearchConfig:
             raise ValueError(f"width is {self.width}; valid: 1 to 256")
         if not 1 <= self.box_width <= 256:
             raise ValueError(f"box_width is {self.box_width}; valid: 1 to 256")
+        if not 1 <= self.upper_width <= 256:
+            raise ValueError(f"upper_width is {self.upper_width}; valid: 1 to 256")
         if not 0 <= self.outlier_share <= 1:
             raise ValueError(f"outlier_share is {self.outlier_share}; valid: 0 to 1")
         if not 1 <= self.outlier_keys <= 4:
@@ -97,6 +102,10 @@ class SearchConfig:
     def first_lot(self) -> int:
         """Blocks that beam reads before it asks whether to read on: a multiple of `top_k`, enough for a regression."""
         return self.top_k * -(-8 // self.top_k)
+
+    def nodes_kept(self, level: int) -> int:
+        """How many nodes of a level of the pyramid, 1 or above, beam looks into."""
+        return self.box_width if level == 1 else min(self.box_width, self.upper_width)
 
     @property
     def outlier_256ths(self) -> int:

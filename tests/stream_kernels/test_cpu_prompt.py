@@ -15,7 +15,7 @@ HEADS, KV_HEADS, DIM = 6, 2, 16
 SCALE = 0.25
 BEAM = SearchConfig(strategy="beam", block_size=8, top_k=4, box_width=24)
 CONFIGS = {
-    "three levels": replace(BEAM, box_width=6),
+    "three levels": replace(BEAM, box_width=3, upper_width=2),
     "flat": replace(BEAM, box_width=256),
     "reads all it may": replace(BEAM, min_gain=0.0, width=8),
     "two outliers a node": replace(BEAM, outlier_keys=2),

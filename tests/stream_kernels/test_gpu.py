@@ -44,7 +44,9 @@ CASES = {
     "descent, odd probes": GpuCase(SearchConfig(width=2, top_k=5, probe_keys=7), (1500,), **ONE_HEAD),
     "descent, soft cap and sinks": GpuCase(SHARED, (1500, 0), kv_heads=1, softcap=6.0, sinks=True),
     "beam of one level": GpuCase(replace(BEAM, box_width=96), (2500, 200), kv_heads=1),
-    "beam of three levels": GpuCase(replace(BEAM, block_size=8, box_width=2), (1700, 0, 777), **ONE_HEAD),
+    "beam of three levels": GpuCase(
+        replace(BEAM, block_size=8, box_width=2, upper_width=1), (1700, 0, 777), **ONE_HEAD
+    ),
     "beam, early stop": GpuCase(replace(BEAM, min_gain=0.02), (2500,), **ONE_HEAD),
     "beam, never stops": GpuCase(replace(BEAM, min_gain=0.0), (2500,), **ONE_HEAD),
     "beam, not re-ranked": GpuCase(replace(BEAM, rerank=False), (1200,), **ONE_HEAD),

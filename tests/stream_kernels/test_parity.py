@@ -19,12 +19,12 @@ UNOBSERVED_TOLERANCE = 1e-3
 PAPER = SearchConfig.paper(top_k=4)
 SHARED = SearchConfig(width=2, top_k=4)
 EXACT = SearchConfig(strategy="exact", top_k=4)
-BEAM = SearchConfig(strategy="beam", width=6, top_k=4, box_width=3, min_gain=0.002)
+BEAM = SearchConfig(strategy="beam", width=6, top_k=4, box_width=3, upper_width=2, min_gain=0.002)
 UNEVEN = (3000, 1, 33, 500, 129, 0, 64, 1777)
 
 CASES = {
     "beam": Case(BEAM, UNEVEN),
-    "beam over three levels": Case(BEAM, (9000, 2100, 8999), kv_heads=1, layers=1),
+    "beam over three levels": Case(replace(BEAM, block_size=16), (9000, 2100, 8999), kv_heads=1, layers=1),
     "beam by default": Case(SearchConfig(strategy="beam"), (9000, 700)),
     "beam to the last candidate": Case(replace(BEAM, min_gain=0.0), UNEVEN),
     "beam, not re-ranked": Case(replace(BEAM, rerank=False), UNEVEN),

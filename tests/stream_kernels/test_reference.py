@@ -132,14 +132,14 @@ def test_the_profile_is_of_the_keys_that_are_there() -> None:
 
 def test_scoring_grows_by_less_than_1_3_with_each_doubling() -> None:
     """The sums behind `box_width` and `top_level`: nodes scored, two vectors at most, plus 40 candidates of 32 keys."""
-    costs, width = [], SearchConfig().box_width
+    costs, config = [], SearchConfig()
     for tokens in (2**e for e in range(16, 23)):
         blocks = torch.tensor(tokens // 32)
-        top = int(top_level(blocks, width, 8))
+        top = int(top_level(blocks, config.box_width, 8))
         nodes = int(blocks) // FANOUT**top
         scored, kept = nodes, nodes
-        for _ in range(top):
-            kept = FANOUT * min(kept, width)
+        for level in range(top, 0, -1):
+            kept = FANOUT * min(kept, config.nodes_kept(level))
             scored += kept
         costs.append(2 * scored + 40 * 32)
     ratios = [after / before for before, after in itertools.pairwise(costs)]

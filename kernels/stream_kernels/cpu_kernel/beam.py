@@ -85,7 +85,8 @@ def search_nodes(
         if level == 0:
             break
         at_top = False
-        count, left = _look_into(g, s, b, heads, level, count, beam.width, left, end)
+        width = beam.width if level == 1 else beam.upper_width
+        count, left = _look_into(g, s, b, heads, level, count, width, left, end)
         level -= 1
 
     candidates = read_on(g, plan, s, beam.min_gain, beam.first_lot, b, heads, layer, address, pages, count)

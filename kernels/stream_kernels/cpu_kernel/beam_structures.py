@@ -67,7 +67,9 @@ class Beam(NamedTuple):
     outlier_256ths: int
     spread_weight: np.float32
     width: int
-    """Nodes kept per level."""
+    """Nodes kept of the level above the blocks."""
+    upper_width: int
+    """The same of each level above that."""
     tops: NDArray[np.int32]
     """[N + 1], the level where the search starts, by the block before which it ends."""
     nodes: NodeIndex

@@ -115,17 +115,19 @@ def _resolve_level(
     several = span_tokens < page_size  # nodes end in one page
     step_pages, step_tokens = span_tokens // page_size, span_tokens % page_size
     place, within = (span_tokens - 1) // page_size, (span_tokens - 1) % page_size  # of node 0's last token
+    entry, entry_place = -1, -1
     for j in range(nodes):
         slot = NO_SLOT
         if (j + 1) << span_bits > index.sink_blocks:
-            page = pages[place]
-            entry: int = entry_of[page]
-            if entry < 0:
-                entry = _claim(index, level, page)
+            if place != entry_place:  # nodes that end in one page share its entry
+                entry_place, page = place, pages[place]
+                entry = entry_of[page]
                 if entry < 0:
-                    forget(index, jobs, wanted)
-                    return -1
-            used[entry] = search
+                    entry = _claim(index, level, page)
+                    if entry < 0:
+                        forget(index, jobs, wanted)
+                        return -1
+                used[entry] = search
             slot = first_slot + (entry - first_entry) * nodes_per_entry
             if several:
                 slot += within // span_tokens
@@ -166,11 +168,17 @@ def _note_generations(
     elif len(generations) == 0:
         latest[:nodes] = 0
     else:
+        page, begin = 0, 0  # where the node's first token lies
         for j in range(nodes):
-            newest = np.int64(0)
-            for place in range(j * block_size // page_size, ((j + 1) * block_size - 1) // page_size + 1):
-                newest = max(newest, generations[pages[place]])
+            newest, end = max(np.int64(0), generations[pages[page]]), begin + block_size
+            while end > page_size:
+                end -= page_size
+                page += 1
+                newest = max(newest, generations[pages[page]])
             latest[j] = newest
+            begin = end
+            if begin == page_size:
+                page, begin = page + 1, 0
 
 
 @jit()
