@@ -306,6 +306,7 @@ class Fleet:
         self._refused(stranger.summary(sequence=0))
         self._refused(stranger.summary(ledger=summary_pb2.Ledger(token_rows=cells)))
         self._refused(again, again)  # a duplicate, and then out of order
+        self._refused(again, changed.summary())  # a duplicate, and then of another rank
         self._refused(Engine().summary())  # one rank too many
         third = engine(self.wide[0].info.instance, engine="1", data_parallel_index=1)
         self._refused(Engine(third).summary())  # one too many of its engine
