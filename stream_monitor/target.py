@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stream_monitor.addresses import check_address, is_local
-from stream_monitor.folders import folder_fault, own_folder
 from stream_monitor.replaced import Mark, mark
+from stream_monitor.socket_folders import folder_fault, own_folder
 
 if TYPE_CHECKING:
     import grpc

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from stream_monitor.folders import own_folder
+from stream_monitor.socket_folders import own_folder
 
 
 def runtime_folder() -> Path:

@@ -227,7 +227,8 @@ class Estimator:
         record.ledger = written = merged(runner, self._ledger)
         encoded = encode(record)
         fits = self._ring.write(encoded, written.token_rows.captured, written.chunk_rows.captured)
-        self._ledger.record_bytes += len(encoded) * fits
+        if fits:
+            self._ledger.record_bytes += len(encoded)
         return fits
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from stream_monitor.addresses import is_local
-from stream_monitor.folders import folder_fault
+from stream_monitor.socket_folders import folder_fault
 
 FOLDER_MODE = 0o770
 SOCKET_UMASK = 0o117

@@ -12,7 +12,7 @@ from stream_monitor.config import CaptureSettings
 from stream_monitor.engine import doctor
 from stream_monitor.engine.doctor import _off
 from stream_monitor.engine.plan import make_plan
-from stream_monitor.folders import own_folder
+from stream_monitor.socket_folders import own_folder
 from tests.engine.test_plan import facts
 
 PLUGINS = "VLLM_PLUGINS"

@@ -10,11 +10,11 @@ from threading import Timer
 
 import pytest
 
-from stream_monitor.folders import own_folder
 from stream_monitor.publisher.backlog import Backlog
 from stream_monitor.publisher.delivery import Delivery
 from stream_monitor.publisher.log import Log
 from stream_monitor.ring import RingReader
+from stream_monitor.socket_folders import own_folder
 from stream_monitor.target import Target
 from tests.publisher.fakes import INFO, Monitor, Worker
 
