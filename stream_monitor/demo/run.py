@@ -7,6 +7,8 @@ import argparse
 import asyncio
 import json
 import os
+import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -57,14 +59,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=default, help="model folder, fetched if absent (%(default)s)")
     options = parser.parse_args()
     console = Console()
+    # Named before it is made, and made where signals are exceptions: at no moment can one of them leave it behind.
+    folder = Path(tempfile.gettempdir(), f"stream-monitor-demo-{secrets.token_hex(8)}")
     try:
-        with tempfile.TemporaryDirectory(prefix="stream-monitor-demo-") as folder, Children() as children:
-            _run(console, children, Path(folder), options.model, once=options.once)
+        with Children() as children:
+            folder.mkdir(mode=0o700)
+            _run(console, children, folder, options.model, once=options.once)
     except DemoError as error:
         sys.exit(f"demo: {error}")
     except KeyboardInterrupt:
         console.print("Stopped.")
         sys.exit(130)
+    finally:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def _run(console: Console, children: Children, folder: Path, model: Path, *, once: bool) -> None:
@@ -95,7 +103,6 @@ def _fetch(model: Path) -> None:
 
 def _start_monitor(children: Children, folder: Path, at: Addresses, model: Path) -> Child:
     settings = {PREFIX + "INGEST": at.ingest, PREFIX + "GRPC": at.grpc, PREFIX + "HTTP": at.http}
-    settings[PREFIX + "STORE"] = str(folder / "monitor.db")
     # The text of the demo is nobody else's business: it is kept in memory alone.
     settings |= {PREFIX + "TOKENIZERS": str(model.resolve()), PREFIX + "STORE": ""}
     return children.start("the monitor", [COMMAND, "serve"], folder / "monitor.log", os.environ | settings)

@@ -34,8 +34,10 @@ class Demo:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
 
-    def start(self, *arguments: str, fault: str = "") -> "subprocess.Popen[str]":
-        command = [sys.executable, "-c", PROGRAM, str(self.command), "--model", str(self.model), *arguments]
+    def start(self, *arguments: str, fault: str = "", before: str = "") -> "subprocess.Popen[str]":
+        """`fault` is what the stand-ins do wrong; the programme runs `before` first."""
+        program = [sys.executable, "-c", before + PROGRAM, str(self.command)]
+        command = [*program, "--model", str(self.model), *arguments]
         env = os.environ | {"FAKE_FAULT": fault, "TMPDIR": str(self.temporary), "COLUMNS": "100"}
         pipe = subprocess.PIPE
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=env, text=True)
@@ -129,7 +131,24 @@ def test_interrupted_at_any_moment(demo: Demo, after: float) -> None:
     process = demo.start()
     time.sleep(after)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
+    assert "Traceback" not in err
+    demo.assert_gone()
+
+
+def test_interrupted_as_soon_as_there_is_something_to_clean_up(demo: Demo) -> None:
+    # `os.mkdir` is what pathlib and tempfile call.
+    told_to_end = """
+import os, signal
+make = os.mkdir
+def make_and_be_told_to_end(*arguments, **options):
+    make(*arguments, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+os.mkdir = make_and_be_told_to_end
+"""
+    process = demo.start("--once", before=told_to_end)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
     demo.assert_gone()
 
 
