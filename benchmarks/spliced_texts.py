@@ -60,7 +60,8 @@ class _Trace:
 
 
 def families(recorder: Recorder, texts: Sequence[Text], most: int, seed: int) -> Iterator[Family]:
-    """At most `most` of each text, from stretches that do not overlap."""
+    """At most `most` of each text, from stretches that do not overlap; none where no other text is long enough to go on
+    with."""
     traces = list(_traces(recorder, texts))
     neutral = recorder.model.tokenizer(NEUTRAL, add_special_tokens=False)["input_ids"]
     for trace in traces:
@@ -70,8 +71,10 @@ def families(recorder: Recorder, texts: Sequence[Text], most: int, seed: int) ->
             sentences = trace.window(number)
             cut = draw.randrange(*CUT)
             head = [*trace.prompt, *_joined(sentences[:cut])]
-            other = draw.choice(others)
-            tail = _tail(recorder, other, draw, SENTENCES - cut)
+            tails = [tail for other in others if (tail := _tails(recorder, other, SENTENCES - cut))]
+            if not tails:
+                continue
+            tail = _joined(draw.choice(draw.choice(tails)))
 
             def stretch(ids: list[int], at: int | None, trace: _Trace = trace) -> Stretch:
                 return Stretch(trace.name, trace.problem, ids, len(trace.prompt), at)
@@ -102,16 +105,14 @@ def _sentences(recorder: Recorder, ids: list[int]) -> list[Span]:
     return [*builder.extend(0, recorder.flags_of(ids)), *builder.finish(len(ids))]
 
 
-def _tail(recorder: Recorder, other: _Trace, draw: random.Random, count: int) -> list[int]:
-    """So many sentences of another trace, from one that begins with white space, so that it stays a sentence."""
+def _tails(recorder: Recorder, other: _Trace, count: int) -> list[list[list[int]]]:
+    """Every so many sentences of another trace that begin with white space, so that the first stays a sentence."""
     begins = TokenFlag.BEGINS_SPACE | TokenFlag.BEGINS_NEWLINE
-    firsts = [
-        place
+    return [
+        other.sentences[place : place + count]
         for place in range(len(other.sentences) - count + 1)
         if recorder.flags_of(other.sentences[place][:1])[0] & begins
     ]
-    first = draw.choice(firsts)
-    return _joined(other.sentences[first : first + count])
 
 
 def _joined(sentences: Sequence[Sequence[int]]) -> list[int]:

@@ -1,6 +1,8 @@
-"""A step whose message would be too large becomes several, each with all that there is of its requests."""
+"""A step whose message would be too large becomes several."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
@@ -19,14 +21,14 @@ _COLUMNS = [name for name in Rows.__struct_fields__ if name != "request_ids"]
 def split(record: StepRecord) -> list[StepRecord]:
     """The record alone if its message is small enough, else records that together say the same, all with its ledger.
 
-    What there is of one request stays together, however large it is. Requests with rows come first, and of the records
-    with rows all but the last say that there is `more`.
+    What there is of one request stays together where it fits into one message; else its rows follow each other in
+    several, after its start and before its tokens and its end. Requests with rows come first, and of the records with
+    rows all but the last say that there is `more`.
     """
     labels = [] if record.rows is None else record.rows.request_ids
     if _size(record) <= MESSAGE_BYTES and len(labels) <= MESSAGE_ROWS:
         return [record]
-    place_of = _places(_sizes(record), Counter(labels))
-    parts = [_part(record, place_of, place) for place in range(max(place_of.values()) + 1)]
+    parts = [_part(record, pieces) for pieces in _filled(_pieces(record))]
     with_rows = [part for part in parts if part.rows is not None]
     for part in with_rows[:-1]:
         part.more = True
@@ -41,14 +43,47 @@ def _size(record: StepRecord) -> int:
     return columns + len(encode((labels, record.started, record.tokens, record.finished)))
 
 
-def _sizes(record: StepRecord) -> Counter[str]:
-    """Bytes of each request's part of the message, roughly; requests with rows first, in their order."""
+class _Piece(NamedTuple):
+    """What goes into one message of a request.
+
+    Attributes:
+        rows: by their numbers in the record.
+        size: bytes in the message, roughly.
+        first, last: of the request's.
+    """
+
+    request_id: str
+    rows: list[int]
+    size: int
+    first: bool = True
+    last: bool = True
+
+
+def _pieces(record: StepRecord) -> Iterator[_Piece]:
+    """Those of all requests; requests with rows first, in their order."""
+    labels = [] if record.rows is None else record.rows.request_ids
+    columns = 0 if record.rows is None else sum(len(getattr(record.rows, name)) for name in _COLUMNS)
+    rows_of: defaultdict[str, list[int]] = defaultdict(list)
+    for row, request_id in enumerate(labels):
+        rows_of[request_id].append(row)
+    told = _told(record)
+    for request_id, rows in rows_of.items():
+        of_row = columns // len(labels) + _ENTRY_BYTES + len(request_id)
+        # However much there is to tell beside them.
+        room = max(MESSAGE_BYTES - told[request_id], MESSAGE_BYTES // 2)
+        together = max(1, min(MESSAGE_ROWS, room // of_row))
+        for first in range(0, len(rows), together):
+            some = rows[first : first + together]
+            size = told[request_id] + of_row * len(some)
+            yield _Piece(request_id, some, size, first == 0, first + together >= len(rows))
+    for request_id, size in told.items():
+        if request_id not in rows_of:
+            yield _Piece(request_id, [], size)
+
+
+def _told(record: StepRecord) -> Counter[str]:
+    """Bytes of what the message says of each request beside its rows, roughly."""
     sizes: Counter[str] = Counter()
-    if record.rows is not None:
-        labels = record.rows.request_ids
-        of_row = sum(len(getattr(record.rows, name)) for name in _COLUMNS) // len(labels) + _ENTRY_BYTES
-        for request_id in labels:
-            sizes[request_id] += of_row + len(request_id)
     for run in record.tokens:
         sizes[run.request_id] += _ENTRY_BYTES + len(run.request_id) + len(run.flags) + len(run.token_ids)
     for start in record.started:
@@ -59,29 +94,32 @@ def _sizes(record: StepRecord) -> Counter[str]:
     return sizes
 
 
-def _places(sizes: Counter[str], rows: Counter[str]) -> dict[str, int]:
-    """In which of the parts each request is: the first that is not full when its turn comes."""
-    places: dict[str, int] = {}
-    place = size = count = 0
-    for request_id, own in sizes.items():
-        if places and (size + own > MESSAGE_BYTES or count + rows[request_id] > MESSAGE_ROWS):
-            place, size, count = place + 1, 0, 0
-        places[request_id] = place
-        size, count = size + own, count + rows[request_id]
-    return places
+def _filled(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    """The pieces of each message: as many as fit, in their order."""
+    message: list[_Piece] = []
+    size = count = 0
+    for piece in pieces:
+        if message and (size + piece.size > MESSAGE_BYTES or count + len(piece.rows) > MESSAGE_ROWS):
+            yield message
+            message, size, count = [], 0, 0
+        message.append(piece)
+        size, count = size + piece.size, count + len(piece.rows)
+    if message:
+        yield message
 
 
-def _part(record: StepRecord, place_of: dict[str, int], place: int) -> StepRecord:
-    labels = [] if record.rows is None else record.rows.request_ids
-    keep = [row for row, request_id in enumerate(labels) if place_of[request_id] == place]
+def _part(record: StepRecord, pieces: list[_Piece]) -> StepRecord:
+    keep = sorted(row for piece in pieces for row in piece.rows)
     number = {row: index for index, row in enumerate(keep)}
+    begin = {piece.request_id for piece in pieces if piece.first}
+    end = {piece.request_id for piece in pieces if piece.last}
     return replace(
         record,
         step=record.step if keep else 0,
         rows=_some(record.rows, keep) if record.rows is not None and keep else None,
-        started=[start for start in record.started if place_of[start.request_id] == place],
-        tokens=[run for run in record.tokens if place_of[run.request_id] == place],
-        finished=[end for end in record.finished if place_of[end.request_id] == place],
+        started=[start for start in record.started if start.request_id in begin],
+        tokens=[run for run in record.tokens if run.request_id in end],
+        finished=[entry for entry in record.finished if entry.request_id in end],
         audits=[replace(audit, row=number[audit.row]) for audit in record.audits if audit.row in number],
     )
 

@@ -110,7 +110,13 @@ def _open(store: Path) -> Database:
 
 
 def _unreadable(store: Path, error: sqlite3.Error) -> ExportError:
-    return ExportError(f"cannot read {store} ({recovery.reason(error)}: {error})")
+    remedy = ""
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_CANTOPEN:
+        # Of a monitor that was killed: SQLite must write beside it what it reads the write-ahead log by.
+        remedy = (
+            f"; if its monitor is gone, copy it with {store.name}-wal to a folder you may write to, and export that"
+        )
+    return ExportError(f"cannot read {store} ({recovery.reason(error)}: {error}){remedy}")
 
 
 def _write(database: Database, folder: Path, format: str, first: int, last: int, whose: Whose) -> dict[str, int]:

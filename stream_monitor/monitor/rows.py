@@ -290,8 +290,12 @@ def _unsound(**log_shares: NDArray[np.float16] | None) -> Fault:
 
 def _share_table() -> NDArray[np.float32]:
     """The share of each of the 65,536 float16: looked up faster than computed."""
-    logs = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float64)
-    return np.where(logs <= ROUNDING, np.exp(np.minimum(logs, ROUNDING)), np.nan).astype(np.float32)
+    logs = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    sound = logs <= ROUNDING
+    shares = np.full(len(logs), np.nan, np.float32)
+    # Of those alone: on some processors numpy warns of what is no number.
+    shares[sound] = np.exp(logs[sound].astype(np.float64))
+    return shares
 
 
 _SHARES = _share_table()

@@ -5,10 +5,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.e2e.offline_engine import Spec
 from tests.e2e.recorder import CapturedRow, Recorder, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
+_Result = TypeVar("_Result")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -102,6 +104,12 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OfflineRe
         return OfflineResult(result["runs"], result["statuses"], recorder.summaries)
 
     return run
+
+
+def together(*runs: Callable[[], _Result]) -> list[_Result]:
+    """What comes of engines that run at once: most of a short run is one thread's, which imports vLLM."""
+    with ThreadPoolExecutor() as pool:
+        return [started.result() for started in [pool.submit(run) for run in runs]]
 
 
 def ledger(summaries: list[Any], kind: str = "token_rows") -> dict[str, int]:

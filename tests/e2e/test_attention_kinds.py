@@ -3,7 +3,8 @@
 Models are tiny and random, everything is float32, every block is kept (strategy `exact`): what differs is a mistake.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,24 +60,38 @@ def random_ids(count: int, seed: int) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def done() -> dict[str, Captured]:
-    """Runs by the model's name: each engine is started once, in the set-up of the first test that asks for it."""
-    return {}
+def captures(request, offline, tmp_path_factory) -> Iterator[dict[str, Future[Captured]]]:
+    """Runs by the model's name, of all that a test asks for, each engine started once and two at a time."""
+    asked = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    names = dict.fromkeys(params["captured"] for params in asked if "captured" in params)
+
+    def run(name: str) -> Captured:
+        folder = tmp_path_factory.mktemp(name)
+        make_model(folder, name)
+        return _capture(offline, name, folder)
+
+    pool = ThreadPoolExecutor(2)
+    try:
+        yield {name: pool.submit(run, name) for name in names if not _unfit(name)}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
-def captured(request, done, offline, tmp_path_factory) -> Captured:
+def captured(request, captures) -> Captured:
     """What the engine with the model that the test names captured."""
-    name = request.param
+    if reason := _unfit(request.param):
+        pytest.skip(reason)
+    return captures[request.param].result()
+
+
+def _unfit(name: str) -> str:
+    """Why a model cannot be served here; empty where it can."""
     if name == "gpt_oss" and vllm_before("0.31"):
-        pytest.skip("its CPU attention takes learned sinks in bfloat16 alone, and this test computes in float32")
+        return "its CPU attention takes learned sinks in bfloat16 alone, and this test computes in float32"
     if MODELS[name].cache_scales and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()):
-        pytest.skip("vLLM's CPU attention takes a KV cache of 8 bits where there is AVX-512 or AMX alone")
-    if name not in done:
-        folder = tmp_path_factory.mktemp(name)
-        make_model(folder, name)
-        done[name] = _capture(offline, name, folder)
-    return done[name]
+        return "vLLM's CPU attention takes a KV cache of 8 bits where there is AVX-512 or AMX alone"
+    return ""
 
 
 def of(*names: str) -> pytest.MarkDecorator:

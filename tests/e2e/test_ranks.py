@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from stream_monitor.v1alpha1 import monitor_pb2
-from tests.e2e.conftest import OfflineResult, ledger
+from tests.e2e.conftest import OfflineResult, ledger, together
 from tests.e2e.offline_engine import Request, Spec
 from tests.e2e.recorder import rows_of
 from tests.e2e.test_attention_kinds import random_ids
@@ -152,15 +152,21 @@ def assert_equal_traces(start: Callable[..., Running], tmp_path: Path, result: O
 
 
 @pytest.fixture(scope="session")
-def alone(run: Runner) -> OfflineResult:
-    """One rank."""
-    return run()
+def alone_and_tensor(run: Runner) -> list[OfflineResult]:
+    """One rank; two ranks, each with half of the heads."""
+    return together(run, lambda: run(tensor_parallel_size=2))
 
 
 @pytest.fixture(scope="session")
-def tensor(run: Runner) -> OfflineResult:
+def alone(alone_and_tensor: list[OfflineResult]) -> OfflineResult:
+    """One rank."""
+    return alone_and_tensor[0]
+
+
+@pytest.fixture(scope="session")
+def tensor(alone_and_tensor: list[OfflineResult]) -> OfflineResult:
     """Two ranks, each with half of the heads."""
-    return run(tensor_parallel_size=2)
+    return alone_and_tensor[1]
 
 
 # vLLM 0.32 on CPUs makes what later pipeline ranks are sent in its warm-up, which eager mode skips

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from tests.e2e.conftest import OfflineResult, ledger, vllm_is
+from tests.e2e.conftest import OfflineResult, ledger, together, vllm_is
 from tests.e2e.offline_engine import Request, Spec
 from tests.e2e.truth import attention_rows, block_masses
 
@@ -50,7 +50,8 @@ def arms(offline: Callable[..., OfflineResult], model_dir: Path, prompts: dict[s
         return offline(Spec(str(model_dir), worker, engine, requests, hash_attention=True), **settings)
 
     watched = {"strategy": "exact", "top_k": 32, "layers": ",".join(map(str, LAYERS)), "heads": "all"}
-    return {"plain": arm("plain"), "stream": arm("stream", stride=1, **watched)}
+    plain, stream = together(lambda: arm("plain"), lambda: arm("stream", stride=1, **watched))
+    return {"plain": plain, "stream": stream}
 
 
 def test_drafts_were_accepted_and_rejected(arms):

@@ -207,10 +207,27 @@ def test_unsplit_the_same_steps_are_refused(
         assert whole.metric("messages_total", outcome="invalid", reason="oversized") >= 3
 
 
-def test_a_request_that_is_too_large_alone_is_refused_and_its_neighbours_are_not(
+def test_what_one_request_has_in_a_step_arrives_in_parts_as_if_it_were_one(
     compiled_search: None, serve: Callable[..., MonitorProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(splitting, "MESSAGE_BYTES", 50_000)
+    instance = str(uuid.uuid4())
+    rows_of = {ONE: 1, LARGE: 7, TWO: 1}
+    with told(serve(), rows_of, instance) as whole:
+        whole.wait(rows_of)
+        assert whole.metric("messages_total", outcome="accepted") == 3 + 1
+        monkeypatch.setattr(splitting, "MESSAGE_BYTES", 50_000)  # two rows
+        with told(serve(max_message_bytes=1 << 16), rows_of, instance) as parts:
+            parts.wait(rows_of)
+            assert parts.metric("messages_total", outcome="accepted") == 3 * 5 + 1
+            assert parts.metric("steps_total") == 3
+            for name in rows_of:
+                assert parts.trace(name) == whole.trace(name)
+
+
+def test_a_message_that_is_too_large_is_refused_and_its_neighbours_are_not(
+    compiled_search: None, serve: Callable[..., MonitorProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(splitting, "MESSAGE_BYTES", 100_000)
     rows_of = {ONE: 1, LARGE: 4, TWO: 1}
     with told(serve(max_message_bytes=1 << 16), rows_of) as parts:
         parts.wait(rows_of, refused=[LARGE])
@@ -221,7 +238,7 @@ def test_a_request_that_is_too_large_alone_is_refused_and_its_neighbours_are_not
 def test_what_the_transport_refuses_is_in_the_account_all_the_same(
     compiled_search: None, run: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(splitting, "MESSAGE_BYTES", 50_000)
+    monkeypatch.setattr(splitting, "MESSAGE_BYTES", 350_000)
     monkeypatch.setattr(front, "TRANSPORT_BYTES", 0)  # so that it is four times the monitor's own
     rows_of = {ONE: 1, LARGE: 16, TWO: 1}
     with told(run(max_message_bytes=1 << 16), rows_of) as parts:

@@ -223,6 +223,24 @@ def test_a_store_that_may_not_be_read_is_named(left: Path, tmp_path: Path, monke
     assert str(refused.value) == f"cannot read {left}: Permission denied; export as the user that the monitor runs as"
 
 
+@pytest.mark.parametrize("left", ["killed"], indirect=True)
+def test_a_store_that_only_its_owner_can_open_is_named_with_the_remedy(left: Path, tmp_path: Path) -> None:
+    # In place of a folder that cannot be written, which does not keep root from it.
+    index = Path(f"{left}-shm")
+    index.unlink()
+    index.symlink_to("nowhere/to-be-made")
+    with pytest.raises(
+        ExportError, match=f"copy it with {left.name}-wal to a folder you may write to, and export that"
+    ):
+        export(str(left), tmp_path / "out", "jsonl", "", "", "")
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    for each in (left, Path(f"{left}-wal")):
+        shutil.copy(each, copied)
+    events, _ = exported(copied / left.name, tmp_path / "out", "jsonl")
+    assert len(events) == 3
+
+
 @pytest.mark.parametrize("left", ["stopped"], indirect=True)
 def test_what_a_monitor_wrote_meanwhile_is_not_half_exported(
     left: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
