@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from tests.e2e.conftest import OfflineResult, ledger, together, vllm_before
+from tests.e2e.conftest import OfflineResult, ledger, vllm_before
 from tests.e2e.offline_engine import Request, Spec
 
 pytestmark = pytest.mark.engine
@@ -52,11 +52,10 @@ def arms(offline: Callable[..., OfflineResult], model_dir: Path, dtype: str) -> 
     def spec(worker: str, repeat: int) -> Spec:
         return Spec(str(model_dir), worker, engine, requests(model_dir), hash_attention=True, repeat=repeat)
 
-    plain, stream = together(
-        lambda: offline(spec("plain", 2)),
-        lambda: offline(spec("stream", 1), stride=1, layers="all", heads="all"),
-    )
-    return {"plain": plain, "stream": stream}
+    return {
+        "plain": offline(spec("plain", 2)),
+        "stream": offline(spec("stream", 1), stride=1, layers="all", heads="all"),
+    }
 
 
 def test_the_workload_is_as_hard_as_it_claims(arms):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from tests.e2e.conftest import OfflineResult, together
+from tests.e2e.conftest import OfflineResult
 from tests.e2e.offline_engine import Request, Spec
 from tests.e2e.recorder import CapturedRow
 from tests.e2e.truth import attention_rows, block_masses, prose
@@ -47,20 +47,11 @@ def true_masses(model: Path, token_ids: list[int], layers: tuple[int, ...]) -> N
 
 
 @pytest.fixture(scope="session")
-def captures(offline, model_dir, dtype):
-    """Of some layers with all heads: every block of every row, by the exact strategy, over 4,000 tokens, beside a
-    second request; and the default strategy and table over 7,000 tokens."""
-    layers = {"layers": "0,9,15,21,29", "heads": "all"}
-    return together(
-        lambda: capture(offline, model_dir, dtype, 4000, True, strategy="exact", top_k=160, **layers),
-        lambda: capture(offline, model_dir, dtype, 7040, False, **layers),
+def exact_capture(offline, model_dir, dtype):
+    """Every block of every row, by the exact strategy, over 4,000 tokens, beside a second request."""
+    return capture(
+        offline, model_dir, dtype, 4000, True, strategy="exact", top_k=160, layers="0,9,15,21,29", heads="all"
     )
-
-
-@pytest.fixture(scope="session")
-def exact_capture(captures):
-    """The exact strategy's rows and texts."""
-    return captures[0]
 
 
 @pytest.fixture(scope="session")
@@ -171,9 +162,9 @@ def test_rows_of_a_prompt_equal_recomputed_attention(offline, model_dir, dtype):
 
 
 @pytest.fixture(scope="session")
-def default_capture(captures):
-    """The default strategy's."""
-    return captures[1]
+def default_capture(offline, model_dir, dtype):
+    """The default strategy and table over 7,000 tokens, every layer and head."""
+    return capture(offline, model_dir, dtype, 7040, False, layers="0,9,15,21,29", heads="all")
 
 
 @pytest.fixture(scope="session")
