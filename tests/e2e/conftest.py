@@ -107,8 +107,8 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OfflineRe
 
 
 def together(*runs: Callable[[], _Result]) -> list[_Result]:
-    """What comes of engines that run at once: most of a short run is one thread's, which imports vLLM. Those that compute
-    for long wait for each other's threads, and take longer."""
+    """What comes of engines that run at once: most of a short run is one thread's, which imports vLLM. Those that
+    compute for long wait for each other's threads, and take longer."""
     with ThreadPoolExecutor() as pool:
         return [started.result() for started in [pool.submit(run) for run in runs]]
 
