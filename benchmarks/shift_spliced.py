@@ -3,7 +3,8 @@
 A request is a problem and `SENTENCES` sentences of recorded reasoning about it (`spliced_texts.py`). Behind a known
 sentence the reasoning goes on with that of another problem, or, as controls, as it was, or as it was behind a neutral
 sentence. A real model reads each of them, and its rows go through the monitor at default settings. For each problem in
-turn a profile is made of the untouched requests of all others, as `stream-monitor calibrate` makes it. Intervals are by
+turn a profile is made of the untouched requests of all others, as `stream-monitor calibrate` makes it. What a probe
+fitted to the joints of other problems would find in the same rows stands beside (`joint_probe.py`). Intervals are by
 trace.
 """
 
@@ -15,11 +16,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from benchmarks.joint_probe import Example, Found, judge
 from benchmarks.recording import Recording
 from benchmarks.replay import Replay, show
 from benchmarks.report import Report, bootstrap, run
 from benchmarks.spliced_texts import CUT, SENTENCES, Family, Stretch, families
-from stream_monitor.anchors.calibration import calibrated
+from stream_monitor.anchors.calibration import Served, calibrated
 from stream_monitor.anchors.matrix import ANCHOR_GAP
 from stream_monitor.anchors.panel import Kind, Panel
 from stream_monitor.anchors.profile import Profile, ProfileError
@@ -59,10 +61,13 @@ def main(
     most: Annotated[int, typer.Option(min=1, help="Stretches of each trace.")] = 2,
     rate: Annotated[float, typer.Option(help="False alarms per request, all detectors together.")] = RATE,
     seed: Annotated[int, typer.Option(help="Of cuts, joints and resamples.")] = 0,
+    layers: Annotated[str, typer.Option(help="Layers to watch, as the setting of that name.")] = "auto",
+    heads: Annotated[str, typer.Option(help="Heads to watch in each, as the setting.")] = "auto",
+    stride: Annotated[int, typer.Option(min=1, help="One row in so many, as the setting.")] = CaptureSettings().stride,
     full: Annotated[bool, typer.Option("--full", help="Six stretches of each trace.")] = False,
 ) -> None:
     """Recall at the joint, and false alarms."""
-    replay = Replay(load(str(model)))
+    replay = Replay(load(str(model)), CaptureSettings(layers=layers, heads=heads, stride=stride))
     texts = read_texts(traces)
     found = list(families(replay, texts, 6 if full else most, seed))
     if len({family.calm.problem for family in found}) < 2:
@@ -78,8 +83,9 @@ def main(
             "within": WITHIN,
             "traces": len({family.calm.text for family in found}),
             "problems": len({family.calm.problem for family in found}),
-            "stride": CaptureSettings().stride,
+            "stride": stride,
             "layers": replay.layers,
+            "heads": replay.heads,
             "full": full,
         },
         seed=seed,
@@ -110,12 +116,20 @@ def main(
             hits.add(joined, bool(found_after))
             delays += found_after[:1]
             beside.add(joined, bool({kind for kind, _ in _alarms(trace)} - {Kind.ANCHOR_SHIFT}))
+    joined_traces = [joined.show() for _, _, joined in seen]
+    joints = [_joint(joined, trace) for (_, _, joined), trace in zip(seen, joined_traces, strict=True)]
+    probe_hits, probe_calm = _Counts(), _Counts()
+    for (untouched, _, _), by_probe in zip(seen, _probed(seen, requests, joined_traces, joints, rate), strict=True):
+        probe_hits.add(untouched, by_probe.hit)
+        probe_calm.add(untouched, by_probe.false)
     for name, counts in (
         ("recall", hits),
         ("false_alarms_any", calm),
         ("false_alarms_shift", shifts),
         ("raised_at_neutral_sentence", neutral),
         ("other_findings_in_joined", beside),
+        ("probe/recall", probe_hits),
+        ("probe/false_alarms", probe_calm),
     ):
         report.figures[name] = counts.mean()
         report.ci[name] = bootstrap(counts.by_text, seed)
@@ -123,7 +137,6 @@ def main(
     report.figures["false_alarms_per_1000_requests"] = 1000 * calm.mean()
     report.figures["false_alarms_over_nominal"] = calm.mean() / rate
     # As the output grows, both change by themselves.
-    joints = [_joint(joined, joined.show()) for _, _, joined in seen]
     undisturbed = _around(zip((one for one, _, _ in seen), joints, strict=True))
     for name, (before, behind) in _around(zip((one for _, _, one in seen), joints, strict=True)).items():
         report.figures |= {f"{name}/before": before, f"{name}/behind": behind}
@@ -135,7 +148,7 @@ def main(
     if delays:
         report.figures["sentences_until_found"] = float(np.median(delays))
     report.figures["uncalibrated/shift_in_calm"] = _raised(uncalibrated)
-    report.figures["uncalibrated/shift_in_joined"] = _raised([one.show() for _, _, one in seen])
+    report.figures["uncalibrated/shift_in_joined"] = _raised(joined_traces)
     report.finish()
 
 
@@ -153,6 +166,20 @@ class _Counts:
 
     def mean(self) -> float:
         return float(np.mean([value for values in self.by_text.values() for value in values]))
+
+
+def _probed(
+    seen: Sequence[tuple[Seen, Seen, Seen]],
+    untouched: Sequence[Served],
+    joined: Sequence[RequestTrace],
+    joints: Sequence[int],
+    rate: float,
+) -> list[Found]:
+    examples = [
+        Example(one.stretch.problem, request, served(views.full(trace, with_heads=True)), joint)
+        for (one, _, _), request, trace, joint in zip(seen, untouched, joined, joints, strict=True)
+    ]
+    return judge(examples, rate, WITHIN)
 
 
 def _read(replay: Replay, family: Family) -> tuple[Seen, Seen, Seen]:

@@ -71,7 +71,7 @@ def families(recorder: Recorder, texts: Sequence[Text], most: int, seed: int) ->
             sentences = trace.window(number)
             cut = draw.randrange(*CUT)
             head = [*trace.prompt, *_joined(sentences[:cut])]
-            tails = [tail for other in others if (tail := _tails(recorder, other, SENTENCES - cut))]
+            tails = [found for other in others if (found := _tails(recorder, other, SENTENCES - cut))]
             if not tails:
                 continue
             tail = _joined(draw.choice(draw.choice(tails)))

@@ -20,6 +20,7 @@ from stream_monitor.anchors.calibration import Served
 from stream_monitor.anchors.heads import Head
 from stream_monitor.anchors.matrix import Mass
 from stream_monitor.anchors.profile import ProfileError
+from stream_monitor.anchors.regression import logistic_regression
 from stream_monitor.anchors.untrusted import Rivals, UntrustedAnchor
 from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.anchors.verdict import Verdict
@@ -36,8 +37,6 @@ _DEVIATIONS = 1.96
 PENALTY = 0.03
 """Of the squares of the weights of standardised logarithms, beside the mean loss. From 0.01 to 0.3 the AUROC on other
 wordings stays within 0.03 (`benchmarks.injection --full`, the prompts that it is fitted to)."""
-_STEPS = 25
-"""Of Newton's method, which a penalised logistic regression needs ten of."""
 _DRAWS = 1000
 
 Areas = Mapping[str, float]
@@ -110,7 +109,7 @@ def _fit(labelled: Sequence[Labelled]) -> Probe:
             "the labelled requests have no watched head in common, or none of a group has a sentence with two captured "
             "rows; let their answers be longer than the stride"
         )
-    weights, bias = _regression(np.array(shown), np.array(followed, float), np.array(weight))
+    weights, bias = logistic_regression(np.array(shown), np.array(followed, float), np.array(weight), PENALTY)
     return Probe(tuple(heads), tuple(weights.tolist()), bias)
 
 
@@ -126,26 +125,6 @@ def _shown(request: Served, heads: Sequence[Head]) -> list[Mass]:
     ]
     means = [(one + found[max(0, place - 1)][0]) / 2 for place, (one, _) in enumerate(found)]
     return means[1:] if len(means) > 1 and found[0][1] else means
-
-
-def _regression(shown: Mass, followed: Mass, weight: Mass) -> tuple[Mass, float]:
-    """Weights and bias of a penalised logistic regression by Newton's method.
-
-    Args:
-        shown: float64 [n, heads]. followed: float64 [n], 0 or 1. weight: float64 [n], sum 1.
-    """
-    centre = shown.mean(0)
-    spread = np.maximum(shown.std(0), 1e-9)
-    points = np.column_stack([(shown - centre) / spread, np.ones(len(shown))])
-    penalty = np.append(np.full(shown.shape[1], 2 * PENALTY), 1e-9)
-    found = np.zeros(points.shape[1])
-    for _ in range(_STEPS):
-        odds = 1 / (1 + np.exp(-points @ found))
-        slope = points.T @ (weight * (odds - followed)) + penalty * found
-        curvature = (points.T * (weight * odds * (1 - odds))) @ points + np.diag(penalty)
-        found -= np.linalg.solve(curvature, slope)
-    weights = found[:-1] / spread
-    return weights, float(found[-1] - weights @ centre)
 
 
 class _Judge:

@@ -7,11 +7,10 @@ from itertools import product
 
 import numpy as np
 import pytest
-from scipy.optimize import minimize
 
 from stream_monitor.anchors.calibration import Served, calibrated
 from stream_monitor.anchors.panel import Kind, Panel
-from stream_monitor.anchors.probe_fitting import FOLLOWED, PENALTY, Labelled, _regression, choose, score
+from stream_monitor.anchors.probe_fitting import FOLLOWED, Labelled, choose, score
 from stream_monitor.anchors.profile import ProfileError
 from stream_monitor.anchors.untrusted import UntrustedAnchor
 from stream_monitor.anchors.untrusted_probe import Probe, log_shares
@@ -105,23 +104,6 @@ def test_heads_that_know_some_wordings_alone_make_no_probe() -> None:
     found = choose(labelled(by_wording))
     assert found.probe is None
     assert max(found.held_out.values()) < 0.1
-
-
-def test_the_regression_is_the_one_it_says() -> None:
-    draw = np.random.default_rng(0)
-    shown, followed = draw.normal(-3, 2, (60, 5)), draw.integers(0, 2, 60).astype(float)
-    weight = draw.uniform(0.5, 1.5, 60)
-    weight /= weight.sum()
-    points = (shown - shown.mean(0)) / shown.std(0)
-
-    def loss(of: np.ndarray) -> float:
-        odds = points @ of[:-1] + of[-1]
-        return float(weight @ np.logaddexp(0, np.where(followed, -odds, odds)) + PENALTY * (of[:-1] ** 2).sum())
-
-    best = minimize(loss, np.zeros(6), tol=1e-12).x
-    weights, bias = _regression(shown, followed, weight)
-    np.testing.assert_allclose(weights * shown.std(0), best[:-1], atol=1e-5)
-    assert bias + weights @ shown.mean(0) == pytest.approx(best[-1], abs=1e-5)
 
 
 @pytest.mark.parametrize(

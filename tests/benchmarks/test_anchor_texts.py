@@ -55,6 +55,15 @@ def test_families_differ_from_the_joint_on_alone(model: TracedModel) -> None:
         assert family.joined.at in {span.start for span in trace.spans}
 
 
+def test_texts_too_short_to_go_on_with_are_passed_over(model: TracedModel) -> None:
+    short = Text("s0", "Problem s: how many?", " In s0 step 0 gives 0. In s0 step 1 gives 7.")
+    recorder = Recorder(model)
+    assert list(families(recorder, [_TEXTS[0], short], 2, 0)) == []
+    found = list(families(recorder, [*_TEXTS[1:], short], 2, 0))
+    assert [family.calm.text for family in found] == ["a1", "a1", "b0", "b0", "b1", "b1"]
+    assert not any("s0" in model.tokenizer.decode(family.joined.ids) for family in found)
+
+
 @pytest.mark.parametrize("group", ["injection", "aligned", "question"])
 def test_the_span_is_where_it_is_labelled(model: TracedModel, group: Group) -> None:
     places = set()
