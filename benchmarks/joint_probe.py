@@ -21,6 +21,8 @@ from stream_monitor.anchors.regression import logistic_regression
 
 BEFORE, TOGETHER = 8, 4
 """Captured sentences that are compared: so many before, with so many at a place and behind it."""
+LEAST_PROBLEMS = 3
+"""One to judge, one to fit to, and one to take the threshold from."""
 PENALTY = 0.003
 """Of the squares of the weights. Chosen on the joints that figures are of; from 0.001 to 0.01 they hardly differ."""
 _LEAST_SHARE = 1e-3
@@ -54,18 +56,23 @@ class Found(NamedTuple):
     false: bool
 
 
-def judge(examples: Sequence[Example], rate: float, within: int) -> list[Found]:
-    """What is found in each by a probe fitted to other problems; `rate` of untouched requests may raise an alarm."""
+def judge(examples: Sequence[Example], rate: float, within: int) -> list[Found | None]:
+    """What is found in each by a probe fitted to other problems; `rate` of untouched requests may raise an alarm.
+
+    None for what is too short to be compared, and for all if what is long enough is of less than `LEAST_PROBLEMS`.
+    """
     heads = sorted(set.intersection(*(set(one.untouched.heads) & set(one.joined.heads) for one in examples)))
     seen = [_Moves(one.problem, moves(one.untouched, heads), moves(one.joined, heads), one.joint) for one in examples]
-    detectors = {
-        problem: _detector([one for one in seen if one.problem != problem], rate)
-        for problem in {one.problem for one in examples}
-    }
-    return [detectors[one.problem].found(one, within) for one in seen]
+    whole = [one for one in seen if one.untouched and one.joint + TOGETHER - 1 in one.joined]
+    problems = {one.problem for one in whole}
+    if len(problems) < LEAST_PROBLEMS:
+        return [None for _ in examples]
+    detectors = {problem: _detector([one for one in whole if one.problem != problem], rate) for problem in problems}
+    return [detectors[one.problem].found(one, within) if one in whole else None for one in seen]
 
 
-class _Moves(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class _Moves:
     """What moved in an example's two requests, by the last sentence."""
 
     problem: int
@@ -104,10 +111,10 @@ def _detector(examples: Sequence[_Moves], rate: float) -> _Detector:
 
 def _fit(examples: Sequence[_Moves]) -> _Probe:
     """To the sentences from the joint on, against all places of the untouched."""
-    joints = [one.joined[last] for one in examples if (last := one.joint + TOGETHER - 1) in one.joined]
+    joints = [one.joined[one.joint + TOGETHER - 1] for one in examples]
     others = [move for one in examples for move in one.untouched.values()]
     true = np.repeat([1.0, 0.0], [len(joints), len(others)])
-    weight = np.repeat([0.5 / max(1, len(joints)), 0.5 / max(1, len(others))], [len(joints), len(others)])
+    weight = np.repeat([0.5 / len(joints), 0.5 / len(others)], [len(joints), len(others)])
     return _Probe(*logistic_regression(np.array(joints + others), true, weight, PENALTY))
 
 

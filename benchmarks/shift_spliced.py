@@ -8,7 +8,8 @@ fitted to the joints of other problems would find in the same rows stands beside
 trace.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +17,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from benchmarks.joint_probe import Example, Found, judge
+from benchmarks.joint_probe import LEAST_PROBLEMS, Example, judge
 from benchmarks.recording import Recording
 from benchmarks.replay import Replay, show
 from benchmarks.report import Report, bootstrap, run
@@ -25,7 +26,7 @@ from stream_monitor.anchors.calibration import Served, calibrated
 from stream_monitor.anchors.matrix import ANCHOR_GAP
 from stream_monitor.anchors.panel import Kind, Panel
 from stream_monitor.anchors.profile import Profile, ProfileError
-from stream_monitor.config import CaptureSettings
+from stream_monitor.config import CaptureSettings, SettingsError
 from stream_monitor.monitor import views
 from stream_monitor.monitor.calibrate import served
 from stream_monitor.monitor.calibration import Calibration
@@ -55,6 +56,10 @@ class Seen:
         return show(self.recording, Calibration((profile,) if profile else (), rate))
 
 
+Requests = tuple[Seen, Seen, Seen]
+"""Untouched, with a neutral sentence, joined."""
+
+
 def main(
     model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model.")],
     traces: Annotated[Path, typer.Option(help="JSON lines with the strings prompt and reasoning.")],
@@ -63,11 +68,16 @@ def main(
     seed: Annotated[int, typer.Option(help="Of cuts, joints and resamples.")] = 0,
     layers: Annotated[str, typer.Option(help="Layers to watch, as the setting of that name.")] = "auto",
     heads: Annotated[str, typer.Option(help="Heads to watch in each, as the setting.")] = "auto",
-    stride: Annotated[int, typer.Option(min=1, help="One row in so many, as the setting.")] = CaptureSettings().stride,
+    stride: Annotated[
+        int, typer.Option(min=1, max=4096, help="One row in so many, as the setting.")
+    ] = CaptureSettings().stride,
     full: Annotated[bool, typer.Option("--full", help="Six stretches of each trace.")] = False,
 ) -> None:
     """Recall at the joint, and false alarms."""
-    replay = Replay(load(str(model)), CaptureSettings(layers=layers, heads=heads, stride=stride))
+    try:
+        replay = Replay(load(str(model)), CaptureSettings(layers=layers, heads=heads, stride=stride))
+    except SettingsError as error:
+        raise typer.BadParameter(str(error)) from error
     texts = read_texts(traces)
     found = list(families(replay, texts, 6 if full else most, seed))
     if len({family.calm.problem for family in found}) < 2:
@@ -94,46 +104,16 @@ def main(
     )
     uncalibrated = [one.show() for one, _, _ in seen]
     requests = [served(views.full(trace, with_heads=True)) for trace in uncalibrated]
-    model_name, capture = uncalibrated[0].labels[0], uncalibrated[0].capture
-    calm, hits, delays = _Counts(), _Counts(), []
-    neutral, shifts, beside = _Counts(), _Counts(), _Counts()
-    for problem in sorted({one.stretch.problem for one, _, _ in seen}):
-        others = [
-            one for one, (untouched, _, _) in zip(requests, seen, strict=True) if untouched.stretch.problem != problem
-        ]
-        profile = calibrated(model_name, capture, 0, others)
-        _check(profile, rate)
-        print(f"problem {problem}: {_told(profile)}", flush=True)
-        for untouched, put_in, joined in seen:
-            if untouched.stretch.problem != problem:
-                continue
-            alarms = list(_alarms(untouched.show(profile, rate)))
-            calm.add(untouched, bool(alarms))
-            shifts.add(untouched, any(kind is Kind.ANCHOR_SHIFT for kind, _ in alarms))
-            neutral.add(put_in, bool(_delays(put_in, put_in.show(profile, rate))))
-            trace = joined.show(profile, rate)
-            found_after = _delays(joined, trace)
-            hits.add(joined, bool(found_after))
-            delays += found_after[:1]
-            beside.add(joined, bool({kind for kind, _ in _alarms(trace)} - {Kind.ANCHOR_SHIFT}))
     joined_traces = [joined.show() for _, _, joined in seen]
     joints = [_joint(joined, trace) for (_, _, joined), trace in zip(seen, joined_traces, strict=True)]
-    probe_hits, probe_calm = _Counts(), _Counts()
-    for (untouched, _, _), by_probe in zip(seen, _probed(seen, requests, joined_traces, joints, rate), strict=True):
-        probe_hits.add(untouched, by_probe.hit)
-        probe_calm.add(untouched, by_probe.false)
-    for name, counts in (
-        ("recall", hits),
-        ("false_alarms_any", calm),
-        ("false_alarms_shift", shifts),
-        ("raised_at_neutral_sentence", neutral),
-        ("other_findings_in_joined", beside),
-        ("probe/recall", probe_hits),
-        ("probe/false_alarms", probe_calm),
-    ):
-        report.figures[name] = counts.mean()
-        report.ci[name] = bootstrap(counts.by_text, seed)
-        print(f"{name:<28}{counts.mean():>7.1%} of {counts.count()}")
+    profiles = _profiles(seen, requests, uncalibrated[0], rate)
+    counts, delays = _by_profiles(seen, profiles, rate)
+    counts |= _by_probe(seen, requests, joined_traces, joints, rate)
+    for name, found_in in counts.items():
+        report.figures[name] = found_in.mean()
+        report.ci[name] = bootstrap(found_in.by_text, seed)
+        print(f"{name:<28}{found_in.mean():>7.1%} of {found_in.count()}")
+    calm = counts["false_alarms_any"]
     report.figures["false_alarms_per_1000_requests"] = 1000 * calm.mean()
     report.figures["false_alarms_over_nominal"] = calm.mean() / rate
     # As the output grows, both change by themselves.
@@ -168,21 +148,65 @@ class _Counts:
         return float(np.mean([value for values in self.by_text.values() for value in values]))
 
 
-def _probed(
-    seen: Sequence[tuple[Seen, Seen, Seen]],
+def _profiles(
+    seen: Sequence[Requests], requests: Sequence[Served], any_trace: RequestTrace, rate: float
+) -> dict[int, Profile]:
+    """For each problem one that is made of the untouched requests of all others."""
+    profiles = {}
+    for problem in sorted({one.stretch.problem for one, _, _ in seen}):
+        others = [
+            one for one, (untouched, _, _) in zip(requests, seen, strict=True) if untouched.stretch.problem != problem
+        ]
+        profiles[problem] = calibrated(any_trace.labels[0], any_trace.capture, 0, others)
+        _check(profiles[problem], rate)
+        print(f"problem {problem}: {_told(profiles[problem])}", flush=True)
+    return profiles
+
+
+def _by_profiles(
+    seen: Sequence[Requests], profiles: Mapping[int, Profile], rate: float
+) -> tuple[dict[str, _Counts], list[int]]:
+    """Requests in which something is found, by what it is and where; and sentences from each joint until it is."""
+    counts: defaultdict[str, _Counts] = defaultdict(_Counts)
+    delays: list[int] = []
+    for untouched, put_in, joined in seen:
+        profile = profiles[untouched.stretch.problem]
+        trace = joined.show(profile, rate)
+        found_after = _delays(joined, trace)
+        delays += found_after[:1]
+        alarms = list(_alarms(untouched.show(profile, rate)))
+        counts["recall"].add(joined, bool(found_after))
+        counts["false_alarms_any"].add(untouched, bool(alarms))
+        counts["false_alarms_shift"].add(untouched, any(kind is Kind.ANCHOR_SHIFT for kind, _ in alarms))
+        counts["raised_at_neutral_sentence"].add(put_in, bool(_delays(put_in, put_in.show(profile, rate))))
+        others = {kind for kind, _ in _alarms(trace)} - {Kind.ANCHOR_SHIFT}
+        counts["other_findings_in_joined"].add(joined, bool(others))
+    return dict(counts), delays
+
+
+def _by_probe(
+    seen: Sequence[Requests],
     untouched: Sequence[Served],
     joined: Sequence[RequestTrace],
     joints: Sequence[int],
     rate: float,
-) -> list[Found]:
+) -> dict[str, _Counts]:
+    """The same by a probe; empty where none can be fitted."""
     examples = [
         Example(one.stretch.problem, request, served(views.full(trace, with_heads=True)), joint)
         for (one, _, _), request, trace, joint in zip(seen, untouched, joined, joints, strict=True)
     ]
-    return judge(examples, rate, WITHIN)
+    counts: defaultdict[str, _Counts] = defaultdict(_Counts)
+    for (one, _, _), found in zip(seen, judge(examples, rate, WITHIN), strict=True):
+        if found is not None:
+            counts["probe/recall"].add(one, found.hit)
+            counts["probe/false_alarms"].add(one, found.false)
+    if not counts:
+        print(f"no probe: it takes joints of {LEAST_PROBLEMS} problems, each between sentences that were captured")
+    return dict(counts)
 
 
-def _read(replay: Replay, family: Family) -> tuple[Seen, Seen, Seen]:
+def _read(replay: Replay, family: Family) -> Requests:
     """Untouched, with the neutral sentence, joined: in this order most of each is read already."""
     parts = (family.calm, family.neutral, family.joined)
     calm, neutral, joined = (Seen(part, replay.record(part.ids, part.prompt_tokens)) for part in parts)

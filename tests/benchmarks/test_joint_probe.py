@@ -3,7 +3,7 @@ noise."""
 
 import numpy as np
 
-from benchmarks.joint_probe import BEFORE, TOGETHER, Example, judge, moves, reading
+from benchmarks.joint_probe import BEFORE, TOGETHER, Example, Found, judge, moves, reading
 from stream_monitor.anchors.calibration import Served
 from stream_monitor.anchors.heads import Head, HeadShares
 from stream_monitor.records import Role
@@ -44,14 +44,20 @@ def examples(tells: bool = True) -> list[Example]:
     ]
 
 
+def judged(some: list[Example]) -> list[Found]:
+    found = [one for one in judge(some, 0.1, within=3) if one is not None]
+    assert len(found) == len(some)
+    return found
+
+
 def test_joints_of_unseen_problems_are_found() -> None:
-    found = judge(examples(), 0.1, within=3)
+    found = judged(examples())
     assert np.mean([one.hit for one in found]) > 0.9
     assert np.mean([one.false for one in found]) < 0.2
 
 
 def test_nothing_is_found_where_there_is_nothing() -> None:
-    found = judge(examples(tells=False), 0.1, within=3)
+    found = judged(examples(tells=False))
     assert np.mean([one.hit for one in found]) < 0.2
     assert np.mean([one.false for one in found]) < 0.2
 
@@ -64,8 +70,17 @@ def test_an_answer_belongs_to_its_example() -> None:
 
 
 def test_what_is_found_too_late_does_not_count() -> None:
-    none = judge([Example(one.problem, one.untouched, one.joined, PROMPT + SENTENCES) for one in examples()], 0.1, 3)
-    assert not any(one.hit for one in none)
+    # Nothing begins at this place: what there is to be found is five sentences behind it.
+    early = [Example(one.problem, one.untouched, one.joined, JOINT - 5) for one in examples()]
+    assert np.mean([one.hit for one in judged(early)]) < 0.2
+
+
+def test_what_is_too_short_is_not_judged() -> None:
+    some = examples()
+    some[3] = Example(some[3].problem, some[3].untouched, some[3].joined, PROMPT + SENTENCES)
+    assert [one is None for one in judge(some, 0.1, 3)] == [place == 3 for place in range(len(some))]
+    of_two_problems = [one for one in examples() if one.problem < 2]
+    assert judge(of_two_problems, 0.1, 3) == [None] * len(of_two_problems)
 
 
 def test_a_reading_is_by_distance() -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +19,6 @@ from tests.e2e.offline_engine import Spec
 from tests.e2e.recorder import CapturedRow, Recorder, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
-_Result = TypeVar("_Result")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -106,7 +105,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., OfflineRe
     return run
 
 
-def together(*runs: Callable[[], _Result]) -> list[_Result]:
+def together(*runs: Callable[[], OfflineResult]) -> list[OfflineResult]:
     """What comes of engines that run at once: most of a short run is one thread's, which imports vLLM. Those that
     compute for long wait for each other's threads, and take longer."""
     with ThreadPoolExecutor() as pool:
