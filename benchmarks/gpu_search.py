@@ -58,7 +58,7 @@ def make_step(layers: int, batch: int, context: int, group: int, device: str, rn
     """Every run of TOPIC_TOKENS tokens has a topic: a direction that its keys share. Queries look for two topics."""
     pages = context // PAGE
     table = torch.randperm(batch * pages, generator=rng, device=device).int().view(batch, pages)
-    topics = context // TOPIC_TOKENS
+    topics = -(-context // TOPIC_TOKENS)
     caches, queries = [], []
     for _ in range(layers):
         cache = torch.empty(2, batch * pages, PAGE, KV_HEADS, HEAD_DIM, dtype=DTYPE, device=device)
@@ -66,7 +66,7 @@ def make_step(layers: int, batch: int, context: int, group: int, device: str, rn
         for row in range(batch):
             topic = torch.randn(topics, KV_HEADS, HEAD_DIM, generator=rng, device=device)
             keys = torch.randn(context, KV_HEADS, HEAD_DIM, generator=rng, device=device) * 0.8
-            keys += 0.6 * topic.repeat_interleave(TOPIC_TOKENS, 0)
+            keys += 0.6 * topic.repeat_interleave(TOPIC_TOKENS, 0)[:context]
             cache[0, table[row].long()] = keys.view(pages, PAGE, KV_HEADS, HEAD_DIM).to(DTYPE)
             cache[1, table[row].long()] = keys.view(pages, PAGE, KV_HEADS, HEAD_DIM).to(DTYPE)
             chosen = torch.randint(topics, (2, KV_HEADS * group), generator=rng, device=device)
@@ -212,6 +212,8 @@ def main(
     """Compares the search with vLLM's attention on made-up steps; needs a GPU, and vLLM built for it."""
     if DEVICE == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("the benchmark needs a GPU, and there is none")
+    if wrong := [context for context in contexts if context < 1 or context % PAGE]:
+        raise typer.BadParameter(f"--context is {wrong[0]}; it must be a multiple of {PAGE}, the tokens of a page")
     rng = torch.Generator(DEVICE).manual_seed(seed)
     copied = copy_bandwidth(repeats)
     layers_used: dict[str, int] = {}
