@@ -18,6 +18,7 @@ from stream_monitor.anchors.heads import Head, HeadShares
 from stream_monitor.anchors.matrix import ANCHOR_GAP, Mass
 from stream_monitor.anchors.profile import make_profile
 from stream_monitor.anchors.regression import logistic_regression
+from stream_monitor.anchors.untrusted_probe import LEAST_SHARE
 
 BEFORE, TOGETHER = 8, 4
 """Captured sentences that are compared: so many before, with so many at a place and behind it."""
@@ -25,8 +26,6 @@ LEAST_PROBLEMS = 3
 """One to judge, one to fit to, and one to take the threshold from."""
 PENALTY = 0.003
 """Of the squares of the weights. Chosen on the joints that figures are of; from 0.001 to 0.01 they hardly differ."""
-_LEAST_SHARE = 1e-3
-"""Added to every share: below it, differences say nothing."""
 _NAME = "joint"
 
 
@@ -123,7 +122,7 @@ def moves(request: Served, heads: Sequence[Head]) -> dict[int, Mass]:
     by the number of the last."""
     places = [request.heads.index(head) for head in heads]
     sentences = [index for index, _ in request.shares]
-    log = np.array([np.log(reading(*one, len(request.heads))[:, places] + _LEAST_SHARE) for one in request.shares])
+    log = np.array([np.log(reading(*one, len(request.heads))[:, places] + LEAST_SHARE) for one in request.shares])
     return {
         sentences[first + TOGETHER - 1]: (
             log[first : first + TOGETHER].mean(0) - log[first - BEFORE : first].mean(0)

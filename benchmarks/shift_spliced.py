@@ -2,10 +2,10 @@
 
 A request is a problem and `SENTENCES` sentences of recorded reasoning about it (`spliced_texts.py`). Behind a known
 sentence the reasoning goes on with that of another problem, or, as controls, as it was, or as it was behind a neutral
-sentence. A real model reads each of them, and its rows go through the monitor at default settings. For each problem in
-turn a profile is made of the untouched requests of all others, as `stream-monitor calibrate` makes it. What a probe
-fitted to the joints of other problems would find in the same rows stands beside (`joint_probe.py`). Intervals are by
-trace.
+sentence. A real model reads each of them, and its rows go through the monitor, at default settings unless others are
+asked for. For each problem in turn a profile is made of the untouched requests of all others, as `stream-monitor
+calibrate` makes it. What a probe fitted to the joints of other problems would find in the same rows stands beside
+(`joint_probe.py`). Intervals are by trace.
 """
 
 from collections import defaultdict

@@ -17,7 +17,7 @@ from stream_monitor.anchors.matrix import Mass
 from stream_monitor.records import Role
 
 _UNTRUSTED = int(Role.UNTRUSTED)
-_LEAST_SHARE = 1e-3
+LEAST_SHARE = 1e-3
 """Added to every share: below it, differences say nothing."""
 
 
@@ -65,4 +65,4 @@ def log_shares(shares: HeadShares, roles: NDArray[np.uint8], heads: int, but: in
     there = (roles[shares.columns] == _UNTRUSTED) & (shares.columns != but)
     most = np.zeros(heads)
     np.maximum.at(most, shares.heads[there], shares.shares[there])
-    return np.asarray(np.log(most + _LEAST_SHARE))
+    return np.asarray(np.log(most + LEAST_SHARE))

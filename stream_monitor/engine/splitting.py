@@ -37,10 +37,12 @@ def split(record: StepRecord) -> list[StepRecord]:
 
 def _size(record: StepRecord) -> int:
     """Bytes of the message, roughly, and without a look at each request: every step comes by here."""
-    rows = record.rows
-    columns = 0 if rows is None else sum(len(getattr(rows, name)) for name in _COLUMNS)
-    labels = [] if rows is None else rows.request_ids
-    return columns + len(encode((labels, record.started, record.tokens, record.finished)))
+    labels = [] if record.rows is None else record.rows.request_ids
+    return _column_bytes(record.rows) + len(encode((labels, record.started, record.tokens, record.finished)))
+
+
+def _column_bytes(rows: Rows | None) -> int:
+    return 0 if rows is None else sum(len(getattr(rows, name)) for name in _COLUMNS)
 
 
 class _Piece(NamedTuple):
@@ -62,13 +64,13 @@ class _Piece(NamedTuple):
 def _pieces(record: StepRecord) -> Iterator[_Piece]:
     """Those of all requests; requests with rows first, in their order."""
     labels = [] if record.rows is None else record.rows.request_ids
-    columns = 0 if record.rows is None else sum(len(getattr(record.rows, name)) for name in _COLUMNS)
     rows_of: defaultdict[str, list[int]] = defaultdict(list)
     for row, request_id in enumerate(labels):
         rows_of[request_id].append(row)
+    columns = _column_bytes(record.rows) // max(1, len(labels))
     told = _told(record)
     for request_id, rows in rows_of.items():
-        of_row = columns // len(labels) + _ENTRY_BYTES + len(request_id)
+        of_row = columns + _ENTRY_BYTES + len(request_id)
         # However much there is to tell beside them.
         room = max(MESSAGE_BYTES - told[request_id], MESSAGE_BYTES // 2)
         together = max(1, min(MESSAGE_ROWS, room // of_row))
