@@ -30,8 +30,8 @@ from stream_monitor.anchors.auroc import auroc
 from stream_monitor.anchors.calibration import calibrated
 from stream_monitor.anchors.heads import weights
 from stream_monitor.anchors.panel import Kind
-from stream_monitor.anchors.probe_fitting import FOLLOWED, Labelled, choose
 from stream_monitor.anchors.profile import Profile, ProfileError
+from stream_monitor.anchors.untrusted_fitting import FOLLOWED, Labelled, choose
 from stream_monitor.config import CaptureSettings
 from stream_monitor.monitor import views
 from stream_monitor.monitor.calibrate import served

@@ -4,28 +4,28 @@ A request is a problem and `SENTENCES` sentences of recorded reasoning about it 
 sentence the reasoning goes on with that of another problem, or, as controls, as it was, or as it was behind a neutral
 sentence. A real model reads each of them, and its rows go through the monitor, at default settings unless others are
 asked for. For each problem in turn a profile is made of the untouched requests of all others, as `stream-monitor
-calibrate` makes it. What a probe fitted to the joints of other problems would find in the same rows stands beside
-(`joint_probe.py`). Intervals are by trace.
+calibrate` makes it, with a probe fitted to their joints (`joint_profiles.py`). Intervals are by trace.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
 
-from benchmarks.joint_probe import LEAST_PROBLEMS, Example, judge
+from benchmarks.joint_profiles import Example, without_each
 from benchmarks.recording import Recording
 from benchmarks.replay import Replay, show
 from benchmarks.report import Report, bootstrap, run
 from benchmarks.spliced_texts import CUT, SENTENCES, Family, Stretch, families
-from stream_monitor.anchors.calibration import Served, calibrated
+from stream_monitor.anchors.calibration import Served
 from stream_monitor.anchors.matrix import ANCHOR_GAP
 from stream_monitor.anchors.panel import Kind, Panel
 from stream_monitor.anchors.profile import Profile, ProfileError
+from stream_monitor.anchors.shift_fitting import WITHIN, Choice
 from stream_monitor.config import CaptureSettings, SettingsError
 from stream_monitor.monitor import views
 from stream_monitor.monitor.calibrate import served
@@ -37,8 +37,6 @@ from stream_monitor.v1alpha1 import monitor_pb2
 
 RATE = 0.1
 """Requests without cause in which any finding may be raised; so few requests cannot tell of less."""
-WITHIN = 3
-"""Sentences behind the joint's first one in which an alarm counts as finding it."""
 LOOKED_BEFORE = 8
 """Sentences before the joint that those behind it are held against."""
 MUST_RECALL, MUST_FALSE = 0.9, 1.5
@@ -56,14 +54,22 @@ class Seen:
         return show(self.recording, Calibration((profile,) if profile else (), rate))
 
 
-Requests = tuple[Seen, Seen, Seen]
-"""Untouched, with a neutral sentence, joined."""
+class Requests(NamedTuple):
+    """A family's."""
+
+    untouched: Seen
+    put_in: Seen
+    joined: Seen
+    more: list[Seen]
 
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of a Hugging Face model.")],
     traces: Annotated[Path, typer.Option(help="JSON lines with the strings prompt and reasoning.")],
     most: Annotated[int, typer.Option(min=1, help="Stretches of each trace.")] = 2,
+    more: Annotated[
+        int, typer.Option(min=0, help="Joints of each beside the one judged, for probes to learn from.")
+    ] = 2,
     rate: Annotated[float, typer.Option(help="False alarms per request, all detectors together.")] = RATE,
     seed: Annotated[int, typer.Option(help="Of cuts, joints and resamples.")] = 0,
     layers: Annotated[str, typer.Option(help="Layers to watch, as the setting of that name.")] = "auto",
@@ -79,7 +85,7 @@ def main(
     except SettingsError as error:
         raise typer.BadParameter(str(error)) from error
     texts = read_texts(traces)
-    found = list(families(replay, texts, 6 if full else most, seed))
+    found = list(families(replay, texts, 6 if full else most, seed, more))
     if len({family.calm.problem for family in found}) < 2:
         raise typer.BadParameter("the traces must be of two problems at least, with prompts")
     seen = [_read(replay, family) for family in found]
@@ -89,6 +95,7 @@ def main(
             "model": model.name,
             "rate": rate,
             "sentences": SENTENCES,
+            "more": more,
             "cut": list(CUT),
             "within": WITHIN,
             "traces": len({family.calm.text for family in found}),
@@ -102,13 +109,13 @@ def main(
         n=len(found),
         must={"recall": (">=", MUST_RECALL), "false_alarms_over_nominal": ("<=", MUST_FALSE)},
     )
-    uncalibrated = [one.show() for one, _, _ in seen]
-    requests = [served(views.full(trace, with_heads=True)) for trace in uncalibrated]
-    joined_traces = [joined.show() for _, _, joined in seen]
-    joints = [_joint(joined, trace) for (_, _, joined), trace in zip(seen, joined_traces, strict=True)]
-    profiles = _profiles(seen, requests, uncalibrated[0], rate)
-    counts, delays = _by_profiles(seen, profiles, rate)
-    counts |= _by_probe(seen, requests, joined_traces, joints, rate)
+    uncalibrated = [one.untouched.show() for one in seen]
+    joined_traces = [one.joined.show() for one in seen]
+    profiles = _profiles(seen, uncalibrated, joined_traces, rate)
+    counts, delays = _by_profiles(seen, {problem: profile for problem, (profile, _) in profiles.items()}, rate)
+    for name in ("area", "least", "found"):
+        report.figures[f"probe/{name}"] = float(np.mean([getattr(choice, name) for _, choice in profiles.values()]))
+    report.figures["probe/made"] = float(np.mean([choice.probe is not None for _, choice in profiles.values()]))
     for name, found_in in counts.items():
         report.figures[name] = found_in.mean()
         report.ci[name] = bootstrap(found_in.by_text, seed)
@@ -117,8 +124,9 @@ def main(
     report.figures["false_alarms_per_1000_requests"] = 1000 * calm.mean()
     report.figures["false_alarms_over_nominal"] = calm.mean() / rate
     # As the output grows, both change by themselves.
-    undisturbed = _around(zip((one for one, _, _ in seen), joints, strict=True))
-    for name, (before, behind) in _around(zip((one for _, _, one in seen), joints, strict=True)).items():
+    joints = [_joint(one.joined, trace) for one, trace in zip(seen, joined_traces, strict=True)]
+    undisturbed = _around(zip((one.untouched for one in seen), joints, strict=True))
+    for name, (before, behind) in _around(zip((one.joined for one in seen), joints, strict=True)).items():
         report.figures |= {f"{name}/before": before, f"{name}/behind": behind}
         report.figures[f"{name}/untouched"] = undisturbed[name][1]
         print(
@@ -149,17 +157,21 @@ class _Counts:
 
 
 def _profiles(
-    seen: Sequence[Requests], requests: Sequence[Served], any_trace: RequestTrace, rate: float
-) -> dict[int, Profile]:
-    """For each problem one that is made of the untouched requests of all others."""
-    profiles = {}
-    for problem in sorted({one.stretch.problem for one, _, _ in seen}):
-        others = [
-            one for one, (untouched, _, _) in zip(requests, seen, strict=True) if untouched.stretch.problem != problem
-        ]
-        profiles[problem] = calibrated(any_trace.labels[0], any_trace.capture, 0, others)
-        _check(profiles[problem], rate)
-        print(f"problem {problem}: {_told(profiles[problem])}", flush=True)
+    seen: Sequence[Requests], untouched: Sequence[RequestTrace], joined: Sequence[RequestTrace], rate: float
+) -> Mapping[int, tuple[Profile, Choice]]:
+    """For each problem one that is made of all others."""
+    examples = []
+    for one, calm, with_joint in zip(seen, untouched, joined, strict=True):
+        pairs = [(one.joined, with_joint), *((more, more.show()) for more in one.more)]
+        joints = [(_served(trace), _joint(request, trace)) for request, trace in pairs]
+        examples.append(Example(one.untouched.stretch.problem, _served(calm), joints))
+    try:
+        profiles = without_each(examples, untouched[0].labels[0], untouched[0].capture)
+        for problem, (profile, choice) in profiles.items():
+            profile.check(rate)
+            print(f"problem {problem}: {_told(profile, choice)}", flush=True)
+    except ProfileError as error:
+        raise typer.BadParameter(f"{error}: take --full, more stretches (--most) or a higher --rate") from error
     return profiles
 
 
@@ -169,72 +181,55 @@ def _by_profiles(
     """Requests in which something is found, by what it is and where; and sentences from each joint until it is."""
     counts: defaultdict[str, _Counts] = defaultdict(_Counts)
     delays: list[int] = []
-    for untouched, put_in, joined in seen:
-        profile = profiles[untouched.stretch.problem]
-        trace = joined.show(profile, rate)
-        found_after = _delays(joined, trace)
+    for one in seen:
+        profile = profiles[one.untouched.stretch.problem]
+        trace = one.joined.show(profile, rate)
+        found_after = _delays(one.joined, trace)
         delays += found_after[:1]
-        alarms = list(_alarms(untouched.show(profile, rate)))
-        counts["recall"].add(joined, bool(found_after))
-        counts["false_alarms_any"].add(untouched, bool(alarms))
-        counts["false_alarms_shift"].add(untouched, any(kind is Kind.ANCHOR_SHIFT for kind, _ in alarms))
-        counts["raised_at_neutral_sentence"].add(put_in, bool(_delays(put_in, put_in.show(profile, rate))))
-        others = {kind for kind, _ in _alarms(trace)} - {Kind.ANCHOR_SHIFT}
-        counts["other_findings_in_joined"].add(joined, bool(others))
+        alarms = list(one.untouched.show(profile, rate).findings)
+        counts["recall"].add(one.joined, bool(found_after))
+        counts["false_alarms_any"].add(one.untouched, bool(alarms))
+        shifts = [event for event in alarms if _kind(event) is Kind.ANCHOR_SHIFT]
+        counts["false_alarms_shift"].add(one.untouched, bool(shifts))
+        counts["false_alarms_probe"].add(one.untouched, any(event.by_probe for event in shifts))
+        counts["raised_at_neutral_sentence"].add(one.put_in, bool(_delays(one.put_in, one.put_in.show(profile, rate))))
+        others = {_kind(event) for event in trace.findings} - {Kind.ANCHOR_SHIFT}
+        counts["other_findings_in_joined"].add(one.joined, bool(others))
     return dict(counts), delays
 
 
-def _by_probe(
-    seen: Sequence[Requests],
-    untouched: Sequence[Served],
-    joined: Sequence[RequestTrace],
-    joints: Sequence[int],
-    rate: float,
-) -> dict[str, _Counts]:
-    """The same by a probe; empty where none can be fitted."""
-    examples = [
-        Example(one.stretch.problem, request, served(views.full(trace, with_heads=True)), joint)
-        for (one, _, _), request, trace, joint in zip(seen, untouched, joined, joints, strict=True)
-    ]
-    counts: defaultdict[str, _Counts] = defaultdict(_Counts)
-    for (one, _, _), found in zip(seen, judge(examples, rate, WITHIN), strict=True):
-        if found is not None:
-            counts["probe/recall"].add(one, found.hit)
-            counts["probe/false_alarms"].add(one, found.false)
-    if not counts:
-        print(f"no probe: it takes joints of {LEAST_PROBLEMS} problems, each between sentences that were captured")
-    return dict(counts)
-
-
 def _read(replay: Replay, family: Family) -> Requests:
-    """Untouched, with the neutral sentence, joined: in this order most of each is read already."""
-    parts = (family.calm, family.neutral, family.joined)
-    calm, neutral, joined = (Seen(part, replay.record(part.ids, part.prompt_tokens)) for part in parts)
-    return calm, neutral, joined
+    """In an order in which most of each is read already."""
+
+    def read(part: Stretch) -> Seen:
+        return Seen(part, replay.record(part.ids, part.prompt_tokens))
+
+    return Requests(read(family.calm), read(family.neutral), read(family.joined), list(map(read, family.more)))
 
 
-def _check(profile: Profile, rate: float) -> None:
-    try:
-        profile.check(rate)
-    except ProfileError as error:
-        raise typer.BadParameter(f"{error}: take --full, more stretches (--most) or a higher --rate") from error
+def _served(trace: RequestTrace) -> Served:
+    return served(views.full(trace, with_heads=True))
 
 
-def _told(profile: Profile) -> str:
+def _told(profile: Profile, choice: Choice) -> str:
     heads = ", ".join(f"{layer}.{head}" for layer, head in profile.receivers) or "all alike"
     reliability = "unknown" if profile.reliability is None else f"{profile.reliability:.2f}"
-    return f"profile of {profile.requests} requests: receiver heads {heads}; reliability {reliability}"
+    made = "a probe" if choice.probe else "no probe"
+    return (
+        f"profile of {profile.requests} requests: receiver heads {heads}; reliability {reliability}; {made}, AUROC "
+        f"{choice.area:.2f}, at least {choice.least:.2f}, {choice.found:.0%} above nine of ten"
+    )
 
 
-def _alarms(trace: RequestTrace) -> Iterator[tuple[Kind, int]]:
-    for event in trace.findings:
-        yield Kind[monitor_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_")], event.sentence.index
+def _kind(event: monitor_pb2.Event) -> Kind:
+    return Kind[monitor_pb2.EventKind.Name(event.kind).removeprefix("EVENT_KIND_")]
 
 
 def _delays(seen: Seen, trace: RequestTrace) -> list[int]:
     """Sentences from the one at which something was put in or joined to each ANCHOR_SHIFT, of at most `WITHIN`."""
+    shifts = [event.sentence.index for event in trace.findings if _kind(event) is Kind.ANCHOR_SHIFT]
     at = _joint(seen, trace)
-    return [place - at for kind, place in _alarms(trace) if kind is Kind.ANCHOR_SHIFT and 0 <= place - at <= WITHIN]
+    return [place - at for place in shifts if 0 <= place - at <= WITHIN]
 
 
 def _joint(seen: Seen, trace: RequestTrace) -> int:
@@ -250,7 +245,7 @@ def _around(places: Iterable[tuple[Seen, int]]) -> dict[str, tuple[float, float]
     mass: dict[bool, list[float]] = {False: [], True: []}
     for one, at in places:
         panel = Panel()
-        for seen in served(views.full(one.show(), with_heads=True)).observations(()):
+        for seen in _served(one.show()).observations(()):
             panel.update(seen)
             if at - LOOKED_BEFORE <= seen.index <= at + WITHIN and Kind.ANCHOR_SHIFT in panel.values:
                 divergence[seen.index >= at].append(panel.values[Kind.ANCHOR_SHIFT][1])
@@ -263,7 +258,7 @@ def _around(places: Iterable[tuple[Seen, int]]) -> dict[str, tuple[float, float]
 
 def _raised(traces: Sequence[RequestTrace]) -> float:
     """Share of requests in which ANCHOR_SHIFT is raised by its own threshold, without a profile."""
-    return float(np.mean([any(kind is Kind.ANCHOR_SHIFT for kind, _ in _alarms(one)) for one in traces]))
+    return float(np.mean([any(_kind(event) is Kind.ANCHOR_SHIFT for event in one.findings) for one in traces]))
 
 
 if __name__ == "__main__":

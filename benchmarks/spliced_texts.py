@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from benchmarks.recording import Recorder
 from stream_monitor.anchors.sentences import SentenceBuilder, Span
@@ -38,11 +39,13 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Family:
-    """One stretch as it is, with a neutral sentence, and joined with a stretch about another problem."""
+    """One stretch as it is, with a neutral sentence, and joined with a stretch about another problem; and joined at
+    other places with other stretches, for a probe to learn from."""
 
     calm: Stretch
     neutral: Stretch
     joined: Stretch
+    more: tuple[Stretch, ...]
 
 
 @dataclass(frozen=True)
@@ -58,33 +61,47 @@ class _Trace:
     def window(self, number: int) -> list[list[int]]:
         return self.sentences[number * SENTENCES : (number + 1) * SENTENCES]
 
+    def stretch(self, output: list[int], at: int | None) -> Stretch:
+        """The request with this output, in which something begins at token `at`."""
+        place = None if at is None else len(self.prompt) + at
+        return Stretch(self.name, self.problem, [*self.prompt, *output], len(self.prompt), place)
 
-def families(recorder: Recorder, texts: Sequence[Text], most: int, seed: int) -> Iterator[Family]:
-    """At most `most` of each text, from stretches that do not overlap; none where no other text is long enough to go on
-    with."""
+
+def families(recorder: Recorder, texts: Sequence[Text], most: int, seed: int, more: int = 0) -> Iterator[Family]:
+    """At most `most` of each text, from stretches that do not overlap, and `more` joints of each to learn from; none
+    where no other text is long enough to go on with."""
     traces = list(_traces(recorder, texts))
     neutral = recorder.model.tokenizer(NEUTRAL, add_special_tokens=False)["input_ids"]
     for trace in traces:
         others = [other for other in traces if other.problem != trace.problem]
         for number in range(min(most, trace.windows())):
-            draw = random.Random(f"{seed} {trace.name} {number}")
-            sentences = trace.window(number)
-            cut = draw.randrange(*CUT)
-            head = [*trace.prompt, *_joined(sentences[:cut])]
-            tails = [found for other in others if (found := _tails(recorder, other, SENTENCES - cut))]
-            if not tails:
+            window, name = trace.window(number), f"{seed} {trace.name} {number}"
+            found = _joint(recorder, window, others, name)
+            if found is None:
                 continue
-            tail = _joined(draw.choice(draw.choice(tails)))
-
-            def stretch(ids: list[int], at: int | None, trace: _Trace = trace) -> Stretch:
-                return Stretch(trace.name, trace.problem, ids, len(trace.prompt), at)
-
-            rest = _joined(sentences[cut:])
+            (head, tail), rest = found, _joined(window)[len(found.head) :]
+            elsewhere = [_joint(recorder, window, others, f"{name} {place}") for place in range(more)]
             yield Family(
-                calm=stretch([*head, *rest], None),
-                neutral=stretch([*head, *neutral, *rest], len(head)),
-                joined=stretch([*head, *tail], len(head)),
+                calm=trace.stretch([*head, *rest], None),
+                neutral=trace.stretch([*head, *neutral, *rest], len(head)),
+                joined=trace.stretch([*head, *tail], len(head)),
+                more=tuple(trace.stretch([*one.head, *one.tail], len(one.head)) for one in elsewhere if one),
             )
+
+
+class _Joint(NamedTuple):
+    """Tokens before and behind it."""
+
+    head: list[int]
+    tail: list[int]
+
+
+def _joint(recorder: Recorder, window: list[list[int]], others: Sequence[_Trace], name: str) -> _Joint | None:
+    """Drawn by this name; None where no other text is long enough."""
+    draw = random.Random(name)
+    cut = draw.randrange(*CUT)
+    tails = [found for other in others if (found := _tails(recorder, other, SENTENCES - cut))]
+    return _Joint(_joined(window[:cut]), _joined(draw.choice(draw.choice(tails)))) if tails else None
 
 
 def _traces(recorder: Recorder, texts: Sequence[Text]) -> Iterator[_Trace]:

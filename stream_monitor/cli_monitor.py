@@ -80,17 +80,25 @@ def calibrate(
             "UNTRUSTED_ANCHOR is fitted to these."
         ),
     ] = None,
+    joints: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON lines with request, subject (that it begins with) and token (the first about another, or null): "
+            "the probe of ANCHOR_SHIFT is fitted to these."
+        ),
+    ] = None,
     probe_of: Annotated[
-        Path | None, typer.Option(help="Profile whose probe of UNTRUSTED_ANCHOR is kept, instead of --injections.")
+        Path | None,
+        typer.Option(help="Profile whose probes are kept where none is fitted by --injections or --joints."),
     ] = None,
 ) -> None:
     from stream_monitor.anchors.profile import ProfileError
     from stream_monitor.monitor.calibrate import calibrate as run
 
-    if injections is not None and probe_of is not None:
-        fail("give either --injections or --probe-of")
+    if None not in (injections, joints, probe_of):
+        fail("give --injections and --joints, or --probe-of in place of one: no probe would be left to keep")
     try:
-        typer.echo(run(monitor_at, out, model_name, trim, injections, probe_of))
+        typer.echo(run(monitor_at, out, model_name, trim, injections, joints, probe_of))
     except ProfileError as error:
         fail(error)
 

@@ -5,6 +5,7 @@ the profile will bring about: first with all heads, to choose the receiver heads
 usual; then against that, for the highest scores.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,10 +25,12 @@ from stream_monitor.anchors.heads import (
 )
 from stream_monitor.anchors.lock import FAR_KEYS
 from stream_monitor.anchors.matrix import Mass
-from stream_monitor.anchors.panel import OPENING, Kind, Observation, Panel
+from stream_monitor.anchors.panel import OPENING, PROBED_SHIFT, Kind, Observation, Panel
+from stream_monitor.anchors.probe import Probe
 from stream_monitor.anchors.profile import Profile, make_profile
 from stream_monitor.anchors.reference import Moments, Stratum, measure
-from stream_monitor.anchors.untrusted_probe import Probe, log_shares
+from stream_monitor.anchors.shift_probe import log_reading
+from stream_monitor.anchors.untrusted_probe import log_shares
 from stream_monitor.records import Role
 
 _NO_LAGS, _NO_LAG_MASS = np.zeros((0, FAR_KEYS), np.int64), np.zeros((0, FAR_KEYS))
@@ -65,11 +68,14 @@ class Served:
     lock: float | None
     opening: tuple[int, HeadShares] | None = None
 
-    def observations(self, receivers: Sequence[Head], probe: Probe | None = None) -> Iterator[Observation]:
+    def observations(
+        self, receivers: Sequence[Head], probe: Probe | None = None, shift_probe: Probe | None = None
+    ) -> Iterator[Observation]:
         """What the detectors were shown, the opening first, by these heads, or by all alike where none of them is
-        there; and what a probe says of it."""
+        there; and what probes say of it."""
         chosen = weights(self.heads, receivers)
         weigh = probe.weights_of(self.heads) if probe else np.zeros(0)
+        weigh_shift = shift_probe.weights_of(self.heads) if shift_probe else np.zeros(0)
         for unit in self._units():
             yield Observation(
                 prompt=self.prompt,
@@ -80,9 +86,18 @@ class Served:
                 rows=1 if unit.opening else int(self.rows[unit.sentence]),
                 lags=_NO_LAGS,
                 lag_mass=_NO_LAG_MASS,
-                log_odds=probe.log_odds(weigh, self._log_shares(unit)) if probe else None,
+                log_odds=float(weigh @ self._log_shares(unit)) + probe.bias if probe else None,
+                reading=float(weigh_shift @ self._log_reading(unit)) if shift_probe else math.nan,
                 opening=unit.opening,
             )
+
+    def log_readings(self) -> list[tuple[int, Mass]]:
+        """What the probe of ANCHOR_SHIFT is shown of each sentence that was captured head by head, with its number,
+        ascending."""
+        return [(index, self._log_reading(_Unit(index, found))) for index, found in self.shares if len(found.heads)]
+
+    def _log_reading(self, unit: "_Unit") -> Mass:
+        return log_reading(unit.sentence, self.prompt, unit.shares, len(self.heads))
 
     def log_shares(self) -> list[Mass]:
         """What a probe is shown, of each of the observations."""
@@ -127,19 +142,21 @@ def calibrated(
     requests: Sequence[Served],
     trim: float = 0.0,
     probe: Probe | None = None,
+    shift_probe: Probe | None = None,
 ) -> Profile:
-    """The profile of these requests, UNTRUSTED_ANCHOR by a probe that was fitted before. Raises ProfileError, see
-    `make_profile`."""
+    """The profile of these requests, UNTRUSTED_ANCHOR and ANCHOR_SHIFT by probes that were fitted before. Raises
+    ProfileError, see `make_profile`."""
     receivers = receivers_of(requests)
     usual = make_profile(model_name, capture, made_unix, {}, max(1, len(requests)), receivers=receivers)
     references = _references(requests, usual)
-    draft = replace(usual, references=references, probe=probe)
-    highest: dict[str, list[float]] = {name: [] for name in (*(kind.value for kind in Kind), OPENING)}
+    draft = replace(usual, references=references, probe=probe, shift_probe=shift_probe)
+    names = [*(kind.value for kind in Kind), OPENING, *([PROBED_SHIFT] if shift_probe else [])]
+    highest: dict[str, list[float]] = {name: [] for name in names}
     for request in requests:
         for name, score in _highest(request, draft).items():
             highest[name].append(score)
     made = make_profile(model_name, capture, made_unix, highest, len(requests), trim, receivers, references)
-    return replace(made, probe=probe)
+    return replace(made, probe=probe, shift_probe=shift_probe)
 
 
 def _references(requests: Sequence[Served], profile: Profile) -> dict[str, dict[str, Moments]]:
@@ -155,11 +172,13 @@ def _references(requests: Sequence[Served], profile: Profile) -> dict[str, dict[
 
 def _highest(request: Served, profile: Profile) -> dict[str, float]:
     panel = Panel(profile)
-    for seen in request.observations(profile.receivers, profile.probe):
+    for seen in request.observations(profile.receivers, profile.probe, profile.shift_probe):
         panel.update(seen)
     found = {kind.value: highest.score for kind, highest in panel.highest.items() if highest.sentence >= 0}
     if panel.opening.sentence >= 0:
         found[OPENING] = panel.opening.score
+    if panel.probed_highest.sentence >= 0:
+        found[PROBED_SHIFT] = panel.probed_highest.score
     if request.lock is not None:
         found[Kind.ANCHOR_LOCK.value] = request.lock
     return found

@@ -13,11 +13,12 @@ from stream_monitor.anchors.detachment import PromptDetachment
 from stream_monitor.anchors.heads import Head
 from stream_monitor.anchors.lock import AnchorLock
 from stream_monitor.anchors.matrix import ANCHOR_GAP, AnchorShare, SparseMass
+from stream_monitor.anchors.probe import Probe
 from stream_monitor.anchors.profile import Profile
 from stream_monitor.anchors.reference import Stratum
 from stream_monitor.anchors.shift import AnchorShift
+from stream_monitor.anchors.shift_probe import TOGETHER, ProbedShift
 from stream_monitor.anchors.untrusted import Rivals, UntrustedAnchor, candidates
-from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.records import Role
 
@@ -37,6 +38,8 @@ class Kind(StrEnum):
 OPENING = "untrusted_anchor_opening"
 """What a profile has the scores of openings under: where a question is answered from a document, the model looks the
 answer up there, and reads the document more than any sentence does. They are judged among themselves."""
+PROBED_SHIFT = "anchor_shift_probe"
+"""What a profile has the scores of ANCHOR_SHIFT by its probe under: it is raised by either score."""
 
 TOLERATED = 0.5
 """Rise of a standardised statistic's mean that is tolerated, standard deviations."""
@@ -63,8 +66,9 @@ class Observation:
         rows: captured rows it has.
         lags: int64 [rows, FAR_KEYS], tokens from each row back to the far keys it reads most.
         lag_mass: float64 [rows, FAR_KEYS], attention on each, in any unit; 0 where there is none.
-        log_odds: what a profile's probe says of it, see `untrusted_probe.py`; NaN where heads are missing, None without
-            a probe.
+        log_odds: what a profile's probe of UNTRUSTED_ANCHOR says of it, see `untrusted_probe.py`; NaN where heads are
+            missing, None without a probe.
+        reading: what a profile's probe of ANCHOR_SHIFT says of it, see `ProbedShift.update`.
         opening: whether it is the opening.
     """
 
@@ -77,6 +81,7 @@ class Observation:
     lags: NDArray[np.int64]
     lag_mass: NDArray[np.float64]
     log_odds: float | None = None
+    reading: float = math.nan
     opening: bool = False
 
     def rivals(self) -> SparseMass:
@@ -100,6 +105,7 @@ class Alarm:
             what lost most, with its share until then.
         now: what it rests on, as many, heaviest first; of ANCHOR_SHIFT what gained most, with its share since then.
         detail: what is particular to it, a few words for people.
+        by_probe: whether the score is a probe's.
     """
 
     kind: Kind
@@ -110,6 +116,7 @@ class Alarm:
     before: list[AnchorShare]
     now: list[AnchorShare]
     detail: str
+    by_probe: bool = False
 
 
 @dataclass
@@ -151,7 +158,7 @@ class Panel:
     Without a profile each has a threshold of its own, chosen by hand, and no p-value. With one, a finding is raised
     where so high a score is rarer than the rate divided among the kinds that were not raised yet (Holm's procedure);
     kinds that cannot be raised, by the profile or because the request has nothing untrusted, take no part of it. The
-    opening counts as a kind of its own there.
+    opening counts as a kind of its own there, and so does ANCHOR_SHIFT by a probe.
     A request's highest scores are kept apart from the alarms, which begin some detectors anew.
 
     Args:
@@ -164,6 +171,7 @@ class Panel:
             stratum.
         highest: of the request's sentences so far.
         opening: score of its opening.
+        probed_highest: by the probe of ANCHOR_SHIFT.
     """
 
     def __init__(self, profile: Profile | None = None, rate: float = 0.01) -> None:
@@ -173,6 +181,7 @@ class Panel:
         self.detachment = self._new_detachment()
         self.lock = AnchorLock()
         self.untrusted = UntrustedAnchor()
+        self.probed_shift = ProbedShift(self.shift_probe.bias) if self.shift_probe else None
         self._detectors: dict[Kind, _Detector] = {
             Kind.UNTRUSTED_ANCHOR: self.untrusted,
             Kind.ANCHOR_SHIFT: self.shift,
@@ -183,12 +192,13 @@ class Panel:
         self.values: dict[Kind, tuple[Stratum, float]] = {}
         self.highest = {kind: Highest() for kind in Kind}
         self.opening = Highest()
+        self.probed_highest = Highest()
         # Until the first alarm these are the detectors above: nothing else tells them apart.
         self._unbroken_shift: AnchorShift | None = None
         self._unbroken_detachment: PromptDetachment | None = None
         self._raised: set[str] = set()
         self._prompt: _Prompt | None = None
-        self._begins = {kind: _Begins() for kind in Kind}
+        self._begins = {name: _Begins() for name in (*Kind, PROBED_SHIFT)}
         self._set_thresholds()
 
     @property
@@ -201,12 +211,17 @@ class Panel:
         """By which UNTRUSTED_ANCHOR is scored, if there is one."""
         return self.profile.probe if self.profile else None
 
+    @property
+    def shift_probe(self) -> Probe | None:
+        """By which ANCHOR_SHIFT is scored beside the divergence, if there is one."""
+        return self.profile.shift_probe if self.profile else None
+
     def fresh(self) -> "Panel":
         """The same, of a request that begins anew."""
         return Panel(self.profile, self.rate)
 
     def update(self, seen: Observation) -> list[Alarm]:
-        """Take in one sentence, or the opening before the first; what it raised, most telling first.
+        """Take in one sentence, or the opening before the first; what it raised.
 
         The opening is shown to UNTRUSTED_ANCHOR alone.
         """
@@ -242,7 +257,7 @@ class Panel:
             for kind, value in shown.items()
             if self.verdicts[kind] is not Verdict.INSUFFICIENT and not math.isnan(value)
         }
-        return self._raise(seen, far, near)
+        return [*self._raise(seen, far, near), *self._raise_probed(seen)]
 
     def _open(self, seen: Observation) -> list[Alarm]:
         self.values = {}
@@ -267,6 +282,36 @@ class Panel:
         if alarms:
             self._set_thresholds()
         return alarms
+
+    def _raise_probed(self, seen: Observation) -> list[Alarm]:
+        """ANCHOR_SHIFT by the probe, unless the divergence raises it at the same sentence."""
+        detector = self.probed_shift
+        if detector is None or (verdict := detector.update(seen.reading)) is Verdict.INSUFFICIENT:
+            return []
+        self._begins[PROBED_SHIFT].scored.append(seen.index)
+        if detector.score > self.probed_highest.score:
+            self.probed_highest = Highest(detector.score, seen.index)
+        if verdict is not Verdict.ALARM:
+            return []
+        moved, threshold = self.shift.moved_lately(), detector.threshold
+        self._raised.add(PROBED_SHIFT)
+        self._set_thresholds()
+        if self.verdicts[Kind.ANCHOR_SHIFT] is Verdict.ALARM:
+            return []
+        self.verdicts[Kind.ANCHOR_SHIFT] = Verdict.ALARM
+        return [
+            Alarm(
+                kind=Kind.ANCHOR_SHIFT,
+                score=detector.score,
+                threshold=threshold,
+                p_value=self.profile.p_value(PROBED_SHIFT, detector.score) if self.profile else None,
+                began=self._begins[PROBED_SHIFT].back(TOGETHER - 1),
+                before=moved.lost(MOST_ANCHORS),
+                now=moved.gained(MOST_ANCHORS),
+                detail="",
+                by_probe=True,
+            )
+        ]
 
     def _new_shift(self) -> AnchorShift:
         reference = self.profile.reference(Kind.ANCHOR_SHIFT) if self.profile else None
@@ -322,15 +367,18 @@ class Panel:
             before=before,
             now=now,
             detail=detail,
+            by_probe=kind is Kind.UNTRUSTED_ANCHOR and self.probe is not None,
         )
 
     def _set_thresholds(self) -> None:
         if self.profile is None:
             return
-        possible = {name for name in (*Kind, OPENING) if self.profile.can_raise(name)}
+        possible = {name for name in (*Kind, OPENING, PROBED_SHIFT) if self.profile.can_raise(name)}
         if self._prompt is not None and not self._prompt.untrusted:
             possible -= {Kind.UNTRUSTED_ANCHOR, OPENING}
         rate = self.rate / max(1, len(possible - self._raised))
         for kind in Kind:
             self._detectors[kind].threshold = self.profile.threshold(kind, rate)
         self.untrusted.opening_threshold = self.profile.threshold(OPENING, rate)
+        if self.probed_shift:
+            self.probed_shift.threshold = self.profile.threshold(PROBED_SHIFT, rate)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from stream_monitor.anchors.heads import NO_RECEIVERS, Head, Receivers
+from stream_monitor.anchors.probe import Probe
 from stream_monitor.anchors.reference import Moments, Reference
-from stream_monitor.anchors.untrusted_probe import Probe
+from stream_monitor.anchors.shift_probe import DISTANCES
 
-VERSION = 7
+VERSION = 8
 """Of a file. One of another version is refused: its thresholds are of scores that this program does not make."""
 
 
@@ -36,13 +37,14 @@ class Profile:
         requests: n, requests it was made from.
         trimmed: highest scores left out per detector, as live traffic may hold what is looked for.
         highest: detector to the requests' highest scores, ascending, at most n; the scores of openings are apart from
-            those of sentences (`panel.OPENING`).
+            those of sentences (`panel.OPENING`), those by `shift_probe` from the divergence's (`panel.PROBED_SHIFT`).
         receivers: (layer, query head) of the receiver heads, most peaked first; the scores are of these heads alone.
             Empty: of all heads alike.
         reliability: of the heads' kurtosis between two halves of the requests, see `heads.Receivers`; None if unknown.
         references: detector to stratum to (number, mean, standard deviation) of its statistic, see `reference.py`.
         probe: that UNTRUSTED_ANCHOR is scored by, see `untrusted_probe.py`. None: by those heads that the other scores
             are of.
+        shift_probe: that ANCHOR_SHIFT is scored by too, see `shift_probe.py`.
     """
 
     model_name: str
@@ -55,6 +57,7 @@ class Profile:
     reliability: float | None = None
     references: Mapping[str, Mapping[str, Moments]] = field(default_factory=dict)
     probe: Probe | None = None
+    shift_probe: Probe | None = None
 
     def reference(self, kind: str) -> Reference | None:
         """What this detector's statistic is compared with; None where it is taken as it is."""
@@ -89,7 +92,8 @@ class Profile:
 
     def write(self, path: Path) -> None:
         """As JSON. Raises ProfileError."""
-        content = {"version": VERSION} | vars(self) | {"probe": vars(self.probe) if self.probe else None}
+        probes = {"probe": self.probe, "shift_probe": self.shift_probe}
+        content = {"version": VERSION} | vars(self) | {name: one and vars(one) for name, one in probes.items()}
         try:
             path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
@@ -108,7 +112,7 @@ class Profile:
                 )
             highest = {kind: tuple(map(float, scores)) for kind, scores in content.pop("highest").items()}
             receivers = _heads(content.pop("receivers"))
-            probe = _probe(content.pop("probe"))
+            probe, shift_probe = (_probe(content.pop(name)) for name in ("probe", "shift_probe"))
             references = {
                 kind: {
                     name: (int(count), float(mean), float(deviation))
@@ -121,6 +125,7 @@ class Profile:
                 receivers=receivers,
                 references=references,
                 probe=probe,
+                shift_probe=shift_probe,
                 **content,
             )
             found._check_content(path)
@@ -137,9 +142,10 @@ class Profile:
         numbers = all(math.isfinite(score) for scores in self.highest.values() for score in scores)
         few = all(len(scores) <= self.requests - self.trimmed for scores in self.highest.values())
         moments = [one for known in self.references.values() for one in known.values()]
-        if self.probe:
-            numbers &= all(map(math.isfinite, (*self.probe.weights, self.probe.bias)))
-            numbers &= 0 < len(self.probe.heads) == len(self.probe.weights)
+        for probe, shown in ((self.probe, 1), (self.shift_probe, DISTANCES)):
+            if probe:
+                numbers &= all(map(math.isfinite, (*probe.weights, probe.bias)))
+                numbers &= 0 < shown * len(probe.heads) == len(probe.weights)
         numbers &= all(math.isfinite(mean) and 0 <= deviation < math.inf for _, mean, deviation in moments)
         named = isinstance(self.model_name, str) and isinstance(self.capture, str)
         if not (ordered and numbers and few and named and 0 <= self.trimmed <= self.requests):

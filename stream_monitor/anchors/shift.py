@@ -1,6 +1,7 @@
 """ANCHOR_SHIFT: the distribution over anchors left its running reference."""
 
 import math
+from collections import deque
 from copy import copy
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from stream_monitor.anchors.matrix import AnchorShare, Mass, Positions, SparseMass, ranked
 from stream_monitor.anchors.page_hinkley import RiseDetector
 from stream_monitor.anchors.reference import Reference, Stratum
+from stream_monitor.anchors.shift_probe import TOGETHER
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.records import Role
 
@@ -17,6 +19,15 @@ _LEAST = 1e-300
 """Halved, a smaller share may be 0, and it adds nothing."""
 _MOST = 256
 """Sentences that the reference holds, the heaviest: it stays small however long the output is."""
+_NO_COLUMNS = np.zeros(0, np.int64)
+
+
+class _Start(NamedTuple):
+    """The reference before a sentence, how many candidates were compared with it, and sentences learned from."""
+
+    reference: SparseMass
+    compared: int
+    learned: int
 
 
 class Moved(NamedTuple):
@@ -117,11 +128,11 @@ class AnchorShift(RiseDetector):
         self.reference = SparseMass.of(np.zeros(0))
         # Candidates that the reference knew after each of its newest sentences, `settle` of them at most.
         self._known: list[int] = []
-        # As the newest rise began: the reference, how many candidates were compared, and how much of that reference is
-        # in the one of now.
-        self._before = self.reference
-        self._compared = 0
-        self._part_before = 1.0
+        # As the newest rise began, and before each of the newest sentences.
+        self._rise = _Start(self.reference, 0, 0)
+        self._starts = deque[_Start](maxlen=TOGETHER)
+        # Sentences that the reference has learned from.
+        self._learned = 0
         # The reference and what it knows as they were but for the newest alarm.
         self._unbroken = self.reference, self._known
         self._scored = 0
@@ -156,24 +167,34 @@ class AnchorShift(RiseDetector):
         stratum = Stratum.of(rows, candidates, role)
         self._test.update(self.normal.standardise(self.divergence, stratum) if self.normal else self.divergence)
         self._scored += 1
+        self._starts.append(_Start(before, common, self._learned))
         if not self.began:
-            self._before, self._compared, self._part_before = before, common, 1.0
+            self._rise = self._starts[-1]
         self._learn(columns, both)
         if self.drift_detected:
             self._unbroken = self.reference, self._known
             self.reference, self._known = current, [candidates]
             self._scored = 0
+            self._starts.clear()
             return Verdict.ALARM
         return Verdict.WARM_UP if self._scored < self.warm_up else Verdict.STEADY
 
     def moved(self) -> Moved:
         """What the sentences since the rise began rest on, the newest counting most, beside what was rested on until
         then; of the sentences that were compared then."""
-        columns, both = _side_by_side(self._before, self._unbroken[0] if self.drift_detected else self.reference)
-        known = columns.searchsorted(self._compared)
+        return self._moved(self._rise)
+
+    def moved_lately(self) -> Moved:
+        """The same of the newest `TOGETHER` sentences that were compared, or of those since the newest alarm."""
+        return self._moved(self._starts[0]) if self._starts else Moved(_NO_COLUMNS, np.zeros(0), np.zeros(0))
+
+    def _moved(self, start: "_Start") -> Moved:
+        columns, both = _side_by_side(start.reference, self._unbroken[0] if self.drift_detected else self.reference)
+        known = columns.searchsorted(start.compared)
         before, learned = both[:, :known]
         # The reference is a weighted mean of the one before and the sentences since.
-        since = np.maximum(learned - self._part_before * before, 0.0)
+        part = (1.0 - self.weight) ** (self._learned - start.learned)
+        since = np.maximum(learned - part * before, 0.0)
         before, since = (shares / max(float(np.add.reduce(shares)), _LEAST) for shares in (before, since))
         return Moved(columns[:known], before, since)
 
@@ -181,6 +202,7 @@ class AnchorShift(RiseDetector):
         """Right after an alarm: the same as if its threshold had not been passed, nor ever will be."""
         twin = copy(self)
         twin._test = self._test.unbroken()
+        twin._starts = copy(self._starts)
         twin.reference, twin._known = self._unbroken
         return twin
 
@@ -191,7 +213,7 @@ class AnchorShift(RiseDetector):
             kept = shares > np.partition(shares, -_MOST - 1)[-_MOST - 1]
             columns, shares = columns[kept], shares[kept]
         self.reference = SparseMass(columns, shares)
-        self._part_before *= 1.0 - self.weight
+        self._learned += 1
 
 
 def _side_by_side(one: SparseMass, other: SparseMass) -> tuple[Positions, NDArray[np.float64]]:

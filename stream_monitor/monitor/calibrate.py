@@ -1,7 +1,7 @@
 """`stream-monitor calibrate`: a profile from the requests that a running monitor holds."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -9,12 +9,11 @@ import grpc
 import numpy as np
 
 from stream_monitor.anchors.calibration import Served, calibrated
-from stream_monitor.anchors.heads import Head, HeadShares
-from stream_monitor.anchors.probe_fitting import Choice, Labelled, choose
+from stream_monitor.anchors.heads import HeadShares
 from stream_monitor.anchors.profile import Profile, ProfileError
-from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.client import Monitor, MonitorError, Target
-from stream_monitor.monitor.labels import Label, read_labels
+from stream_monitor.monitor.labels import read_joints, read_labels
+from stream_monitor.monitor.probes import Asked, Fitted, Labels, kept, named, shift_probe, untrusted_probe
 from stream_monitor.v1alpha1 import monitor_pb2
 
 MOST_REQUESTS = 4096
@@ -27,6 +26,7 @@ def calibrate(
     model_name: str,
     trim: float,
     injections: Path | None = None,
+    joints: Path | None = None,
     probe_of: Path | None = None,
 ) -> str:
     """Writes the profile `out`; what to tell the operator.
@@ -38,19 +38,20 @@ def calibrate(
         trim: share of the requests whose highest scores are left out.
         injections: labels (`labels.py`) to which the probe of UNTRUSTED_ANCHOR is fitted. The requests that they name
             are no ordinary traffic, and count for nothing else.
-        probe_of: a profile whose probe is kept.
+        joints: the same for the probe of ANCHOR_SHIFT.
+        probe_of: a profile whose probes are kept where none is fitted.
 
     Raises:
         MonitorError: the monitor cannot be asked.
         ProfileError: there is nothing to calibrate from or to fit a probe to, the requests are of several models or
             captures, or `probe_of` does not fit them.
     """
-    labels = read_labels(injections) if injections else {}
+    labels = Labels(read_labels(injections) if injections else {}, read_joints(joints) if joints else {})
     with Monitor(target) as monitor:
         whole = filter(_is_whole, monitor.list_requests(model_name=model_name))
-        held = list(whole if labels else islice(whole, MOST_REQUESTS))
-        infos = [info for info in held if _label(info, labels) is None][:MOST_REQUESTS]
-        infos += [info for info in held if _label(info, labels) is not None]
+        held = list(whole if injections or joints else islice(whole, MOST_REQUESTS))
+        infos = [info for info in held if not labels.name(info)][:MOST_REQUESTS]
+        infos += [info for info in held if labels.name(info)]
         kinds = sorted({(info.model_name, info.capture) for info in infos})
         if len(kinds) > 1:
             models = sorted({name for name, _ in kinds})
@@ -64,44 +65,31 @@ def calibrate(
             held_of = f"; it holds some of {', '.join(others)}" if others else ""
             raise ProfileError(f"the monitor holds no finished request of {model_name} that was captured{held_of}")
         asked = [(info, request) for info in infos if (request := _asked(monitor, info)) is not None]
-    requests = [request for info, request in asked if _label(info, labels) is None]
+    requests = [request for info, request in asked if not labels.name(info)]
     if not requests:
         raise ProfileError("the monitor holds no finished request that was captured; send it some traffic first")
-    probe, told = None, "  untrusted_anchor: by the same heads, without a probe"
-    if injections:
-        named = [
-            Labelled(request, label.group, label.wording)
-            for info, request in asked
-            if (label := _label(info, labels)) is not None
-        ]
-        choice = choose(named)
-        probe, told = choice.probe, _choice_told(choice, len(named), len(labels))
-    elif probe_of:
-        probe = _kept(probe_of, kinds[0][0], requests)
-        told = f"  untrusted_anchor: by the probe of {len(probe.heads)} heads of {probe_of}"
-    profile = calibrated(*kinds[0], int(time.time()), requests, trim, probe)
+    untrusted, shift = _probes(kinds[0][0], asked, labels, probe_of)
+    profile = calibrated(*kinds[0], int(time.time()), requests, trim, untrusted.probe, shift.probe)
     profile.write(out)
-    return _told(profile, out, told)
+    return _told(profile, out, [untrusted.told, shift.told])
 
 
-def _label(info: monitor_pb2.RequestInfo, labels: Mapping[str, Label]) -> Label | None:
-    return labels.get(info.key.request_id) or labels.get(info.external_id)
-
-
-def _kept(path: Path, model_name: str, requests: Sequence[Served]) -> Probe:
-    """The probe of an earlier profile. Raises ProfileError where it does not fit the requests."""
-    earlier = Profile.read(path)
-    if earlier.model_name != model_name:
-        raise ProfileError(f"{path} is a profile of {earlier.model_name}; the requests are of {model_name}")
-    if earlier.probe is None:
-        raise ProfileError(f"{path} has no probe for untrusted_anchor; fit one with --injections")
-    captured = {head for request in requests for head in request.heads}
-    if absent := [head for head in earlier.probe.heads if head not in captured]:
-        raise ProfileError(
-            f"head {_named(absent)} (layer.head) of {path} is not captured; watch it (settings layers, heads and "
-            "max_heads), or fit a new probe with --injections"
-        )
-    return earlier.probe
+def _probes(model_name: str, asked: Asked, labels: Labels, probe_of: Path | None) -> tuple[Fitted, Fitted]:
+    """Of UNTRUSTED_ANCHOR and of ANCHOR_SHIFT."""
+    untrusted = Fitted(None, "  untrusted_anchor: by the same heads, without a probe")
+    shift = Fitted(None, "  anchor_shift: without a probe")
+    if probe_of:
+        earlier = kept(probe_of, model_name, asked)
+        if earlier.probe:
+            told = f"  untrusted_anchor: by the probe of {len(earlier.probe.heads)} heads of {probe_of}"
+            untrusted = Fitted(earlier.probe, told)
+        if earlier.shift_probe:
+            told = f"  anchor_shift: by the probe of {len(earlier.shift_probe.heads)} heads of {probe_of}, too"
+            shift = Fitted(earlier.shift_probe, told)
+    return (
+        untrusted_probe(asked, labels.injections) if labels.injections else untrusted,
+        shift_probe(asked, labels.joints) if labels.joints else shift,
+    )
 
 
 def _is_whole(info: monitor_pb2.RequestInfo) -> bool:
@@ -154,9 +142,9 @@ def served(trace: monitor_pb2.GetTraceResponse) -> Served:
     )
 
 
-def _told(profile: Profile, out: Path, untrusted: str) -> str:
+def _told(profile: Profile, out: Path, probes: Sequence[str]) -> str:
     lines = [f"{out}: {profile.model_name}, capture {profile.capture}, {profile.requests} requests"]
-    lines += [_heads_told(profile), untrusted]
+    lines += [_heads_told(profile), *probes]
     for kind, scores in profile.highest.items():
         lines.append(
             f"  {kind}: {len(scores)} requests could be scored, the highest {scores[-1]:.3g}"
@@ -185,24 +173,5 @@ def _heads_told(profile: Profile) -> str:
     alike = f"between two halves of the requests the heads' kurtosis correlates with {profile.reliability:.2f}"
     if not profile.receivers:
         return f"  heads: {alike}, too little to choose by; all count alike"
-    named = _named(profile.receivers)
-    return f"  heads: {alike}; {len(profile.receivers)} receiver heads count (layer.head): {named}"
-
-
-def _choice_told(choice: Choice, found: int, given: int) -> str:
-    def told(areas: Mapping[str, float]) -> str:
-        return ", ".join(f"{area:.2f} against {group}" for group, area in areas.items())
-
-    lines = [f"  untrusted_anchor: {found} of {given} labelled requests are held and captured"]
-    if choice.probe:
-        lines.append(f"    by a probe of {len(choice.probe.heads)} heads, which tells followed injections better")
-    else:
-        lines.append("    by the same heads: a probe tells no better, or no more than chance explains")
-    lines.append(f"    AUROC of probes fitted to half of the wordings, on the others: {told(choice.held_out)}")
-    lines.append(f"    AUROC of all heads alike: {told(choice.alike)}")
-    lines.append(f"    where probes tell worst, at least {choice.least:.2f}; what tells nothing has 0.50")
-    return "\n".join(lines)
-
-
-def _named(heads: Sequence[Head]) -> str:
-    return ", ".join(f"{layer}.{head}" for layer, head in heads)
+    told = named(profile.receivers)
+    return f"  heads: {alike}; {len(profile.receivers)} receiver heads count (layer.head): {told}"

@@ -105,8 +105,9 @@ def _finding(trace: Trace, event: monitor_pb2.Event) -> Text:
     opening = event.sentence.end_token <= trace.info.prompt_tokens
     told = ", from whose last token the output's first one is sampled" if opening else ""
     carriers = ", ".join(f"{one.head.layer}.{one.head.query_head} ({one.share:.0%})" for one in event.heads)
+    of = "score, log odds by a probe," if event.by_probe else "score"
     return Text(
-        f"\n{kind}: score {event.score:.3g}, threshold {event.threshold:.3g}, {rare}; began at sentence "
+        f"\n{kind}: {of} {event.score:.3g}, threshold {event.threshold:.3g}, {rare}; began at sentence "
         f"{event.began.index}, detected at {event.sentence.index}{told}\n"
         f"sentence {event.sentence.index} reads: {read}; not observed: {event.unobserved_share:.1%}\n"
         f"carried by heads (layer.head): {carriers or 'none in particular'}"

@@ -7,6 +7,7 @@ from stream_monitor.anchors.calibration import output_kurtosis
 from stream_monitor.anchors.heads import HeadShares, joined
 from stream_monitor.anchors.matrix import Mass, Positions, proximity_corrected, vertical_scores
 from stream_monitor.anchors.panel import Alarm, Kind
+from stream_monitor.anchors.shift_probe import BEFORE, DISTANCES, TOGETHER, log_reading
 from stream_monitor.monitor.trace import RequestTrace
 from stream_monitor.records import Role
 from stream_monitor.v1alpha1 import monitor_pb2
@@ -83,7 +84,9 @@ def carriers(trace: RequestTrace, alarm: Alarm, anchors: Positions, shares: Head
         shares: of its sentence.
     """
     count = len(trace.heads.heads)
-    if alarm.kind is Kind.PROMPT_DETACHMENT:
+    if alarm.kind is Kind.ANCHOR_SHIFT and (shift_probe := trace.panel.shift_probe) and alarm.by_probe:
+        part = _moved(trace, trace.heads.probed(shift_probe))
+    elif alarm.kind is Kind.PROMPT_DETACHMENT:
         prompt = trace.spans[: trace.prompt_sentences]
         user = np.array([index for index, span in enumerate(prompt) if span.role == Role.USER], np.int64)
         part = (_before(trace, user, count) - shares.on(user, count)).sum(1)
@@ -91,7 +94,7 @@ def carriers(trace: RequestTrace, alarm: Alarm, anchors: Positions, shares: Head
         part = np.maximum(shares.on(anchors, count) - _before(trace, anchors, count), 0).sum(1)
     else:
         part = shares.on(anchors, count).sum(1)
-    if alarm.kind is Kind.UNTRUSTED_ANCHOR and (probe := trace.panel.probe):
+    if alarm.kind is Kind.UNTRUSTED_ANCHOR and (probe := trace.panel.probe) and alarm.by_probe:
         part *= trace.heads.probed(probe)
     part = np.maximum(part, 0)
     total = part.sum()
@@ -101,6 +104,15 @@ def carriers(trace: RequestTrace, alarm: Alarm, anchors: Positions, shares: Head
         for place in heaviest.tolist()
         if part[place] > 0
     ]
+
+
+def _moved(trace: RequestTrace, weights: Mass) -> Mass:
+    """What each head adds to the score of the shift's probe, float64 [heads]."""
+    count = len(trace.heads.heads)
+    seen = trace.heads.newest(BEFORE + TOGETHER)
+    log = np.array([log_reading(index, trace.prompt_sentences, shares, count) for index, shares in seen])
+    moves = log[-TOGETHER:].mean(0) - log[:-TOGETHER].mean(0)
+    return np.asarray((weights * moves).reshape(DISTANCES, count).sum(0))
 
 
 def _before(trace: RequestTrace, columns: Positions, count: int) -> Mass:

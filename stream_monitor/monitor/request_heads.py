@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.heads import NO_SHARES, Head, HeadShares, vertical_scores_by_head, weights
-from stream_monitor.anchors.untrusted_probe import Probe
+from stream_monitor.anchors.probe import Probe
 
 MAX_HEADS = 256
 """Heads of a request that are told apart, evenly those watched of each rank, as many as it is the first to bring."""
@@ -33,7 +33,7 @@ class RequestHeads:
         self.opening: tuple[int, HeadShares] | None = None
         self._places: dict[Any, NDArray[np.int64]] = {}
         self._shares: dict[int, HeadShares] = {}
-        self._weights: dict[type, tuple[object, NDArray[np.float64]]] = {}
+        self._weights: dict[int, tuple[object, int, NDArray[np.float64]]] = {}
 
     def weights(self, receivers: tuple[Head, ...]) -> NDArray[np.float64]:
         """What each head counts; see `heads.weights`."""
@@ -96,15 +96,14 @@ class RequestHeads:
         return known
 
     def _weighed(self, by: tuple[Head, ...] | Probe, weigh: _Weigh) -> NDArray[np.float64]:
-        known, found = self._weights.get(type(by), (None, _NO_WEIGHTS))
-        if known is not by or len(found) != len(self.heads):
+        # By identity, as neither is hashed quickly; what is kept beside the weights keeps its number its own.
+        _, heads, found = self._weights.get(id(by), (None, -1, _NO_WEIGHTS))
+        if heads != len(self.heads):
             found = weigh(self.heads)
-            self._weights[type(by)] = by, found
+            self._weights[id(by)] = by, len(self.heads), found
         return found
 
 
 def _evenly(count: int, most: int) -> Sequence[int]:
-    """At most `most` of 0 .. count - 1, at even steps."""
-    if most <= 0:
-        return []
-    return range(0, count, -(-count // most)) if count > most else range(count)
+    """At most `most` of 0 .. count - 1, at steps as even as can be."""
+    return range(count) if count <= most else [place * count // most for place in range(most)]

@@ -1,5 +1,6 @@
 """One request's trace: its sentences, its rows, and the sentence matrix they add up to."""
 
+import math
 from array import array
 from collections import deque
 
@@ -10,6 +11,7 @@ from stream_monitor.anchors.heads import HeadShares
 from stream_monitor.anchors.matrix import SentenceStarts
 from stream_monitor.anchors.panel import Observation, Panel
 from stream_monitor.anchors.sentences import SentenceBuilder, Span, coarsen, prompt_sentences
+from stream_monitor.anchors.shift_probe import log_reading
 from stream_monitor.anchors.untrusted_probe import log_shares
 from stream_monitor.monitor.folding import Fold, Unfolded
 from stream_monitor.monitor.identity import parse
@@ -221,6 +223,7 @@ class RequestTrace:
             lags=captured.lags,
             lag_mass=captured.lag_mass,
             log_odds=self._log_odds(fold.shares, roles, index if opening else -1),
+            reading=self._reading(index, fold.shares),
             opening=opening,
         )
 
@@ -229,7 +232,15 @@ class RequestTrace:
         probe = self.panel.probe
         if probe is None or Role.UNTRUSTED not in self._roles:
             return None
-        return probe.log_odds(self.heads.probed(probe), log_shares(shares, roles, len(self.heads.heads), but))
+        return float(self.heads.probed(probe) @ log_shares(shares, roles, len(self.heads.heads), but)) + probe.bias
+
+    def _reading(self, index: int, shares: HeadShares) -> float:
+        """By the profile's probe of ANCHOR_SHIFT; NaN without one."""
+        probe = self.panel.shift_probe
+        if probe is None:
+            return math.nan
+        shown = log_reading(index, self.prompt_sentences, shares, len(self.heads.heads))
+        return float(self.heads.probed(probe) @ shown)
 
     def _take_prompt_text(self, started: summary_pb2.RequestStarted) -> None:
         self._bytes += self.text.put(0, started.prompt_token_ids, started.prompt_flags)

@@ -163,7 +163,7 @@ def alarm_event(
     event.kind = getattr(monitor_pb2, f"EVENT_KIND_{alarm.kind.name}")
     event.severity = monitor_pb2.SEVERITY_WARNING
     event.from_anchors.extend(anchors(trace, alarm.before))
-    event.score, event.threshold = alarm.score, alarm.threshold
+    event.score, event.threshold, event.by_probe = alarm.score, alarm.threshold, alarm.by_probe
     if alarm.p_value is not None:
         event.p_value = alarm.p_value
     event.began.CopyFrom(sentence(trace, alarm.began))
@@ -180,6 +180,8 @@ def _summary(event: monitor_pb2.Event, index: int, alarm: Alarm, opening: bool) 
     to = f"sentence {event.to_anchors[0].sentence.index}" if event.to_anchors else "no sentence in particular"
     if alarm.kind is Kind.ANCHOR_SHIFT:
         origin = f"from sentence {event.from_anchors[0].sentence.index} " if event.from_anchors else ""
+        if alarm.by_probe:
+            return f"at sentence {index} heads read as where the subject changes{since}, {origin}to {to}{rare}"
         return f"at sentence {index} the anchors moved {origin}to {to}{since} ({alarm.detail}{rare})"
     if alarm.kind is Kind.PROMPT_DETACHMENT:
         return f"at sentence {index} the output looks at the user's prompt less than it did{since}, and at {to}{rare}"

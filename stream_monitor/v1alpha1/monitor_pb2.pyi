@@ -278,6 +278,7 @@ class Event(_message.Message):
     CLOSED_TIME_NS_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     NO_TEXT_REASON_FIELD_NUMBER: _builtins.int
+    BY_PROBE_FIELD_NUMBER: _builtins.int
     kind: Global___EventKind.ValueType
     severity: Global___Severity.ValueType
     external_id: _builtins.str
@@ -288,10 +289,10 @@ class Event(_message.Message):
     """Unix time in nanoseconds of the engine step that completed it, by the engine host's clock."""
     score: _builtins.float
     """The detector's statistic and the threshold it passed. ANCHOR_SHIFT: Page-Hinkley sum of the Jensen-Shannon
-    divergences in excess of their mean, in bits. PROMPT_DETACHMENT: the same of how much the logarithm of the
-    prompt's share fell, in nats. ANCHOR_LOCK: part of the far keys that fit one period, over chance, 1 at most.
-    UNTRUSTED_ANCHOR: logarithm of the heaviest untrusted sentence's mass over the heaviest other one's; with a profile
-    that has a probe, the probe's log odds that an instruction of the untrusted stretch is followed.
+    divergences in excess of their mean, in bits; by a probe, its log odds that the subject changed. PROMPT_DETACHMENT:
+    the sum of how much the logarithm of the prompt's share fell, in nats. ANCHOR_LOCK: part of the far keys that fit one
+    period, over chance, 1 at most. UNTRUSTED_ANCHOR: logarithm of the heaviest untrusted sentence's mass over the
+    heaviest other one's; by a probe, its log odds that an instruction of the untrusted stretch is followed.
     """
     threshold: _builtins.float
     summary: _builtins.str
@@ -308,6 +309,8 @@ class Event(_message.Message):
     """As RequestInfo.tenant."""
     no_text_reason: _builtins.str
     """As RequestInfo.no_text_reason, and only for "not_permitted"."""
+    by_probe: _builtins.bool
+    """Whether it was scored by a probe of the profile, see docs/detectors.md."""
     @_builtins.property
     def key(self) -> Global___TraceKey: ...
     @_builtins.property
@@ -335,8 +338,8 @@ class Event(_message.Message):
     @_builtins.property
     def heads(self) -> _containers.RepeatedCompositeFieldContainer[Global___HeadShare]:
         """The heads that carry it, heaviest first, at most 5. ANCHOR_SHIFT: by how much more each reads `to_anchors` than it
-        did in the sentences before. PROMPT_DETACHMENT: by how much less it reads the user's prompt. The others: by how much
-        it reads `to_anchors`; UNTRUSTED_ANCHOR: each times its weight, if the profile has a probe.
+        did in the sentences before; by a probe, by what each adds to its log odds. PROMPT_DETACHMENT: by how much less it
+        reads the user's prompt. The others: by how much it reads `to_anchors`; by a probe, each times its weight.
         """
 
     def __init__(
@@ -362,10 +365,11 @@ class Event(_message.Message):
         closed_time_ns: _builtins.int = ...,
         tenant: _builtins.str = ...,
         no_text_reason: _builtins.str = ...,
+        by_probe: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "key", b"key", "p_value", b"p_value", "sentence", b"sentence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "closed_time_ns", b"closed_time_ns", "engine", b"engine", "external_id", b"external_id", "from_anchors", b"from_anchors", "heads", b"heads", "key", b"key", "kind", b"kind", "model_name", b"model_name", "no_text_reason", b"no_text_reason", "p_value", b"p_value", "score", b"score", "sentence", b"sentence", "severity", b"severity", "summary", b"summary", "tenant", b"tenant", "threshold", b"threshold", "to_anchors", b"to_anchors", "unobserved_share", b"unobserved_share", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_p_value", b"_p_value", "began", b"began", "by_probe", b"by_probe", "closed_time_ns", b"closed_time_ns", "engine", b"engine", "external_id", b"external_id", "from_anchors", b"from_anchors", "heads", b"heads", "key", b"key", "kind", b"kind", "model_name", b"model_name", "no_text_reason", b"no_text_reason", "p_value", b"p_value", "score", b"score", "sentence", b"sentence", "severity", b"severity", "summary", b"summary", "tenant", b"tenant", "threshold", b"threshold", "to_anchors", b"to_anchors", "unobserved_share", b"unobserved_share", "wall_time_ns", b"wall_time_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__p_value: _TypeAlias = _typing.Literal["p_value"]  # noqa: Y015
     _WhichOneofArgType__p_value: _TypeAlias = _typing.Literal["_p_value", b"_p_value"]  # noqa: Y015

@@ -10,10 +10,11 @@ import pytest
 
 from stream_monitor.anchors.calibration import Served, calibrated
 from stream_monitor.anchors.panel import Kind, Panel
-from stream_monitor.anchors.probe_fitting import FOLLOWED, Labelled, choose, score
+from stream_monitor.anchors.probe import Probe
 from stream_monitor.anchors.profile import ProfileError
 from stream_monitor.anchors.untrusted import UntrustedAnchor
-from stream_monitor.anchors.untrusted_probe import Probe, log_shares
+from stream_monitor.anchors.untrusted_fitting import FOLLOWED, Labelled, choose, score
+from stream_monitor.anchors.untrusted_probe import log_shares
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.records import Role
 from tests.anchors.shares import head_shares

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from stream_monitor.anchors.panel import Kind
-from stream_monitor.anchors.probe_fitting import score
+from stream_monitor.anchors.panel import Kind, Panel
+from stream_monitor.anchors.probe import Probe
 from stream_monitor.anchors.profile import VERSION, Profile, ProfileError, make_profile
-from stream_monitor.anchors.untrusted_probe import Probe
+from stream_monitor.anchors.untrusted_fitting import score
 from stream_monitor.cli import app
 from stream_monitor.monitor.calibrate import served
-from stream_monitor.monitor.labels import read_labels
+from stream_monitor.monitor.labels import read_joints, read_labels
 from stream_monitor.v1alpha1 import monitor_pb2, summary_pb2
 from tests.monitor.conftest import Running, starter
 from tests.monitor.synthetic import SENTENCE, Engine, Look, engine, finished, started, tokens
@@ -151,7 +151,7 @@ def test_calibrating_a_model_that_is_not_held_names_those_that_are(monitor: Runn
 )
 def test_a_profile_that_cannot_serve_is_one_line(changes: dict[str, int], message: str, tmp_path: Path) -> None:
     content = {"version": VERSION, "model_name": "m", "capture": "c", "made_unix": 1, "requests": 400, "trimmed": 0}
-    content |= {"receivers": [], "reliability": None, "references": {}, "probe": None}
+    content |= {"receivers": [], "reliability": None, "references": {}, "probe": None, "shift_probe": None}
     highest = {kind.value: [1.0] for kind in Kind}
     (tmp_path / "p.json").write_text(json.dumps(content | {"highest": highest} | changes))
     code, _, errors = run("serve", "--profiles", tmp_path / "p.json", "--ingest", f"unix:{tmp_path / 'i.sock'}")
@@ -295,7 +295,11 @@ def test_a_probe_is_fitted_to_labels(run_monitors: Callable[..., Running], tmp_p
     [
         ({"model_name": "other"}, "is a profile of other; the requests are of tiny"),
         ({"probe": {"heads": [[7, 1]], "weights": [1.0], "bias": 0.0}}, "head 7.1 (layer.head) of"),
-        ({"probe": None}, "has no probe for untrusted_anchor"),
+        ({"probe": None}, "has no probe; fit one with --injections or --joints"),
+        (
+            {"probe": None, "shift_probe": {"heads": [[5, 0], [7, 1]], "weights": [1.0] * 10, "bias": 0.0}},
+            "head 7.1 (layer.head) of",
+        ),
     ],
 )
 def test_a_probe_that_does_not_fit_is_refused(
@@ -309,9 +313,95 @@ def test_a_probe_that_does_not_fit_is_refused(
     arguments = ["--out", tmp_path / "new.json", "--target", monitor.server.grpc_address]
     code, _, errors = run("calibrate", *arguments, "--probe-of", tmp_path / "old.json")
     assert (code, message in errors) == (2, True), errors
-    code, _, errors = run("calibrate", *arguments, "--probe-of", "x", "--injections", "y")
-    assert (code, "give either --injections or --probe-of" in errors) == (2, True)
+    code, _, errors = run("calibrate", *arguments, "--probe-of", "x", "--injections", "y", "--joints", "z")
+    assert (code, "no probe would be left to keep" in " ".join(errors.split())) == (2, True)
     assert not (tmp_path / "new.json").exists()
+
+
+def test_a_shift_probe_is_fitted_to_labels(run_monitors: Callable[..., Running], tmp_path: Path) -> None:
+    """Behind a joint one head of four goes over to its own sentence; by the profile the next finding names it."""
+    first, rank = run_monitors(), Engine()
+    address, path = first.server.grpc_address, tmp_path / "profile.json"
+    draw = np.random.default_rng(0)
+
+    def output(joint: int | None, count: int = 22) -> list[np.ndarray]:
+        """Heads read three sentences of the prompt by turns."""
+        targets = draw.choice([22, 28, 40], (count, 2, 2))
+        if joint is not None:
+            targets[joint:, 1, 0] = 48 + len(SENTENCE) * np.arange(joint, count)
+        return list(targets)
+
+    labels = []
+    for number in range(24):
+        first.publish(by_head(rank, f"joined-{number}", output(14)))
+        first.publish(by_head(rank, f"stays-{number}", output(None)))
+        first.publish(by_head(rank, f"calm-{number}", output(None)))
+        row = {"request": f"joined-{number}", "subject": f"s{number % 6}", "token": 48 + 14 * len(SENTENCE)}
+        labels += [json.dumps(row), json.dumps(row | {"request": f"stays-{number}", "token": None})]
+    named = tmp_path / "joints.jsonl"
+    named.write_text("\n".join([*labels, json.dumps({"request": "gone", "subject": "s0", "token": 9})]))
+    arguments = ["calibrate", "--out", path, "--target", address, "--trim", 0]
+    code, text, errors = run(*arguments, "--joints", named)
+    assert code == 0, errors
+    assert "24 requests" in text, "those that are labelled are no ordinary traffic"
+    assert "anchor_shift: 48 of 49 labelled requests are held" in text
+    assert "by a probe of 4 heads, too" in text
+    assert "100% of the changes score above nine of ten" in text
+    assert "anchor_shift_probe: 24 requests could be scored" in text
+    probe = json.loads(path.read_text())["shift_probe"]
+    assert len(probe["weights"]) == 5 * len(probe["heads"])
+
+    second = run_monitors(profiles=str(path), false_alarm_rate=0.2, ingest=f"unix:{tmp_path / 'second.sock'}")
+    second.publish(by_head(Engine(), "joined", output(14)))
+    second.publish(by_head(Engine(), "stays", output(None)))
+    (event,) = second.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="joined")).events
+    assert event.kind == monitor_pb2.EVENT_KIND_ANCHOR_SHIFT
+    assert event.by_probe
+    assert event.score > event.threshold
+    assert event.p_value <= 0.2 / 3
+    assert (event.heads[0].head.layer, event.heads[0].head.query_head) == (5, 0)
+    assert "heads read as where the subject changes" in event.summary
+    joint = 8 + 14
+    assert event.began.index <= joint <= event.sentence.index <= joint + 3
+    assert kinds(second, "stays") == []
+    code, text, _ = run("explain", "joined", "1", "--target", second.server.grpc_address)
+    assert (code, "log odds" in text) == (0, True)
+    trace = second.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="joined", with_heads=True))
+    panel = Panel(Profile.read(path), 0.2)
+    again = [
+        alarm
+        for seen in served(trace).observations(panel.receivers, None, panel.shift_probe)
+        for alarm in panel.update(seen)
+    ]
+    assert [alarm.score for alarm in again] == [pytest.approx(event.score, abs=1e-5)], "as calibration scores it"
+
+    new = tmp_path / "new.json"
+    code, text, errors = run("calibrate", "--out", new, "--target", address, "--probe-of", path)
+    assert code == 0, errors
+    assert f"anchor_shift: by the probe of 4 heads of {path}, too" in text
+    assert json.loads(new.read_text())["shift_probe"] == probe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nonsense", "line 1: not JSON"),
+        ('{"request": "a", "subject": "s"}', "line 1: not an object with the strings request and subject and a token"),
+        ('{"request": "a", "subject": "s", "token": -1}', "line 1: not an object"),
+        ('{"request": "a", "subject": "s", "token": true}', "line 1: not an object"),
+        ('{"request": "", "subject": "s", "token": 1}', "line 1: not an object"),
+        ('[{"request": "a"}]', "line 1: not an object"),
+        ('{"request": "a", "subject": "s", "token": null}', "names no request with a token from which"),
+        (
+            '{"request": "a", "subject": "s", "token": 4}\n{"request": "a", "subject": "s", "token": 5}',
+            "line 2: a has another label above",
+        ),
+    ],
+)
+def test_joints_that_are_none_are_one_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "joints.jsonl").write_text(text)
+    with pytest.raises(ProfileError, match=message):
+        read_joints(tmp_path / "joints.jsonl")
 
 
 @pytest.mark.parametrize(

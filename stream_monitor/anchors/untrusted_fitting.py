@@ -19,10 +19,10 @@ from stream_monitor.anchors.auroc import auroc
 from stream_monitor.anchors.calibration import Served
 from stream_monitor.anchors.heads import Head
 from stream_monitor.anchors.matrix import Mass
+from stream_monitor.anchors.probe import Probe
 from stream_monitor.anchors.profile import ProfileError
 from stream_monitor.anchors.regression import logistic_regression
 from stream_monitor.anchors.untrusted import Rivals, UntrustedAnchor
-from stream_monitor.anchors.untrusted_probe import Probe
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.records import Role
 

@@ -1,0 +1,185 @@
+"""Fits the probe of ANCHOR_SHIFT to requests of which it is known where they go on with another subject.
+
+A logistic regression, penalised by the square of its weights, of the four sentences from there on against any four of
+requests that stay with theirs, each less the eight before. As heads are many and subjects few, it is fitted to most of
+the subjects and judged on the others, until each was judged. There is a probe only if it tells there by more than
+chance explains: what its AUROC varies by when whole subjects are drawn anew (bootstrap).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream_monitor.anchors.auroc import auroc
+from stream_monitor.anchors.calibration import Served
+from stream_monitor.anchors.heads import Head
+from stream_monitor.anchors.matrix import Mass
+from stream_monitor.anchors.probe import Probe
+from stream_monitor.anchors.profile import ProfileError
+from stream_monitor.anchors.regression import logistic_regression
+from stream_monitor.anchors.shift_probe import BEFORE, TOGETHER
+
+LEAST = 8
+"""Requests that stay with their subject, and that do not, below which nothing is fitted."""
+LEAST_SUBJECTS = 4
+"""How a probe does on subjects that it has not seen cannot be said of fewer."""
+WITHIN = TOGETHER - 1
+"""Sentences behind the first one about another subject at which the probe is to tell."""
+PENALTY = 0.003
+"""Of the squares of the weights of standardised numbers, beside the mean loss. From 0.001 to 0.01 joints found hardly
+differ (by hand, of those that `benchmarks.shift_spliced` finds)."""
+_FOLDS = 7
+"""Parts of the subjects, each judged by a probe fitted to the others."""
+_DEVIATIONS, _DRAWS = 1.96, 1000
+"""Standard deviations to a lower bound, and how often subjects are drawn anew for one."""
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A request of which it is known whether it stays with its subject.
+
+    Attributes:
+        subject: that it begins with.
+        joint: number of the first sentence that is about another; None if none is.
+    """
+
+    request: Served
+    subject: str
+    joint: int | None
+
+
+class Choice(NamedTuple):
+    """What was found.
+
+    Attributes:
+        probe: fitted to all; None where it is not worth while.
+        area: AUROC of the highest score at a joint, or at one of the `WITHIN` sentences behind it, against the highest
+            of requests without one, on subjects that the probe has not seen.
+        least: its lower bound; what tells nothing has 0.5 or less, as requests without a joint are scored at more
+            sentences.
+        found: share of the joints that score above nine of ten requests without one.
+        scores: float64 [n], of each request, by a probe that has not seen its subject.
+    """
+
+    probe: Probe | None
+    area: float
+    least: float
+    found: float
+    scores: Mass
+
+
+def choose(labelled: Sequence[Labelled]) -> Choice:
+    """The probe of these requests, if there is to be one.
+
+    Raises:
+        ProfileError: they are too few, of too few subjects, too short, or have no watched head in common.
+    """
+    _check(labelled)
+    moves = moves_of(labelled)
+    subjects = sorted({one.subject for one in labelled})
+    scores = np.full(len(labelled), -np.inf)
+    for fold in range(min(_FOLDS, len(subjects))):
+        judged = set(subjects[fold::_FOLDS])
+        probe = fit([one for one in moves if one.subject not in judged])
+        for place, one in enumerate(moves):
+            if one.subject in judged:
+                scores[place] = one.highest(probe)
+    joined = np.array([one.joint is not None for one in labelled])
+    area, least = _area(scores, joined, [one.subject for one in labelled])
+    found = float((scores[joined] > np.quantile(scores[~joined], 0.9, method="higher")).mean())
+    return Choice(fit(moves) if least > 0.5 else None, area, least, found, scores)
+
+
+@dataclass(frozen=True, eq=False)
+class Moves:
+    """How much the readings of a request's sentences differ from those before them.
+
+    Attributes:
+        heads: that all of the requests have.
+        subject: that it begins with.
+        at: float64 [n, DISTANCES * heads], mean of `TOGETHER` sentences less that of the `BEFORE` before, at each
+            sentence that has so many.
+        behind: int64 [n], how many sentences behind the joint; None without a joint.
+    """
+
+    heads: Sequence[Head]
+    subject: str
+    at: Mass
+    behind: NDArray[np.int64] | None
+
+    def telling(self) -> Mass:
+        """Those that a probe is fitted to: of the joint that whose sentences are the first behind it, else all."""
+        return self.at if self.behind is None else self.at[self.behind == WITHIN]
+
+    def highest(self, probe: Probe) -> float:
+        """Log odds, the highest of where a finding would be right, else of all; -inf without any."""
+        at = self.at if self.behind is None else self.at[(self.behind >= 0) & (self.behind <= WITHIN)]
+        return float((at @ np.array(probe.weights) + probe.bias).max(initial=-np.inf))
+
+
+def moves_of(labelled: Sequence[Labelled]) -> list[Moves]:
+    """Of each request, by the heads that all of them have."""
+    heads = sorted(set.intersection(*(set(one.request.heads) for one in labelled)))
+    return [_moves(one, heads) for one in labelled]
+
+
+def _moves(one: Labelled, heads: Sequence[Head]) -> Moves:
+    places = [one.request.heads.index(head) for head in heads]
+    found = one.request.log_readings()
+    shown = len(one.request.heads)
+    log = np.array([reading.reshape(-1, shown)[:, places].ravel() for _, reading in found])
+    ends = range(BEFORE + TOGETHER, len(found) + 1)
+    differences = [
+        log[end - TOGETHER : end].mean(0) - log[end - TOGETHER - BEFORE : end - TOGETHER].mean(0) for end in ends
+    ]
+    at = np.array(differences) if differences else np.zeros((0, log.shape[-1]))
+    if one.joint is None:
+        return Moves(heads, one.subject, at, None)
+    # Sentences that were captured alone count, as the detector sees no others.
+    joint = int(np.searchsorted([index for index, _ in found], one.joint))
+    return Moves(heads, one.subject, at, np.array([end - 1 - joint for end in ends], np.int64))
+
+
+def fit(moves: Sequence[Moves]) -> Probe:
+    """To all of these, joints and all else weighing as much. Raises ProfileError where there is nothing to fit to."""
+    shown = [one.telling() for one in moves]
+    joined = np.repeat([one.behind is not None for one in moves], list(map(len, shown)))
+    heads = moves[0].heads
+    if not heads or len(set(joined.tolist())) < 2:
+        raise ProfileError(
+            "the labelled requests have no watched head in common, or none of a kind has "
+            f"{BEFORE} captured sentences before the joint and {TOGETHER} behind it"
+        )
+    weight = np.where(joined, 0.5 / joined.sum(), 0.5 / (~joined).sum())
+    weights, bias = logistic_regression(np.concatenate(shown), joined.astype(float), weight, PENALTY)
+    return Probe(tuple(heads), tuple(weights.tolist()), bias)
+
+
+def _area(scores: Mass, joined: NDArray[np.bool_], subjects: Sequence[str]) -> tuple[float, float]:
+    """AUROC, and its lower bound by drawing subjects anew."""
+    of = np.array(subjects)
+    names = sorted(set(subjects))
+    draw = np.random.default_rng(0)
+    drawn = []
+    for _ in range(_DRAWS):
+        places = np.concatenate([np.flatnonzero(of == name) for name in draw.choice(names, len(names))])
+        there = joined[places]
+        if there.any() and not there.all():
+            drawn.append(auroc(scores[places][there], scores[places][~there]))
+    area = auroc(scores[joined], scores[~joined])
+    # Of few subjects a draw varies less than they do.
+    spread = float(np.std(drawn)) * (len(names) / (len(names) - 1)) ** 0.5
+    return area, area - _DEVIATIONS * spread
+
+
+def _check(labelled: Sequence[Labelled]) -> None:
+    joined = sum(one.joint is not None for one in labelled)
+    subjects = {one.subject for one in labelled}
+    if min(joined, len(labelled) - joined) < LEAST or len(subjects) < LEAST_SUBJECTS:
+        raise ProfileError(
+            f"the labels name {joined} requests with a joint and {len(labelled) - joined} without, of {len(subjects)} "
+            f"subjects; to fit a probe takes {LEAST} of each, of {LEAST_SUBJECTS} subjects or more"
+        )

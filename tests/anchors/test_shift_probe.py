@@ -1,0 +1,258 @@
+"""The probe of ANCHOR_SHIFT: it finds what one head shows and the mean hides, in subjects that it did not see, and
+nothing in noise; and the panel asks it."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from stream_monitor.anchors.calibration import Served, calibrated
+from stream_monitor.anchors.heads import HeadShares
+from stream_monitor.anchors.panel import PROBED_SHIFT, Alarm, Kind, Panel
+from stream_monitor.anchors.probe import Probe
+from stream_monitor.anchors.profile import Profile, ProfileError
+from stream_monitor.anchors.shift_fitting import WITHIN, Labelled, choose, fit, moves_of
+from stream_monitor.anchors.shift_probe import BEFORE, DISTANCES, TOGETHER, ProbedShift, log_reading
+from stream_monitor.anchors.verdict import Verdict
+from stream_monitor.records import Role
+from tests.anchors.shares import head_shares
+
+PROMPT, SENTENCES, JOINT, HEADS = 2, 24, 16, 6
+"""`JOINT` is where the heads change, if they do."""
+LOSES, GAINS = 1, 4
+"""Heads that read old sentences less, and as much more, behind a joint."""
+FAR = 1
+"""Which of the distances old sentences are."""
+
+
+def served(seed: int, joint: int | None, tells: bool = True) -> Served:
+    """Each head reads about 0.3 of the output's first sentence, and a tenth of its own, the one before and the
+    prompt."""
+    draw = np.random.default_rng(seed)
+    shares = []
+    for index in range(PROMPT, PROMPT + SENTENCES):
+        far = 0.3 * np.exp(draw.normal(0, 0.3, HEADS))
+        if joint is not None and index >= joint and tells:
+            far[LOSES], far[GAINS] = far[LOSES] / 3, far[GAINS] + far[LOSES] * 2 / 3
+        columns = np.repeat([PROMPT, 0, index - 1, index], HEADS)
+        tenth = np.full(3 * HEADS, 0.1)
+        shares.append((index, head_shares(np.tile(np.arange(HEADS), 4), columns, np.concatenate([far, tenth]))))
+    size = PROMPT + SENTENCES
+    roles = np.array([Role.USER] * PROMPT + [Role.REASONING] * SENTENCES, np.uint8)
+    heads = [(7, head) for head in range(HEADS)]
+    return Served(PROMPT, heads, roles, 20 * np.arange(size), np.full(size, 5), shares, None)
+
+
+def labelled(tells: bool = True, seed: int = 0, subjects: int = 5, each: int = 8) -> list[Labelled]:
+    return [
+        Labelled(
+            served(10_000 * seed + 2 * place + joined, JOINT if joined else None, tells),
+            f"s{place % subjects}",
+            JOINT if joined else None,
+        )
+        for place in range(subjects * each)
+        for joined in (False, True)
+    ]
+
+
+def test_the_heads_that_tell_weigh_most() -> None:
+    found = choose(labelled())
+    assert found.probe is not None
+    assert found.probe.heads == tuple((7, head) for head in range(HEADS))
+    weights = np.reshape(found.probe.weights, (DISTANCES, HEADS))
+    assert (np.argmin(weights[FAR]), np.argmax(weights[FAR])) == (LOSES, GAINS)
+    assert found.area > 0.95
+    assert 0.9 < found.least <= found.area
+    assert found.found > 0.9
+
+
+def test_labels_that_mean_nothing_make_no_probe() -> None:
+    found = [choose(labelled(tells=False, seed=seed)) for seed in range(10)]
+    assert [choice.probe for choice in found] == [None] * 10
+    assert max(choice.area for choice in found) < 0.5
+
+
+def test_a_change_that_one_subject_alone_shows_is_none() -> None:
+    some = [
+        replace(one, request=served(place, one.joint, tells=one.subject == "s0"))
+        for place, one in enumerate(labelled())
+    ]
+    assert choose(some).probe is None
+
+
+def test_a_place_where_nothing_changes_is_told_by_nothing() -> None:
+    """What is found five sentences too late is not found."""
+    early = [one if one.joint is None else replace(one, joint=JOINT - 5) for one in labelled()]
+    assert choose(early).found < 0.3
+
+
+def test_each_is_scored_by_a_probe_that_has_not_seen_its_subject() -> None:
+    some = labelled()
+    moves = moves_of(some)
+    scores = choose(some).scores
+    for place in (0, 1, 23):
+        others = [one for one in moves if one.subject != some[place].subject]
+        assert scores[place] == pytest.approx(moves[place].highest(fit(others)))
+    assert scores[0] != pytest.approx(moves[0].highest(fit(moves)))
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (lambda one: one.joint is None, "name 0 requests with a joint and 40 without, of 5 subjects"),
+        (lambda one: one.subject in {"s0", "s1", "s2"}, "name 24 requests with a joint and 24 without, of 3 subjects"),
+        (lambda one: one.joint is None or one.subject == "s0", None),
+    ],
+)
+def test_too_few_labels_are_refused(keep, message: str | None) -> None:
+    some = list(filter(keep, labelled()))
+    if message is None:
+        # Eight joints, all of one subject: what judges it was fitted to none.
+        with pytest.raises(ProfileError, match="none of a kind has 8 captured sentences"):
+            choose(some)
+        return
+    with pytest.raises(ProfileError, match=message):
+        choose(some)
+
+
+def test_a_joint_too_close_to_the_end_is_scored_but_not_learned_from() -> None:
+    some = labelled()
+    some[1] = replace(some[1], joint=PROMPT + SENTENCES - 2)
+    moves = moves_of(some)
+    assert len(moves[1].telling()) == 0
+    assert math.isfinite(choose(some).scores[1])
+    beyond = replace(some[1], joint=PROMPT + SENTENCES)
+    assert choose([some[0], beyond, *some[2:]]).scores[1] == -math.inf
+
+
+def test_a_reading_is_by_distance_and_of_what_is_left() -> None:
+    shares = HeadShares(
+        np.array([0, 0, 1, 1, 1, 1], np.uint8),
+        np.array([2, 9, 6, 7, 9, 0], np.uint32),
+        np.array([0.1, 0.2, 0.03, 0.04, 0.05, 0.5], np.float32),
+    )
+
+    def read(index: int) -> list[list[float]]:
+        return (np.exp(log_reading(index, 2, shares, 2)) - 1e-3).reshape(DISTANCES, 2).round(6).tolist()
+
+    # Anchors are at least four sentences back.
+    assert read(10) == [[0, 0.5], [0.1, 0.03], [0.2, 0.09], [0, 0], [0.7, 0.38]]
+    assert read(9) == [[0, 0.5], [0.1, 0], [0, 0.07], [0.2, 0.05], [0.7, 0.38]]
+    assert np.isnan(log_reading(3, 2, head_shares(*np.zeros((3, 0), int)), 2)).all()
+
+
+def test_the_score_is_of_the_newest_four_beside_the_eight_before() -> None:
+    draw = np.random.default_rng(0).normal(size=30)
+    detector = ProbedShift(bias=0.5)
+    for index, value in enumerate(draw.tolist()):
+        verdict = detector.update(value)
+        assert verdict is (Verdict.WARM_UP if index < BEFORE + TOGETHER - 1 else Verdict.STEADY)
+        if verdict is Verdict.STEADY:
+            newest = draw[: index + 1]
+            assert detector.score == pytest.approx(newest[-4:].mean() - newest[-12:-4].mean() + 0.5)
+    score = detector.score
+    assert detector.update(math.nan) is Verdict.INSUFFICIENT
+    assert detector.score == score
+
+
+def test_an_alarm_is_raised_once_while_it_stays() -> None:
+    detector = ProbedShift(bias=0.0, threshold=1.0)
+    raised = [detector.update(value) is Verdict.ALARM for value in [0.0] * 12 + [4.0] * 3 + [0.0] * 12 + [9.0]]
+    assert np.flatnonzero(raised).tolist() == [13, 27]
+
+
+CALM = [served(50_000 + seed, None) for seed in range(60)]
+
+
+def profile(seed: int = 0) -> Profile:
+    probe = choose(labelled(seed=seed)).probe
+    assert probe is not None
+    return calibrated("m", "c", 1, CALM, shift_probe=probe)
+
+
+def alarms(panel: Panel, request: Served) -> list[tuple[int, Alarm]]:
+    probe = panel.shift_probe
+    return [
+        (seen.index, alarm)
+        for seen in request.observations(panel.receivers, None, probe)
+        for alarm in panel.update(seen)
+    ]
+
+
+def test_the_panel_raises_a_shift_by_the_profiles_probe() -> None:
+    made = profile()
+    assert len(made.highest[PROBED_SHIFT]) == len(CALM)
+    found = [alarms(Panel(made, 0.2), served(90_000 + seed, JOINT)) for seed in range(20)]
+    shifts = [(index, alarm) for one in found for index, alarm in one if alarm.by_probe]
+    assert len(shifts) >= 18
+    assert np.mean([JOINT <= index <= JOINT + WITHIN for index, _ in shifts]) > 0.9
+    for index, alarm in shifts:
+        assert alarm.kind is Kind.ANCHOR_SHIFT
+        assert alarm.began == index - TOGETHER + 1
+        assert alarm.score > alarm.threshold
+        assert alarm.p_value is not None
+        assert alarm.p_value <= 0.2 / 3
+    false = [alarms(Panel(made, 0.2), served(95_000 + seed, None)) for seed in range(100)]
+    assert np.mean([bool(one) for one in false]) < 0.3
+
+
+def test_the_scores_do_not_depend_on_thresholds() -> None:
+    made, request = profile(), served(90_000, JOINT)
+    some, none = Panel(made, 0.2), Panel(replace(made, highest={}), 0.2)
+    assert [alarm.by_probe for _, alarm in alarms(some, request)] == [True]
+    assert alarms(none, request) == []
+    assert some.probed_highest == none.probed_highest
+    assert some.highest == none.highest
+
+
+def test_a_probe_takes_its_part_of_the_rate() -> None:
+    with_probe, without = (
+        Panel(made := profile(), 0.3),
+        Panel(
+            replace(made, highest={kind: scores for kind, scores in made.highest.items() if kind != PROBED_SHIFT}), 0.3
+        ),
+    )
+    possible = sum(map(made.can_raise, made.highest))
+    assert possible == 3, "divergence, detachment and the probe: nothing is known of loops here"
+    assert with_probe.shift.threshold == made.threshold(Kind.ANCHOR_SHIFT, 0.1)
+    assert without.shift.threshold == made.threshold(Kind.ANCHOR_SHIFT, 0.15)
+    assert without.probed_shift is not None
+    assert without.probed_shift.threshold == math.inf
+
+
+def test_without_a_head_of_the_probe_the_divergence_goes_on_alone() -> None:
+    made, request = profile(), served(90_000, JOINT)
+    panel = Panel(made, 0.2)
+    elsewhere = replace(request, heads=[(8, head) for head in range(HEADS)])
+    assert [alarm for _, alarm in alarms(panel, elsewhere) if alarm.by_probe] == []
+    assert panel.probed_highest.sentence == -1
+    assert panel.highest[Kind.ANCHOR_SHIFT].sentence >= 0
+
+
+def test_an_alarm_of_the_probe_names_what_lost_and_what_gained() -> None:
+    """From the four newest sentences on; one that both sides read alike is named on neither."""
+    probe = Probe(((7, 0),), (0.0, 1.0, 0.0, 0.0, 0.0), 0.0)
+    quiet = {kind.value: (math.inf,) for kind in Kind}
+    made = replace(calibrated("m", "c", 1, CALM), shift_probe=probe, highest=quiet | {PROBED_SHIFT: (0.2,) * 99})
+    shares = []
+    for index in range(PROMPT, PROMPT + SENTENCES):
+        on, mass = (PROMPT, 0.2) if index < JOINT else (PROMPT + 1, 0.4)
+        shares.append((index, head_shares(np.zeros(2, int), np.array([on, 1]), np.array([mass, 0.1]))))
+    (index, alarm), *_ = alarms(Panel(made, 0.2), replace(served(0, None), heads=[(7, 0)], shares=shares))
+    assert alarm.by_probe
+    assert index - alarm.began == TOGETHER - 1
+    assert [one.sentence for one in alarm.before] == [PROMPT]
+    assert [one.sentence for one in alarm.now] == [PROMPT + 1]
+
+
+def test_probes_of_a_file_must_be_whole(tmp_path) -> None:
+    made = profile()
+    path = tmp_path / "p.json"
+    made.write(path)
+    assert Profile.read(path) == made
+    assert made.shift_probe is not None
+    for weights in (made.shift_probe.weights[:-1], made.shift_probe.weights[:HEADS], (math.nan,) * DISTANCES * HEADS):
+        replace(made, shift_probe=replace(made.shift_probe, weights=weights)).write(path)
+        with pytest.raises(ProfileError, match="was changed by hand"):
+            Profile.read(path)
