@@ -92,12 +92,13 @@ class Served:
             )
 
     def log_readings(self) -> list[tuple[int, Mass]]:
-        """What the probe of ANCHOR_SHIFT is shown of each sentence that was captured head by head, with its number,
+        """What the probe of ANCHOR_SHIFT is shown of each sentence that has anything to show, with its number,
         ascending."""
-        return [(index, self._log_reading(_Unit(index, found))) for index, found in self.shares if len(found.heads)]
+        every = [(index, self._log_reading(_Unit(index, found))) for index, found in self.shares]
+        return [(index, found) for index, found in every if not np.isnan(found).any()]
 
     def _log_reading(self, unit: "_Unit") -> Mass:
-        return log_reading(unit.sentence, self.prompt, unit.shares, len(self.heads))
+        return log_reading(unit.sentence, unit.shares, len(self.heads))
 
     def log_shares(self) -> list[Mass]:
         """What a probe is shown, of each of the observations."""

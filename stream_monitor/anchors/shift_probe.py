@@ -1,8 +1,8 @@
 """ANCHOR_SHIFT by a probe: heads, each for itself, read as where an output goes on with another subject.
 
-There some heads read what was written before less, some their own sentence or the prompt more, and most as ever, so
-that the mean of them all hides it. Every head's attention is divided among five distances, and four sentences together
-are compared with the eight before them.
+There some heads read what was written before less, some their own sentence more, and most as ever, so that the mean of
+them all hides it. Every head's attention is divided among four distances, and four sentences together are compared with
+the eight before them.
 """
 
 import math
@@ -17,26 +17,24 @@ from stream_monitor.anchors.verdict import Verdict
 
 BEFORE, TOGETHER = 8, 4
 """Sentences that are compared: so many before, with so many at a place and behind it."""
-DISTANCES = 5
-"""The prompt; sentences of the output that may be anchors; nearer ones; the sentence itself; and what no sentence got,
-most of it the attention sink's."""
+DISTANCES = 4
+"""Sentences that may be anchors; nearer ones; the sentence itself; and what no sentence got, most of it the attention
+sink's."""
 
 
-def log_reading(index: int, prompt: int, shares: HeadShares, heads: int) -> Mass:
+def log_reading(index: int, shares: HeadShares, heads: int) -> Mass:
     """What the probe is shown of a sentence: logarithms of each head's shares, float64 [DISTANCES * heads], NaN where
-    no head was told apart.
+    no head was told apart, or no sentence stands far enough before it to be an anchor.
 
     Args:
         index: number of the sentence.
-        prompt: sentences of the prompt, the first.
         shares: of the sentence, head by head.
         heads: of the request.
     """
     columns = shares.columns
-    if not len(columns):
+    if not len(columns) or index < ANCHOR_GAP:
         return np.full(DISTANCES * heads, math.nan)
-    distance = np.where(columns == index, 3, np.where(columns > index - ANCHOR_GAP, 2, 1))
-    distance[columns < prompt] = 0
+    distance = np.where(columns == index, 2, np.where(columns > index - ANCHOR_GAP, 1, 0))
     read = np.bincount(distance * heads + shares.heads, shares.shares, DISTANCES * heads).astype(float, copy=False)
     read = read.reshape(DISTANCES, heads)
     read[-1] = np.maximum(0.0, 1.0 - read.sum(0))

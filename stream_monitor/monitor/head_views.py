@@ -110,7 +110,7 @@ def _moved(trace: RequestTrace, weights: Mass) -> Mass:
     """What each head adds to the score of the shift's probe, float64 [heads]."""
     count = len(trace.heads.heads)
     seen = trace.heads.newest(BEFORE + TOGETHER)
-    log = np.array([log_reading(index, trace.prompt_sentences, shares, count) for index, shares in seen])
+    log = np.array([log_reading(index, shares, count) for index, shares in seen])
     moves = log[-TOGETHER:].mean(0) - log[:-TOGETHER].mean(0)
     return np.asarray((weights * moves).reshape(DISTANCES, count).sum(0))
 

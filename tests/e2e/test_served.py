@@ -15,7 +15,7 @@ import openai
 import pytest
 from playwright.sync_api import sync_playwright
 
-from stream_monitor.monitor.labels import read_labels
+from stream_monitor.monitor.labels import read_joints, read_labels
 from stream_monitor.v1alpha1 import monitor_pb2, monitor_pb2_grpc, summary_pb2
 from tests.e2e.serving import Product, eventually, total
 from tests.monitor.page.cells import DRAWN, drawn, expected
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.engine
 
 SPECIAL = re.compile(r"<\|[a-z_]+\|>")
 SHARED_ID = "asked-twice"
+EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples" / "python"
 PROMPTS = [f"Count from {i} to {i + 30}, then explain in {3 + i} sentences why you stopped there." for i in range(16)]
 
 
@@ -250,8 +251,9 @@ def test_the_example_labels_requests_that_the_monitor_holds(product, tmp_path):
     lines = [json.dumps({"messages": [{"role": "user", "content": PROMPTS[0]}], **prompt}) for prompt in prompts]
     asked, labels = tmp_path / "prompts.jsonl", tmp_path / "labels.jsonl"
     asked.write_text("\n".join(lines))
-    program = Path(__file__).resolve().parents[2] / "docs" / "examples" / "python" / "label_injections.py"
-    subprocess.run([sys.executable, program, asked, labels, product.engine_http], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, EXAMPLES / "label_injections.py", asked, labels, product.engine_http], check=True, timeout=120
+    )
     found = read_labels(labels)
     assert [label.group for label in found.values()] == ["followed", "ignored", "question"]
     drained(product)
@@ -261,3 +263,30 @@ def test_the_example_labels_requests_that_the_monitor_holds(product, tmp_path):
         trace = service(product).GetTrace(monitor_pb2.GetTraceRequest(request_id=info.key.request_id))
         roles.append(summary_pb2.ROLE_UNTRUSTED in [sentence.role for sentence in trace.sentences])
     assert roles == [False, False, True]
+
+
+def test_the_example_has_outputs_change_their_subject_where_it_says(product, tmp_path):
+    texts, labels = tmp_path / "texts.jsonl", tmp_path / "joints.jsonl"
+    subjects = {"Of boats.": "A boat has {} sails.", "Of rain.": "It rained {} times."}
+    rows = [
+        {"prompt": prompt, "reasoning": "".join(f" {sentence.format(number)}" for number in range(26))}
+        for prompt, sentence in subjects.items()
+    ]
+    texts.write_text("\n".join(map(json.dumps, rows)))
+    program = EXAMPLES / "label_joints.py"
+    subprocess.run([sys.executable, program, texts, labels, product.engine_http], check=True, timeout=120)
+    found = read_joints(labels)
+    assert [label.subject for label in found.values()] == [prompt for prompt in subjects for _ in range(2)]
+    assert [label.token is None for label in found.values()] == [True, False] * 2
+    drained(product)
+    boats, mixed, rain, other = [
+        service(product).GetTrace(monitor_pb2.GetTraceRequest(request_id=request_id)) for request_id in found
+    ]
+    for trace, row in ((boats, rows[0]), (rain, rows[1])):
+        output = [one.text for one in trace.sentences if one.first_token >= trace.info.prompt_tokens]
+        assert SPECIAL.sub("", "".join(output)) == row["reasoning"]
+    for trace, begin in ((mixed, " It rained"), (other, " A boat")):
+        token = found[trace.info.external_id].token
+        (joint,) = [number for number, one in enumerate(trace.sentences) if one.first_token == token]
+        assert trace.sentences[joint].text.startswith(begin)
+        assert not trace.sentences[joint - 1].text.startswith(begin)

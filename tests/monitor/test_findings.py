@@ -297,7 +297,7 @@ def test_a_probe_is_fitted_to_labels(run_monitors: Callable[..., Running], tmp_p
         ({"probe": {"heads": [[7, 1]], "weights": [1.0], "bias": 0.0}}, "head 7.1 (layer.head) of"),
         ({"probe": None}, "has no probe; fit one with --injections or --joints"),
         (
-            {"probe": None, "shift_probe": {"heads": [[5, 0], [7, 1]], "weights": [1.0] * 10, "bias": 0.0}},
+            {"probe": None, "shift_probe": {"heads": [[5, 0], [7, 1]], "weights": [1.0] * 8, "bias": 0.0}},
             "head 7.1 (layer.head) of",
         ),
     ],
@@ -349,7 +349,7 @@ def test_a_shift_probe_is_fitted_to_labels(run_monitors: Callable[..., Running],
     assert "100% of the changes score above nine of ten" in text
     assert "anchor_shift_probe: 24 requests could be scored" in text
     probe = json.loads(path.read_text())["shift_probe"]
-    assert len(probe["weights"]) == 5 * len(probe["heads"])
+    assert len(probe["weights"]) == 4 * len(probe["heads"])
 
     second = run_monitors(profiles=str(path), false_alarm_rate=0.2, ingest=f"unix:{tmp_path / 'second.sock'}")
     second.publish(by_head(Engine(), "joined", output(14)))
