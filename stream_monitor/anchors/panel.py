@@ -181,7 +181,7 @@ class Panel:
         self.detachment = self._new_detachment()
         self.lock = AnchorLock()
         self.untrusted = UntrustedAnchor()
-        self.probed_shift = ProbedShift(self.shift_probe.bias) if self.shift_probe else None
+        self.probed_shift = ProbedShift(self.shift_probe) if self.shift_probe else None
         self._detectors: dict[Kind, _Detector] = {
             Kind.UNTRUSTED_ANCHOR: self.untrusted,
             Kind.ANCHOR_SHIFT: self.shift,
@@ -286,7 +286,7 @@ class Panel:
     def _raise_probed(self, seen: Observation) -> list[Alarm]:
         """ANCHOR_SHIFT by the probe, unless the divergence raises it at the same sentence."""
         detector = self.probed_shift
-        if detector is None or (verdict := detector.update(seen.reading)) is Verdict.INSUFFICIENT:
+        if detector is None or (verdict := detector.update(seen.reading, seen.rows)) is Verdict.INSUFFICIENT:
             return []
         self._begins[PROBED_SHIFT].scored.append(seen.index)
         if detector.score > self.probed_highest.score:

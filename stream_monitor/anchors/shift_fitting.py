@@ -1,7 +1,7 @@
 """Fits the probe of ANCHOR_SHIFT to requests of which it is known where they go on with another subject.
 
 A logistic regression, penalised by the square of its weights, of the four sentences from there on against any four of
-requests that stay with theirs, each less the eight before. As heads are many and subjects few, it is fitted to most of
+requests that stay with theirs, each less the twelve before. As heads are many and subjects few, it is fitted to most of
 the subjects and judged on the others, until each was judged. There is a probe only if it tells there by more than
 chance explains: what its AUROC varies by when whole subjects are drawn anew (bootstrap).
 """
@@ -20,7 +20,7 @@ from stream_monitor.anchors.matrix import Mass
 from stream_monitor.anchors.probe import Probe
 from stream_monitor.anchors.profile import ProfileError
 from stream_monitor.anchors.regression import logistic_regression
-from stream_monitor.anchors.shift_probe import BEFORE, TOGETHER
+from stream_monitor.anchors.shift_probe import BEFORE, DISTANCES, TOGETHER, moves
 
 LEAST = 8
 """Requests that stay with their subject, and that do not, below which nothing is fitted."""
@@ -78,19 +78,19 @@ def choose(labelled: Sequence[Labelled]) -> Choice:
         ProfileError: they are too few, of too few subjects, too short, or have no watched head in common.
     """
     _check(labelled)
-    moves = moves_of(labelled)
+    found = moves_of(labelled)
     subjects = sorted({one.subject for one in labelled})
     scores = np.full(len(labelled), -np.inf)
     for fold in range(min(_FOLDS, len(subjects))):
         judged = set(subjects[fold::_FOLDS])
-        probe = fit([one for one in moves if one.subject not in judged])
-        for place, one in enumerate(moves):
+        probe = fit([one for one in found if one.subject not in judged])
+        for place, one in enumerate(found):
             if one.subject in judged:
                 scores[place] = one.highest(probe)
     joined = np.array([one.joint is not None for one in labelled])
     area, least = _area(scores, joined, [one.subject for one in labelled])
-    found = float((scores[joined] > np.quantile(scores[~joined], 0.9, method="higher")).mean())
-    return Choice(fit(moves) if least > 0.5 else None, area, least, found, scores)
+    above = float((scores[joined] > np.quantile(scores[~joined], 0.9, method="higher")).mean())
+    return Choice(fit(found) if least > 0.5 else None, area, least, above, scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,19 +100,20 @@ class Moves:
     Attributes:
         heads: that all of the requests have.
         subject: that it begins with.
-        at: float64 [n, DISTANCES * heads], mean of `TOGETHER` sentences less that of the `BEFORE` before, at each
-            sentence that has so many.
-        behind: int64 [n], how many sentences behind the joint; None without a joint.
+        at: float64 [n, DISTANCES * heads], see `shift_probe.moves`.
+        first: int64 [1 or 0], which of them is of the first `TOGETHER` sentences from the joint on; None without one.
+        behind: int64 [n], how many sentences behind the joint each is; None without one.
     """
 
     heads: Sequence[Head]
     subject: str
     at: Mass
+    first: NDArray[np.int64] | None
     behind: NDArray[np.int64] | None
 
     def telling(self) -> Mass:
-        """Those that a probe is fitted to: of the joint that whose sentences are the first behind it, else all."""
-        return self.at if self.behind is None else self.at[self.behind == WITHIN]
+        """Those that a probe is fitted to: that of the joint, else all."""
+        return self.at if self.first is None else self.at[self.first]
 
     def highest(self, probe: Probe) -> float:
         """Log odds, the highest of where a finding would be right, else of all; -inf without any."""
@@ -129,25 +130,22 @@ def moves_of(labelled: Sequence[Labelled]) -> list[Moves]:
 def _moves(one: Labelled, heads: Sequence[Head]) -> Moves:
     places = [one.request.heads.index(head) for head in heads]
     found = one.request.log_readings()
-    shown = len(one.request.heads)
-    log = np.array([reading.reshape(-1, shown)[:, places].ravel() for _, reading in found])
-    ends = range(BEFORE + TOGETHER, len(found) + 1)
-    differences = [
-        log[end - TOGETHER : end].mean(0) - log[end - TOGETHER - BEFORE : end - TOGETHER].mean(0) for end in ends
-    ]
-    at = np.array(differences) if differences else np.zeros((0, log.shape[-1]))
+    numbers = np.array([index for index, _ in found], np.int64)
+    log = np.array([reading for _, reading in found]).reshape(len(found), DISTANCES, len(one.request.heads))
+    at = moves(log[:, :, places].reshape(len(found), -1), one.request.rows[numbers])
     if one.joint is None:
-        return Moves(heads, one.subject, at, None)
-    # Sentences that were captured alone count, as the detector sees no others.
-    joint = int(np.searchsorted([index for index, _ in found], one.joint))
-    return Moves(heads, one.subject, at, np.array([end - 1 - joint for end in ends], np.int64))
+        return Moves(heads, one.subject, at, None, None)
+    # To learn from, sentences that were captured alone count, as the detector sees no others.
+    last = np.arange(len(found) - len(at), len(found))
+    first = np.searchsorted(numbers, one.joint) + TOGETHER - 1
+    return Moves(heads, one.subject, at, np.flatnonzero(last == first), numbers[last] - one.joint)
 
 
-def fit(moves: Sequence[Moves]) -> Probe:
+def fit(seen: Sequence[Moves]) -> Probe:
     """To all of these, joints and all else weighing as much. Raises ProfileError where there is nothing to fit to."""
-    shown = [one.telling() for one in moves]
-    joined = np.repeat([one.behind is not None for one in moves], list(map(len, shown)))
-    heads = moves[0].heads
+    shown = [one.telling() for one in seen]
+    joined = np.repeat([one.first is not None for one in seen], list(map(len, shown)))
+    heads = seen[0].heads
     if not heads or len(set(joined.tolist())) < 2:
         raise ProfileError(
             "the labelled requests have no watched head in common, or none of a kind has "

@@ -7,7 +7,7 @@ from stream_monitor.anchors.calibration import output_kurtosis
 from stream_monitor.anchors.heads import HeadShares, joined
 from stream_monitor.anchors.matrix import Mass, Positions, proximity_corrected, vertical_scores
 from stream_monitor.anchors.panel import Alarm, Kind
-from stream_monitor.anchors.shift_probe import BEFORE, DISTANCES, TOGETHER, log_reading
+from stream_monitor.anchors.shift_probe import BEFORE, DISTANCES, TOGETHER, ProbedShift, log_reading, moves
 from stream_monitor.monitor.trace import RequestTrace
 from stream_monitor.records import Role
 from stream_monitor.v1alpha1 import monitor_pb2
@@ -84,8 +84,8 @@ def carriers(trace: RequestTrace, alarm: Alarm, anchors: Positions, shares: Head
         shares: of its sentence.
     """
     count = len(trace.heads.heads)
-    if alarm.kind is Kind.ANCHOR_SHIFT and (shift_probe := trace.panel.shift_probe) and alarm.by_probe:
-        part = _moved(trace, trace.heads.probed(shift_probe))
+    if alarm.kind is Kind.ANCHOR_SHIFT and (detector := trace.panel.probed_shift) and alarm.by_probe:
+        part = _moved(trace, detector)
     elif alarm.kind is Kind.PROMPT_DETACHMENT:
         prompt = trace.spans[: trace.prompt_sentences]
         user = np.array([index for index, span in enumerate(prompt) if span.role == Role.USER], np.int64)
@@ -106,13 +106,12 @@ def carriers(trace: RequestTrace, alarm: Alarm, anchors: Positions, shares: Head
     ]
 
 
-def _moved(trace: RequestTrace, weights: Mass) -> Mass:
+def _moved(trace: RequestTrace, detector: ProbedShift) -> Mass:
     """What each head adds to the score of the shift's probe, float64 [heads]."""
     count = len(trace.heads.heads)
     seen = trace.heads.newest(BEFORE + TOGETHER)
-    log = np.array([log_reading(index, shares, count) for index, shares in seen])
-    moves = log[-TOGETHER:].mean(0) - log[:-TOGETHER].mean(0)
-    return np.asarray((weights * moves).reshape(DISTANCES, count).sum(0))
+    (move,) = moves(np.array([log_reading(index, shares, count) for index, shares in seen]), detector.rows)
+    return np.asarray((trace.heads.probed(detector.probe) * move).reshape(DISTANCES, count).sum(0))
 
 
 def _before(trace: RequestTrace, columns: Positions, count: int) -> Mass:

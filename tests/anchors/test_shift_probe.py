@@ -13,12 +13,12 @@ from stream_monitor.anchors.panel import PROBED_SHIFT, Alarm, Kind, Panel
 from stream_monitor.anchors.probe import Probe
 from stream_monitor.anchors.profile import Profile, ProfileError
 from stream_monitor.anchors.shift_fitting import WITHIN, Labelled, choose, fit, moves_of
-from stream_monitor.anchors.shift_probe import BEFORE, DISTANCES, TOGETHER, ProbedShift, log_reading
+from stream_monitor.anchors.shift_probe import BEFORE, DISTANCES, MOST_ROWS, TOGETHER, ProbedShift, log_reading, moves
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.records import Role
 from tests.anchors.shares import head_shares
 
-PROMPT, SENTENCES, JOINT, HEADS = 2, 24, 16, 6
+PROMPT, SENTENCES, JOINT, HEADS = 2, 28, 20, 6
 """`JOINT` is where the heads change, if they do."""
 LOSES, GAINS = 1, 4
 """Heads that read old sentences less, and as much more, behind a joint."""
@@ -88,12 +88,12 @@ def test_a_place_where_nothing_changes_is_told_by_nothing() -> None:
 
 def test_each_is_scored_by_a_probe_that_has_not_seen_its_subject() -> None:
     some = labelled()
-    moves = moves_of(some)
+    seen = moves_of(some)
     scores = choose(some).scores
     for place in (0, 1, 23):
-        others = [one for one in moves if one.subject != some[place].subject]
-        assert scores[place] == pytest.approx(moves[place].highest(fit(others)))
-    assert scores[0] != pytest.approx(moves[0].highest(fit(moves)))
+        others = [one for one in seen if one.subject != some[place].subject]
+        assert scores[place] == pytest.approx(seen[place].highest(fit(others)))
+    assert scores[0] != pytest.approx(seen[0].highest(fit(seen)))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_too_few_labels_are_refused(keep, message: str | None) -> None:
     some = list(filter(keep, labelled()))
     if message is None:
         # Eight joints, all of one subject: what judges it was fitted to none.
-        with pytest.raises(ProfileError, match="none of a kind has 8 captured sentences"):
+        with pytest.raises(ProfileError, match="none of a kind has 12 captured sentences"):
             choose(some)
         return
     with pytest.raises(ProfileError, match=message):
@@ -118,8 +118,8 @@ def test_too_few_labels_are_refused(keep, message: str | None) -> None:
 def test_a_joint_too_close_to_the_end_is_scored_but_not_learned_from() -> None:
     some = labelled()
     some[1] = replace(some[1], joint=PROMPT + SENTENCES - 2)
-    moves = moves_of(some)
-    assert len(moves[1].telling()) == 0
+    seen = moves_of(some)
+    assert len(seen[1].telling()) == 0
     assert math.isfinite(choose(some).scores[1])
     beyond = replace(some[1], joint=PROMPT + SENTENCES)
     assert choose([some[0], beyond, *some[2:]]).scores[1] == -math.inf
@@ -141,24 +141,35 @@ def test_a_reading_is_by_distance_and_of_what_is_left() -> None:
     assert np.isnan(log_reading(3, head_shares(*np.zeros((3, 0), int)), 2)).all()
 
 
-def test_the_score_is_of_the_newest_four_beside_the_eight_before() -> None:
-    draw = np.random.default_rng(0).normal(size=30)
-    detector = ProbedShift(bias=0.5)
-    for index, value in enumerate(draw.tolist()):
-        verdict = detector.update(value)
+ANY = Probe(((7, 0),), (1.0,) * DISTANCES, 0.5)
+
+
+def test_the_score_is_of_the_newest_four_beside_the_twelve_before() -> None:
+    """Each counts by its rows, at most six; and so it is of all places at once."""
+    draw = np.random.default_rng(0)
+    values, rows = draw.normal(size=30), draw.integers(1, 12, 30)
+    detector, scores = ProbedShift(ANY), []
+    for index, (value, count) in enumerate(zip(values.tolist(), rows.tolist(), strict=True)):
+        verdict = detector.update(value, count)
         assert verdict is (Verdict.WARM_UP if index < BEFORE + TOGETHER - 1 else Verdict.STEADY)
         if verdict is Verdict.STEADY:
-            newest = draw[: index + 1]
-            assert detector.score == pytest.approx(newest[-4:].mean() - newest[-12:-4].mean() + 0.5)
-    score = detector.score
-    assert detector.update(math.nan) is Verdict.INSUFFICIENT
-    assert detector.score == score
+            weight, newest = np.minimum(rows[: index + 1], MOST_ROWS), values[: index + 1]
+            now = np.average(newest[-TOGETHER:], weights=weight[-TOGETHER:])
+            before = np.average(newest[-16:-4], weights=weight[-16:-4])
+            scores.append(detector.score)
+            assert detector.score == pytest.approx(now - before + 0.5)
+    np.testing.assert_allclose(moves(values[:, None], rows)[:, 0] + 0.5, scores)
+    assert detector.rows.tolist() == np.minimum(rows, MOST_ROWS)[-16:].tolist()
+    assert detector.update(math.nan, 5) is Verdict.INSUFFICIENT
+    assert detector.score == scores[-1]
+    assert moves(values[:15, None], rows[:15]).shape == (0, 1)
 
 
 def test_an_alarm_is_raised_once_while_it_stays() -> None:
-    detector = ProbedShift(bias=0.0, threshold=1.0)
-    raised = [detector.update(value) is Verdict.ALARM for value in [0.0] * 12 + [4.0] * 3 + [0.0] * 12 + [9.0]]
-    assert np.flatnonzero(raised).tolist() == [13, 27]
+    detector = ProbedShift(replace(ANY, bias=0.0), threshold=1.0)
+    values = [0.0] * 16 + [4.0] * 3 + [0.0] * 16 + [9.0]
+    raised = [detector.update(value, 4) is Verdict.ALARM for value in values]
+    assert np.flatnonzero(raised).tolist() == [17, 35]
 
 
 CALM = [served(50_000 + seed, None) for seed in range(60)]

@@ -324,7 +324,7 @@ def test_a_shift_probe_is_fitted_to_labels(run_monitors: Callable[..., Running],
     address, path = first.server.grpc_address, tmp_path / "profile.json"
     draw = np.random.default_rng(0)
 
-    def output(joint: int | None, count: int = 22) -> list[np.ndarray]:
+    def output(joint: int | None, count: int = 24) -> list[np.ndarray]:
         """Heads read three sentences of the prompt by turns."""
         targets = draw.choice([22, 28, 40], (count, 2, 2))
         if joint is not None:
@@ -333,10 +333,10 @@ def test_a_shift_probe_is_fitted_to_labels(run_monitors: Callable[..., Running],
 
     labels = []
     for number in range(24):
-        first.publish(by_head(rank, f"joined-{number}", output(14)))
+        first.publish(by_head(rank, f"joined-{number}", output(16)))
         first.publish(by_head(rank, f"stays-{number}", output(None)))
         first.publish(by_head(rank, f"calm-{number}", output(None)))
-        row = {"request": f"joined-{number}", "subject": f"s{number % 6}", "token": 48 + 14 * len(SENTENCE)}
+        row = {"request": f"joined-{number}", "subject": f"s{number % 6}", "token": 48 + 16 * len(SENTENCE)}
         labels += [json.dumps(row), json.dumps(row | {"request": f"stays-{number}", "token": None})]
     named = tmp_path / "joints.jsonl"
     named.write_text("\n".join([*labels, json.dumps({"request": "gone", "subject": "s0", "token": 9})]))
@@ -352,7 +352,7 @@ def test_a_shift_probe_is_fitted_to_labels(run_monitors: Callable[..., Running],
     assert len(probe["weights"]) == 4 * len(probe["heads"])
 
     second = run_monitors(profiles=str(path), false_alarm_rate=0.2, ingest=f"unix:{tmp_path / 'second.sock'}")
-    second.publish(by_head(Engine(), "joined", output(14)))
+    second.publish(by_head(Engine(), "joined", output(16)))
     second.publish(by_head(Engine(), "stays", output(None)))
     (event,) = second.api.GetTrace(monitor_pb2.GetTraceRequest(request_id="joined")).events
     assert event.kind == monitor_pb2.EVENT_KIND_ANCHOR_SHIFT
@@ -361,7 +361,7 @@ def test_a_shift_probe_is_fitted_to_labels(run_monitors: Callable[..., Running],
     assert event.p_value <= 0.2 / 3
     assert (event.heads[0].head.layer, event.heads[0].head.query_head) == (5, 0)
     assert "heads read as where the subject changes" in event.summary
-    joint = 8 + 14
+    joint = 8 + 16
     assert event.began.index <= joint <= event.sentence.index <= joint + 3
     assert kinds(second, "stays") == []
     code, text, _ = run("explain", "joined", "1", "--target", second.server.grpc_address)
