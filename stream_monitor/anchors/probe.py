@@ -10,9 +10,6 @@ import numpy as np
 from stream_monitor.anchors.heads import Head
 from stream_monitor.anchors.matrix import Mass
 
-LEAST_SHARE = 1e-3
-"""Added to every share before its logarithm is taken: below it, differences say nothing."""
-
 
 @dataclass(frozen=True)
 class Probe:

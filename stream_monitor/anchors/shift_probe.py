@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from stream_monitor.anchors.heads import HeadShares
 from stream_monitor.anchors.matrix import ANCHOR_GAP, Mass
-from stream_monitor.anchors.probe import LEAST_SHARE, Probe
+from stream_monitor.anchors.probe import Probe
 from stream_monitor.anchors.verdict import Verdict
 
 BEFORE, TOGETHER = 12, 4
@@ -22,6 +22,8 @@ joints (`benchmarks.shift_spliced`, by hand, SmolLM2-135M and Qwen2.5-Coder-0.5B
 MOST_ROWS = 6
 """By which a sentence counts, as many as 24 tokens have at the default stride. All sentences alike, or each by all its
 rows, find fewer."""
+LEAST_SHARE = 0.003
+"""Added to every share before its logarithm is taken."""
 DISTANCES = 4
 """Sentences that may be anchors; nearer ones; the sentence itself; and what no sentence got, most of it the attention
 sink's."""

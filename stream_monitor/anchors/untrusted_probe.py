@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from stream_monitor.anchors.heads import HeadShares
 from stream_monitor.anchors.matrix import Mass
-from stream_monitor.anchors.probe import LEAST_SHARE
 from stream_monitor.records import Role
 
 _UNTRUSTED = int(Role.UNTRUSTED)
+_LEAST_SHARE = 1e-3
+"""Added to every share before its logarithm is taken: below it, differences say nothing."""
 
 
 def log_shares(shares: HeadShares, roles: NDArray[np.uint8], heads: int, but: int = -1) -> Mass:
@@ -28,4 +29,4 @@ def log_shares(shares: HeadShares, roles: NDArray[np.uint8], heads: int, but: in
     there = (roles[shares.columns] == _UNTRUSTED) & (shares.columns != but)
     most = np.zeros(heads)
     np.maximum.at(most, shares.heads[there], shares.shares[there])
-    return np.asarray(np.log(most + LEAST_SHARE))
+    return np.asarray(np.log(most + _LEAST_SHARE))

@@ -133,7 +133,7 @@ def test_a_reading_is_by_distance_and_of_what_is_left() -> None:
     )
 
     def read(index: int) -> list[list[float]]:
-        return (np.exp(log_reading(index, shares, 2)) - 1e-3).reshape(DISTANCES, 2).round(6).tolist()
+        return (np.exp(log_reading(index, shares, 2)) - 0.003).reshape(DISTANCES, 2).round(6).tolist()
 
     # Anchors are at least four sentences back.
     assert read(10) == [[0.1, 0.53], [0.2, 0.09], [0, 0], [0.7, 0.38]]
