@@ -61,7 +61,7 @@ class Choice(NamedTuple):
         least: its lower bound; what tells nothing has 0.5 or less, as requests without a joint are scored at more
             sentences.
         found: share of the joints that score above nine of ten requests without one.
-        scores: float64 [n], of each request, by a probe that has not seen its subject.
+        scores: float64 [n], of each request, by a probe that has not seen its subject; -inf where it is too short.
     """
 
     probe: Probe | None
@@ -77,20 +77,22 @@ def choose(labelled: Sequence[Labelled]) -> Choice:
     Raises:
         ProfileError: they are too few, of too few subjects, too short, or have no watched head in common.
     """
-    _check(labelled)
     found = moves_of(labelled)
-    subjects = sorted({one.subject for one in labelled})
-    scores = np.full(len(labelled), -np.inf)
+    _check(found)
+    subjects = sorted({one.subject for one in found})
+    scores = np.full(len(found), -np.inf)
     for fold in range(min(_FOLDS, len(subjects))):
         judged = set(subjects[fold::_FOLDS])
         probe = fit([one for one in found if one.subject not in judged])
         for place, one in enumerate(found):
             if one.subject in judged:
                 scores[place] = one.highest(probe)
-    joined = np.array([one.joint is not None for one in labelled])
-    area, least = _area(scores, joined, [one.subject for one in labelled])
-    above = float((scores[joined] > np.quantile(scores[~joined], 0.9, method="higher")).mean())
-    return Choice(fit(found) if least > 0.5 else None, area, least, above, scores)
+    # What is too short says nothing, for a probe or against it.
+    long = [place for place, one in enumerate(found) if len(one.judged())]
+    joined = np.array([found[place].behind is not None for place in long])
+    area, least = _area(scores[long], joined, [found[place].subject for place in long])
+    above = scores[long][joined] > np.quantile(scores[long][~joined], 0.9, method="higher")
+    return Choice(fit(found) if least > 0.5 else None, area, least, float(above.mean()), scores)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,10 +117,13 @@ class Moves:
         """Those that a probe is fitted to: that of the joint, else all."""
         return self.at if self.first is None else self.at[self.first]
 
+    def judged(self) -> Mass:
+        """Those where a finding would be right, else all."""
+        return self.at if self.behind is None else self.at[(self.behind >= 0) & (self.behind <= WITHIN)]
+
     def highest(self, probe: Probe) -> float:
-        """Log odds, the highest of where a finding would be right, else of all; -inf without any."""
-        at = self.at if self.behind is None else self.at[(self.behind >= 0) & (self.behind <= WITHIN)]
-        return float((at @ np.array(probe.weights) + probe.bias).max(initial=-np.inf))
+        """Log odds, the highest of the judged; -inf without any."""
+        return float((self.judged() @ np.array(probe.weights) + probe.bias).max(initial=-np.inf))
 
 
 def moves_of(labelled: Sequence[Labelled]) -> list[Moves]:
@@ -148,8 +153,8 @@ def fit(seen: Sequence[Moves]) -> Probe:
     heads = seen[0].heads
     if not heads or len(set(joined.tolist())) < 2:
         raise ProfileError(
-            "the labelled requests have no watched head in common, or none of a kind has "
-            f"{BEFORE} captured sentences before the joint and {TOGETHER} behind it"
+            "the labelled requests have no watched head in common, or those of one kind are all of the same few "
+            "subjects"
         )
     weight = np.where(joined, 0.5 / joined.sum(), 0.5 / (~joined).sum())
     weights, bias = logistic_regression(np.concatenate(shown), joined.astype(float), weight, PENALTY)
@@ -173,11 +178,13 @@ def _area(scores: Mass, joined: NDArray[np.bool_], subjects: Sequence[str]) -> t
     return area, area - _DEVIATIONS * spread
 
 
-def _check(labelled: Sequence[Labelled]) -> None:
-    joined = sum(one.joint is not None for one in labelled)
-    subjects = {one.subject for one in labelled}
-    if min(joined, len(labelled) - joined) < LEAST or len(subjects) < LEAST_SUBJECTS:
+def _check(found: Sequence[Moves]) -> None:
+    long = [one for one in found if len(one.judged())]
+    joined = sum(one.behind is not None for one in long)
+    subjects = {one.subject for one in long}
+    if min(joined, len(long) - joined) < LEAST or len(subjects) < LEAST_SUBJECTS:
         raise ProfileError(
-            f"the labels name {joined} requests with a joint and {len(labelled) - joined} without, of {len(subjects)} "
-            f"subjects; to fit a probe takes {LEAST} of each, of {LEAST_SUBJECTS} subjects or more"
+            f"{joined} of the labelled requests have a joint and {len(long) - joined} none, of {len(subjects)} "
+            f"subjects; to fit a probe takes {LEAST} of each, of {LEAST_SUBJECTS} subjects or more. What has not {BEFORE} "
+            f"captured sentences before the joint, and {TOGETHER} more, is left out"
         )

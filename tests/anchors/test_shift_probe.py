@@ -99,8 +99,11 @@ def test_each_is_scored_by_a_probe_that_has_not_seen_its_subject() -> None:
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        (lambda one: one.joint is None, "name 0 requests with a joint and 40 without, of 5 subjects"),
-        (lambda one: one.subject in {"s0", "s1", "s2"}, "name 24 requests with a joint and 24 without, of 3 subjects"),
+        (lambda one: one.joint is None, "0 of the labelled requests have a joint and 40 none, of 5 subjects"),
+        (
+            lambda one: one.subject in {"s0", "s1", "s2"},
+            "24 of the labelled requests have a joint and 24 none, of 3 subjects",
+        ),
         (lambda one: one.joint is None or one.subject == "s0", None),
     ],
 )
@@ -108,11 +111,30 @@ def test_too_few_labels_are_refused(keep, message: str | None) -> None:
     some = list(filter(keep, labelled()))
     if message is None:
         # Eight joints, all of one subject: what judges it was fitted to none.
-        with pytest.raises(ProfileError, match="none of a kind has 12 captured sentences"):
+        with pytest.raises(ProfileError, match="are all of the same few subjects"):
             choose(some)
         return
     with pytest.raises(ProfileError, match=message):
         choose(some)
+
+
+def test_what_is_too_short_says_nothing() -> None:
+    some = labelled()
+    cut = [
+        replace(one, request=replace(one.request, shares=one.request.shares[:14])) if one.joint is None else one
+        for one in some[:40]
+    ]
+    both = choose([*cut, *some[40:]])
+    alone = choose([one for one in [*cut, *some[40:]] if len(one.request.shares) > 14])
+    assert (both.area, both.least, both.found) == (alone.area, alone.least, alone.found)
+    assert (both.scores == -math.inf).sum() == 20
+    with pytest.raises(ProfileError, match="40 of the labelled requests have a joint and 0 none"):
+        choose(
+            [
+                replace(one, request=replace(one.request, shares=one.request.shares[:14])) if one.joint is None else one
+                for one in some
+            ]
+        )
 
 
 def test_a_joint_too_close_to_the_end_is_scored_but_not_learned_from() -> None:
