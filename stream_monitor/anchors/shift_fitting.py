@@ -185,6 +185,6 @@ def _check(found: Sequence[Moves]) -> None:
     if min(joined, len(long) - joined) < LEAST or len(subjects) < LEAST_SUBJECTS:
         raise ProfileError(
             f"{joined} of the labelled requests have a joint and {len(long) - joined} none, of {len(subjects)} "
-            f"subjects; to fit a probe takes {LEAST} of each, of {LEAST_SUBJECTS} subjects or more. What has not {BEFORE} "
-            f"captured sentences before the joint, and {TOGETHER} more, is left out"
+            f"subjects; to fit a probe takes {LEAST} of each, of {LEAST_SUBJECTS} subjects or more. What has not "
+            f"{BEFORE} captured sentences before the joint, and {TOGETHER} more, is left out"
         )
