@@ -4,6 +4,8 @@ import numpy as np
 
 from stream_monitor.anchors.matrix import Mass
 
+_LEAST_SPREAD = 0.1
+"""Of the median standard deviation: what hardly varied among the examples must not decide, when it does elsewhere."""
 _STEPS = 25
 """Of Newton's method, which a penalised logistic regression needs ten of."""
 
@@ -15,10 +17,12 @@ def logistic_regression(shown: Mass, true: Mass, weight: Mass, penalty: float) -
         shown: float64 [n, m].
         true: float64 [n], 0 or 1.
         weight: float64 [n], sum 1: what each example counts in the mean loss.
-        penalty: of the squares of the weights of what is shown, standardised; beside the mean loss.
+        penalty: of the squares of the weights of what is shown, standardised (what varies least, as if it varied a tenth
+            of what is usual); beside the mean loss.
     """
     centre = shown.mean(0)
-    spread = np.maximum(shown.std(0), 1e-9)
+    spread = shown.std(0)
+    spread = np.maximum(spread, max(_LEAST_SPREAD * np.median(spread), 1e-9))
     points = np.column_stack([(shown - centre) / spread, np.ones(len(shown))])
     penalties = np.append(np.full(shown.shape[1], 2 * penalty), 1e-9)
     found = np.zeros(points.shape[1])

@@ -24,3 +24,17 @@ def test_the_regression_is_the_one_it_says() -> None:
     weights, bias = logistic_regression(shown, true, weight, PENALTY)
     np.testing.assert_allclose(weights * shown.std(0), best[:-1], atol=1e-5)
     assert bias + weights @ shown.mean(0) == pytest.approx(best[-1], abs=1e-5)
+
+
+def test_what_hardly_varies_among_the_examples_does_not_decide_elsewhere() -> None:
+    """A head that read nothing in any of them would else be worth thousands of another one's, once it reads."""
+    draw = np.random.default_rng(0)
+    true = np.repeat([0.0, 1.0], 30)
+    shown = draw.normal(0, 1, (60, 5))
+    shown[:, 0] += true
+    shown[:, 4] = 1e-6 * (true + draw.normal(0, 1, 60))
+    weights, _ = logistic_regression(shown, true, np.full(60, 1 / 60), PENALTY)
+    assert weights[0] > 0.3
+    assert abs(weights[4]) < 0.01
+    without, _ = logistic_regression(shown[:, :4], true, np.full(60, 1 / 60), PENALTY)
+    np.testing.assert_allclose(weights[:4], without, atol=0.05)

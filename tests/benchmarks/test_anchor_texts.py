@@ -1,6 +1,7 @@
 """Requests made for the benchmarks of detectors: joints where they are said to be, spans where they are labelled, and
 recordings that calibration sees as the monitor did."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,20 +40,23 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_families_differ_from_the_joint_on_alone(model: TracedModel) -> None:
-    found = list(families(Recorder(model), _TEXTS, 1, 0))
+    found = list(families(Recorder(model), _TEXTS, 1, 0, more=2))
     assert [family.calm.text for family in found] == ["a0", "a1", "b0", "b1"]
     for family in found:
-        read = {name: model.tokenizer.decode(part.ids) for name, part in vars(family).items()}
+        calm = model.tokenizer.decode(family.calm.ids)
         head = model.tokenizer.decode(family.calm.ids[: family.joined.at])
-        assert read["neutral"] == head + NEUTRAL + read["calm"].removeprefix(head)
-        assert read["joined"].startswith(head)
+        assert model.tokenizer.decode(family.neutral.ids) == head + NEUTRAL + calm.removeprefix(head)
         other = {"a": "b", "b": "a"}[family.calm.text[0]]
-        tail = read["joined"].removeprefix(head)
-        assert tail.startswith(f" In {other}")
-        assert f"In {family.calm.text[0]}" not in tail
+        for joined in (family.joined, *family.more):
+            head = model.tokenizer.decode(family.calm.ids[: joined.at])
+            tail = model.tokenizer.decode(joined.ids).removeprefix(head)
+            assert tail.startswith(f" In {other}")
+            assert f"In {family.calm.text[0]}" not in tail
+            trace = show(Recorder(model).record(joined.ids, joined.prompt_tokens))
+            assert joined.at in {span.start for span in trace.spans}
+        assert len({tuple(joined.ids) for joined in (family.joined, *family.more)}) == 3
         assert family.calm.at is None
-        trace = show(Recorder(model).record(family.joined.ids, family.joined.prompt_tokens))
-        assert family.joined.at in {span.start for span in trace.spans}
+    assert [replace(family, more=()) for family in found] == list(families(Recorder(model), _TEXTS, 1, 0))
 
 
 def test_texts_too_short_to_go_on_with_are_passed_over(model: TracedModel) -> None:
