@@ -17,8 +17,8 @@ def logistic_regression(shown: Mass, true: Mass, weight: Mass, penalty: float) -
         shown: float64 [n, m].
         true: float64 [n], 0 or 1.
         weight: float64 [n], sum 1: what each example counts in the mean loss.
-        penalty: of the squares of the weights of what is shown, standardised (what varies least, as if it varied a tenth
-            of what is usual); beside the mean loss.
+        penalty: of the squares of the weights of what is shown, standardised (what hardly varies, as if it did by a
+            tenth of what is usual); beside the mean loss.
     """
     centre = shown.mean(0)
     spread = shown.std(0)
