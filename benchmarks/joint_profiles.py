@@ -7,10 +7,11 @@ probe is fitted to also give its threshold, each by the score of a probe that ha
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from stream_monitor.anchors.calibration import Served, calibrated
 from stream_monitor.anchors.panel import PROBED_SHIFT
-from stream_monitor.anchors.profile import Profile
+from stream_monitor.anchors.profile import Profile, ProfileError
 from stream_monitor.anchors.shift_fitting import Choice, Labelled, choose
 
 
@@ -28,28 +29,34 @@ class Example:
     joined: Sequence[tuple[Served, int]]
 
 
-def without_each(examples: Sequence[Example], model_name: str, capture: str) -> Mapping[int, tuple[Profile, Choice]]:
-    """By problem, the profile of all examples but its own, and what was found for its probe.
+class Made(NamedTuple):
+    """A profile, and what was found for its probe: a choice, or why there is nothing to choose from."""
 
-    Raises:
-        ProfileError: there is nothing to fit a probe to.
-    """
+    profile: Profile
+    choice: Choice | ProfileError
+
+
+def without_each(examples: Sequence[Example], model_name: str, capture: str) -> Mapping[int, Made]:
+    """By problem, the profile of all examples but its own."""
     return {
         problem: _of([one for one in examples if one.problem != problem], model_name, capture)
         for problem in sorted({one.problem for one in examples})
     }
 
 
-def _of(examples: Sequence[Example], model_name: str, capture: str) -> tuple[Profile, Choice]:
+def _of(examples: Sequence[Example], model_name: str, capture: str) -> Made:
     profile = calibrated(model_name, capture, 0, [one.untouched for one in examples])
     labelled = [
         Labelled(request, str(one.problem), joint)
         for one in examples
         for request, joint in [(one.untouched, None), *one.joined]
     ]
-    choice = choose(labelled)
+    try:
+        choice = choose(labelled)
+    except ProfileError as error:
+        return Made(profile, error)
     if choice.probe is None:
-        return profile, choice
+        return Made(profile, choice)
     scores = [score for one, score in zip(labelled, choice.scores.tolist(), strict=True) if one.joint is None]
     highest = dict(profile.highest) | {PROBED_SHIFT: tuple(sorted(score for score in scores if score > -math.inf))}
-    return replace(profile, shift_probe=choice.probe, highest=highest), choice
+    return Made(replace(profile, shift_probe=choice.probe, highest=highest), choice)

@@ -16,7 +16,7 @@ from typing import Annotated, NamedTuple
 import numpy as np
 import typer
 
-from benchmarks.joint_profiles import Example, without_each
+from benchmarks.joint_profiles import Example, Made, without_each
 from benchmarks.recording import Recording
 from benchmarks.replay import Replay, show
 from benchmarks.report import Report, bootstrap, run
@@ -112,10 +112,11 @@ def main(
     uncalibrated = [one.untouched.show() for one in seen]
     joined_traces = [one.joined.show() for one in seen]
     profiles = _profiles(seen, uncalibrated, joined_traces, rate)
-    counts, delays = _by_profiles(seen, {problem: profile for problem, (profile, _) in profiles.items()}, rate)
-    for name in ("area", "least", "found"):
-        report.figures[f"probe/{name}"] = float(np.mean([getattr(choice, name) for _, choice in profiles.values()]))
-    report.figures["probe/made"] = float(np.mean([choice.probe is not None for _, choice in profiles.values()]))
+    counts, delays = _by_profiles(seen, {problem: made.profile for problem, made in profiles.items()}, rate)
+    choices = [made.choice for made in profiles.values() if isinstance(made.choice, Choice)]
+    for name in ("area", "least", "found") if choices else ():
+        report.figures[f"probe/{name}"] = float(np.mean([getattr(choice, name) for choice in choices]))
+    report.figures["probe/made"] = float(np.mean([made.profile.shift_probe is not None for made in profiles.values()]))
     for name, found_in in counts.items():
         report.figures[name] = found_in.mean()
         report.ci[name] = bootstrap(found_in.by_text, seed)
@@ -158,18 +159,18 @@ class _Counts:
 
 def _profiles(
     seen: Sequence[Requests], untouched: Sequence[RequestTrace], joined: Sequence[RequestTrace], rate: float
-) -> Mapping[int, tuple[Profile, Choice]]:
+) -> Mapping[int, Made]:
     """For each problem one that is made of all others."""
     examples = []
     for one, calm, with_joint in zip(seen, untouched, joined, strict=True):
         pairs = [(one.joined, with_joint), *((more, more.show()) for more in one.more)]
         joints = [(_served(trace), _joint(request, trace)) for request, trace in pairs]
         examples.append(Example(one.untouched.stretch.problem, _served(calm), joints))
+    profiles = without_each(examples, untouched[0].labels[0], untouched[0].capture)
     try:
-        profiles = without_each(examples, untouched[0].labels[0], untouched[0].capture)
-        for problem, (profile, choice) in profiles.items():
-            profile.check(rate)
-            print(f"problem {problem}: {_told(profile, choice)}", flush=True)
+        for problem, made in profiles.items():
+            made.profile.check(rate)
+            print(f"problem {problem}: {_told(made)}", flush=True)
     except ProfileError as error:
         raise typer.BadParameter(f"{error}: take --full, more stretches (--most) or a higher --rate") from error
     return profiles
@@ -211,13 +212,16 @@ def _served(trace: RequestTrace) -> Served:
     return served(views.full(trace, with_heads=True))
 
 
-def _told(profile: Profile, choice: Choice) -> str:
+def _told(made: Made) -> str:
+    profile, choice = made
     heads = ", ".join(f"{layer}.{head}" for layer, head in profile.receivers) or "all alike"
     reliability = "unknown" if profile.reliability is None else f"{profile.reliability:.2f}"
-    made = "a probe" if choice.probe else "no probe"
+    told = f"profile of {profile.requests} requests: receiver heads {heads}; reliability {reliability}"
+    if not isinstance(choice, Choice):
+        return f"{told}; no probe: {choice}"
     return (
-        f"profile of {profile.requests} requests: receiver heads {heads}; reliability {reliability}; {made}, AUROC "
-        f"{choice.area:.2f}, at least {choice.least:.2f}, {choice.found:.0%} above nine of ten"
+        f"{told}; {'a' if choice.probe else 'no'} probe, AUROC {choice.area:.2f}, at least {choice.least:.2f}, "
+        f"{choice.found:.0%} above nine of ten"
     )
 
 

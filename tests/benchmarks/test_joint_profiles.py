@@ -5,7 +5,7 @@ import numpy as np
 from benchmarks.joint_profiles import Example, without_each
 from stream_monitor.anchors.calibration import calibrated
 from stream_monitor.anchors.panel import PROBED_SHIFT
-from stream_monitor.anchors.shift_fitting import Labelled, fit, moves_of
+from stream_monitor.anchors.shift_fitting import Choice, Labelled, fit, moves_of
 from tests.anchors.test_shift_probe import JOINT, served
 
 PROBLEMS, EACH = 5, 8
@@ -27,6 +27,7 @@ def test_thresholds_are_of_problems_that_a_probe_has_not_seen() -> None:
     profiles = without_each(some, "m", "c")
     assert list(profiles) == list(range(PROBLEMS))
     profile, choice = profiles[2]
+    assert isinstance(choice, Choice)
     others = [one for one in some if one.problem != 2]
     assert profile.shift_probe == choice.probe is not None
     assert profile.requests == len(others) == len(profile.highest[PROBED_SHIFT])
@@ -49,6 +50,15 @@ def test_thresholds_are_of_problems_that_a_probe_has_not_seen() -> None:
 def test_without_a_probe_the_profile_is_the_ordinary_one() -> None:
     some = examples(tells=False)
     profile, choice = without_each(some, "m", "c")[0]
+    assert isinstance(choice, Choice)
     assert choice.probe is None
     assert profile == calibrated("m", "c", 0, [one.untouched for one in some if one.problem])
     assert PROBED_SHIFT not in profile.highest
+
+
+def test_problems_too_few_for_a_probe_still_make_profiles() -> None:
+    some = [one for one in examples() if one.problem < 3]
+    for problem, (profile, choice) in without_each(some, "m", "c").items():
+        assert profile.requests == sum(one.problem != problem for one in some)
+        assert profile.shift_probe is None
+        assert "of 2 subjects; to fit a probe takes" in str(choice)
