@@ -267,7 +267,7 @@ def test_the_example_labels_requests_that_the_monitor_holds(product, tmp_path):
 
 def test_the_example_has_outputs_change_their_subject_where_it_says(product, tmp_path):
     texts, labels = tmp_path / "texts.jsonl", tmp_path / "joints.jsonl"
-    subjects = {"Of boats.": "A boat has {} sails.", "Of rain.": "It rained {} times."}
+    subjects = {"Of boats.": "Boat {}.", "Of rain.": "Rain {}."}
     rows = [
         {"prompt": prompt, "reasoning": "".join(f" {sentence.format(number)}" for number in range(26))}
         for prompt, sentence in subjects.items()
@@ -285,7 +285,7 @@ def test_the_example_has_outputs_change_their_subject_where_it_says(product, tmp
     for trace, row in ((boats, rows[0]), (rain, rows[1])):
         output = [one.text for one in trace.sentences if one.first_token >= trace.info.prompt_tokens]
         assert SPECIAL.sub("", "".join(output)) == row["reasoning"]
-    for trace, begin in ((mixed, " It rained"), (other, " A boat")):
+    for trace, begin in ((mixed, " Rain"), (other, " Boat")):
         token = found[trace.info.external_id].token
         (joint,) = [number for number, one in enumerate(trace.sentences) if one.first_token == token]
         assert trace.sentences[joint].text.startswith(begin)
