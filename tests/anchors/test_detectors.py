@@ -155,3 +155,30 @@ def test_the_reference_stays_small() -> None:
         shown(detector, mass)
     assert len(detector.reference.columns) <= 256
     assert 3 in detector.reference.columns
+
+
+def test_what_moved_lately_is_of_the_newest_four_and_of_none_before_an_alarm() -> None:
+    """The probe of a shift asks at any time, also right after the divergence raised an alarm."""
+    detector = AnchorShift()
+    masses = [np.array([0.1, 0.3, 0.0, *np.zeros(index)]) for index in range(20)]
+    for mass in masses:
+        assert shown(detector, mass) is not Verdict.ALARM
+    moved = detector.moved_lately()
+    np.testing.assert_allclose(moved.before, moved.since)
+    for index in range(3):
+        shown(detector, np.array([0.3, 0.1, 0.0, *np.zeros(20 + index)]))
+    moved = detector.moved_lately()
+    assert [one.sentence for one in moved.lost(5)] == [1]
+    assert [one.sentence for one in moved.gained(5)] == [0]
+    assert moved.before.tolist() == pytest.approx([0.25, 0.75])
+    # Three of the four, the newest counting most.
+    learned = 0.25 + 0.5 * (1 - 0.8**3)
+    assert moved.since[0] == pytest.approx((learned - 0.8**4 * 0.25) / (1 - 0.8**4))
+    detector.threshold = 0.0
+    while shown(detector, np.array([0.0, 0.0, 0.4, *np.zeros(30)])) is not Verdict.ALARM:
+        pass
+    assert not len(detector.moved_lately().columns)
+    shown(detector, np.array([0.4, 0.0, 0.0, *np.zeros(30)]))
+    moved = detector.moved_lately()
+    assert (moved.before.tolist(), moved.since.tolist()) == ([0.0, 1.0], [1.0, 0.0])
+    assert moved.columns.tolist() == [0, 2]

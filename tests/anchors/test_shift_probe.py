@@ -239,18 +239,23 @@ def test_the_scores_do_not_depend_on_thresholds() -> None:
 
 
 def test_a_probe_takes_its_part_of_the_rate() -> None:
-    with_probe, without = (
-        Panel(made := profile(), 0.3),
-        Panel(
-            replace(made, highest={kind: scores for kind, scores in made.highest.items() if kind != PROBED_SHIFT}), 0.3
-        ),
+    made = profile()
+    assert [name for name in made.highest if made.can_raise(name)] == [
+        Kind.ANCHOR_SHIFT,
+        Kind.PROMPT_DETACHMENT,
+        PROBED_SHIFT,
+    ], "nothing is known of loops here"
+    # Ascending scores, so that no two rates have one threshold.
+    made = replace(made, highest={name: tuple(map(float, range(60))) for name in made.highest if made.can_raise(name)})
+    panel = Panel(made, 0.3)
+    assert panel.probed_shift is not None
+    assert panel.probed_shift.threshold == panel.shift.threshold == made.threshold(Kind.ANCHOR_SHIFT, 0.1)
+    panel = Panel(
+        replace(made, highest={name: made.highest[name] for name in made.highest if name != PROBED_SHIFT}), 0.3
     )
-    possible = sum(map(made.can_raise, made.highest))
-    assert possible == 3, "divergence, detachment and the probe: nothing is known of loops here"
-    assert with_probe.shift.threshold == made.threshold(Kind.ANCHOR_SHIFT, 0.1)
-    assert without.shift.threshold == made.threshold(Kind.ANCHOR_SHIFT, 0.15)
-    assert without.probed_shift is not None
-    assert without.probed_shift.threshold == math.inf
+    assert panel.probed_shift is not None
+    assert panel.probed_shift.threshold == math.inf
+    assert panel.shift.threshold == made.threshold(Kind.ANCHOR_SHIFT, 0.15) < made.threshold(Kind.ANCHOR_SHIFT, 0.1)
 
 
 def test_without_a_head_of_the_probe_the_divergence_goes_on_alone() -> None:
