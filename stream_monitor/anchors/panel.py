@@ -315,7 +315,10 @@ class Panel:
 
     def _new_shift(self) -> AnchorShift:
         reference = self.profile.reference(Kind.ANCHOR_SHIFT) if self.profile else None
-        return AnchorShift(delta=TOLERATED, reference=reference) if reference else AnchorShift()
+        lately = TOGETHER if self.shift_probe else 0
+        if reference is None:
+            return AnchorShift(lately=lately)
+        return AnchorShift(delta=TOLERATED, reference=reference, lately=lately)
 
     def _new_detachment(self) -> PromptDetachment:
         reference = self.profile.reference(Kind.PROMPT_DETACHMENT) if self.profile else None

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from stream_monitor.anchors.matrix import AnchorShare, Mass, Positions, SparseMass, ranked
 from stream_monitor.anchors.page_hinkley import RiseDetector
 from stream_monitor.anchors.reference import Reference, Stratum
-from stream_monitor.anchors.shift_probe import TOGETHER
 from stream_monitor.anchors.verdict import Verdict
 from stream_monitor.records import Role
 
@@ -92,6 +91,8 @@ class AnchorShift(RiseDetector):
         reference that must lie there.
     reference
         Of a profile: divergences are then standardised by it, and `delta` and `threshold` are in standard deviations.
+    lately
+        Sentences that `moved_lately` is of.
 
     Examples
     --------
@@ -115,6 +116,7 @@ class AnchorShift(RiseDetector):
         min_rows: int = 2,
         min_mass: float = 0.01,
         reference: Reference | None = None,
+        lately: int = 0,
     ) -> None:
         super().__init__(warm_up, delta, threshold)
         self.warm_up = warm_up
@@ -130,7 +132,7 @@ class AnchorShift(RiseDetector):
         self._known: list[int] = []
         # As the newest rise began, and before each of the newest sentences.
         self._rise = _Start(self.reference, 0, 0)
-        self._starts = deque[_Start](maxlen=TOGETHER)
+        self._starts = deque[_Start](maxlen=lately)
         # Sentences that the reference has learned from.
         self._learned = 0
         # The reference and what it knows as they were but for the newest alarm.
@@ -167,9 +169,10 @@ class AnchorShift(RiseDetector):
         stratum = Stratum.of(rows, candidates, role)
         self._test.update(self.normal.standardise(self.divergence, stratum) if self.normal else self.divergence)
         self._scored += 1
-        self._starts.append(_Start(before, common, self._learned))
+        start = _Start(before, common, self._learned)
+        self._starts.append(start)
         if not self.began:
-            self._rise = self._starts[-1]
+            self._rise = start
         self._learn(columns, both)
         if self.drift_detected:
             self._unbroken = self.reference, self._known
@@ -185,7 +188,7 @@ class AnchorShift(RiseDetector):
         return self._moved(self._rise)
 
     def moved_lately(self) -> Moved:
-        """The same of the newest `TOGETHER` sentences that were compared, or of those since the newest alarm."""
+        """The same of the newest `lately` sentences that were compared, or of those since the newest alarm."""
         return self._moved(self._starts[0]) if self._starts else Moved(_NO_COLUMNS, np.zeros(0), np.zeros(0))
 
     def _moved(self, start: "_Start") -> Moved:

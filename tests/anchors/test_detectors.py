@@ -159,7 +159,7 @@ def test_the_reference_stays_small() -> None:
 
 def test_what_moved_lately_is_of_the_newest_four_and_of_none_before_an_alarm() -> None:
     """The probe of a shift asks at any time, also right after the divergence raised an alarm."""
-    detector = AnchorShift()
+    detector = AnchorShift(lately=4)
     masses = [np.array([0.1, 0.3, 0.0, *np.zeros(index)]) for index in range(20)]
     for mass in masses:
         assert shown(detector, mass) is not Verdict.ALARM
