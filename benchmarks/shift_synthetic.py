@@ -16,11 +16,11 @@ import typer
 from numpy.typing import NDArray
 
 from benchmarks.report import Report, bootstrap, run
-from stream_monitor.anchors.lock import FAR_KEYS
 from stream_monitor.anchors.matrix import ANCHOR_GAP, SparseMass
 from stream_monitor.anchors.panel import Kind, Observation, Panel
 from stream_monitor.anchors.profile import Profile, make_profile
-from stream_monitor.anchors.shift import jensen_shannon
+from stream_monitor.compiled.divergence import jensen_shannon
+from stream_monitor.compiled.periods import FAR_KEYS
 from stream_monitor.records import Role
 
 SIZES = (0.1, 0.2, 0.3, 0.4, 0.6)

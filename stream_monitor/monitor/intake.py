@@ -1,11 +1,8 @@
-"""Messages in, one answer each, in order: checked, counted, merged and applied, several at a time as they came.
-
-Several at a time, since numpy spends as much on finding out what to do as on doing it for a dozen rows.
-"""
+"""Messages in, one answer each, in order: checked, counted, merged and applied."""
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import grpc
 
@@ -52,7 +49,7 @@ class _Message:
     outcome: ingest_pb2.PublishOutcome.ValueType
     rank: Rank | None = None
     reason: str = ""
-    rows: Sequence[Row] = ()
+    rows: list[Row] = field(default_factory=list)
 
 
 class Intake:
@@ -84,16 +81,13 @@ class Intake:
         """Take in what came on one stream; an answer to each message before the first fault, which is left in
         `stream.fault`. Sentences are scored by `score`."""
         self.metrics.message_bytes.inc(sum(map(len, messages)))
-        read: list[_Message] = []
+        answers: list[ingest_pb2.PublishResponse] = []
         try:
             for raw in messages:
-                read.append(self._read(raw, stream))
+                answers.append(self._apply(self._read(raw, stream)))
         except Fault as fault:
             stream.fault = fault
-        self._decode(read, stream)
-        answers = [self._apply(message) for message in read]
-        if stream.fault is not None:
-            self.metrics.messages.labels("invalid", stream.fault.reason).inc()
+            self.metrics.messages.labels("invalid", fault.reason).inc()
         return answers
 
     def score(self) -> None:
@@ -114,7 +108,7 @@ class Intake:
                 rank.recent_messages = 0
 
     def _read(self, raw: bytes, stream: Stream) -> _Message:
-        """Check a message as far as can be told without its rows."""
+        """Check a message, and decode its rows if it is to be taken in. Raises Fault."""
         summary = parse(raw, self.max_bytes)
         key = key_of(summary.engine)
         if stream.key is None:
@@ -142,27 +136,8 @@ class Intake:
         rank.recent_messages += 1
         if rank.recent_messages > self._most_recent:
             return _Message(summary, len(raw), _REFUSED, rank, "message_rate")
-        return _Message(summary, len(raw), _ACCEPTED, rank)
-
-    def _decode(self, read: list[_Message], stream: Stream) -> None:
-        """Decode the rows of all messages; the first that is at fault, and what came after, leaves the list."""
-        rank = stream.rank
-        if rank is None:
-            return
-        accepted = [message for message in read if message.outcome == _ACCEPTED]
-        try:
-            _decode_all(rank, accepted)
-        except Fault:
-            # Which one it is, is told by looking at each alone.
-            for place, message in enumerate(read):
-                if message.outcome != _ACCEPTED:
-                    continue
-                try:
-                    _decode_all(rank, [message])
-                except Fault as fault:
-                    stream.fault = fault
-                    del read[place:]
-                    break
+        check_audits(summary.audits)
+        return _Message(summary, len(raw), _ACCEPTED, rank, rows=_rows_of(summary, rank))
 
     def _apply(self, message: _Message) -> ingest_pb2.PublishResponse:
         summary, rank = message.summary, message.rank
@@ -174,7 +149,7 @@ class Intake:
         if rank is not None and message.outcome == _ACCEPTED:
             # The decoded rows replace the arrays, which would otherwise wait in memory with the step.
             summary.ClearField("rows")
-            part = Part(rank, summary, list(message.rows), time.monotonic(), message.size)
+            part = Part(rank, summary, message.rows, time.monotonic(), message.size)
             if summary.HasField("ledger"):
                 # A copy: a part would keep the memory of the whole message.
                 rank.ledger.newest = summary_pb2.Ledger()
@@ -205,13 +180,9 @@ class Intake:
 _OUTCOMES = {_ACCEPTED: "accepted", _DUPLICATE: "duplicate", _REFUSED: "refused"}
 
 
-def _decode_all(rank: Rank, messages: list[_Message]) -> None:
-    with_rows = [message for message in messages if message.summary.HasField("rows")]
-    for message in with_rows:
-        if message.summary.rows.count and not message.summary.step:
-            raise invalid("value", "step is missing in a message with rows")
-    decoded = decode([message.summary.rows for message in with_rows], rank.engine, ((rank, rank.heads),))
-    for message, rows in zip(with_rows, decoded, strict=True):
-        message.rows = rows
-    for message in messages:
-        check_audits(message.summary.audits)
+def _rows_of(summary: summary_pb2.StepSummary, rank: Rank) -> list[Row]:
+    if not summary.HasField("rows"):
+        return []
+    if summary.rows.count and not summary.step:
+        raise invalid("value", "step is missing in a message with rows")
+    return decode(summary.rows, rank.engine, ((rank, rank.heads),))

@@ -167,8 +167,8 @@ class Pipeline:
     def _score_settled(self, touched: Iterable[RequestTrace], tallies: dict[Labels, SentenceTally]) -> Exception | None:
         failure: Exception | None = None
         settled = [(trace, index) for trace in touched for index in trace.settle()]
-        folds = fold(trace.unfolded(index) for trace, index in settled)
-        for (trace, index), found in zip(settled, folds, strict=True):
+        for trace, index in settled:
+            found = fold(trace.unfolded(index))
             captured = Captured.of(trace.rows.keep(index, found.folded).rows)
             tally = tallies.get(trace.labels)
             if tally is None:

@@ -31,7 +31,7 @@ class RequestHeads:
         self.heads: list[Head] = []
         self.bytes = 0
         self.opening: tuple[int, HeadShares] | None = None
-        self._places: dict[Any, NDArray[np.int64]] = {}
+        self._places: dict[Any, NDArray[np.uint16]] = {}
         self._shares: dict[int, HeadShares] = {}
         self._weights: dict[int, tuple[object, int, NDArray[np.float64]]] = {}
 
@@ -77,7 +77,7 @@ class RequestHeads:
         """float64 [heads, size]; see `vertical_scores_by_head`."""
         return vertical_scores_by_head(self.sentences(), len(self.heads), size)
 
-    def of_entries(self, rank: Any) -> NDArray[np.int64]:
+    def of_entries(self, rank: Any) -> NDArray[np.uint16]:
         """Place of the head of each entry of a row of this rank; `MAX_HEADS` for a head that is not told apart."""
         known = self._places.get(rank)
         if known is not None:
@@ -86,7 +86,7 @@ class RequestHeads:
         watched = [
             (int(layer), int(engine.first_query_head + head)) for layer in engine.layers for head in engine.query_heads
         ]
-        places = np.full(len(watched), MAX_HEADS)
+        places = np.full(len(watched), MAX_HEADS, np.uint16)
         chosen = _evenly(len(watched), MAX_HEADS - len(self.heads))
         places[chosen] = len(self.heads) + np.arange(len(chosen))
         self.heads += [watched[place] for place in chosen]

@@ -1,32 +1,28 @@
 """Rows of a summary -> per row, how much attention mass lies at which token position."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.lock import FAR_KEYS, LEAST_LAG, MOST_LAG
 from stream_monitor.anchors.matrix import NO_BLOCK, forced_block_ids
+from stream_monitor.compiled.decoding import OUTSIDE, UNSOUND, decode_rows, heaviest_far_keys
+from stream_monitor.compiled.periods import FAR_KEYS, MOST_LAG
 from stream_monitor.monitor.faults import Fault, invalid
 from stream_monitor.monitor.ledger import CHUNK, TOKEN
 from stream_monitor.monitor.validate import MAX_ID, MAX_POSITION
 from stream_monitor.v1alpha1 import summary_pb2
 
 MAX_ROWS = 4096
-_SINK_TOKENS = 4
-"""First tokens that are no far key of a loop: the attention sink is there, whatever is read."""
 ROUNDING = 0.05
 """How far kept + forced + unobserved + learned sink may be from 1: float16 logarithms are off by up to 0.4% each."""
 _NO_NARROW_BLOCK = 0xFFFF
 FAR_KEY = np.dtype([("lag", "<u4"), ("mass", "<f4")])
 """Tokens back from a row to a key, and its mass summed over heads; no mass where there is none."""
 _NO_FAR_KEYS = bytes(FAR_KEYS * FAR_KEY.itemsize)
-_TABLE = 1 << 16
-"""Cells of a table of rows and lags, which stays in the processor's caches."""
 
 
 @dataclass(slots=True)
@@ -87,40 +83,32 @@ class Row:
         )
 
 
-def decode(
-    messages: Sequence[summary_pb2.Rows], engine: summary_pb2.EngineInfo, sources: tuple[tuple[Any, int], ...]
-) -> list[list[Row]]:
-    """Check the arrays of one rank's messages against their stated shapes and turn blocks into keys. Raises Fault."""
-    if not messages:
-        return []
-    counts = [rows.count for rows in messages]
-    for rows in messages:
-        if rows.count > MAX_ROWS:
-            raise invalid("limit", f"rows.count is {rows.count}; at most {MAX_ROWS}")
-        if len(rows.request_ids) != rows.count:
-            raise invalid("shape", f"rows.request_ids has {len(rows.request_ids)} entries for count {rows.count}")
-        if not all(0 < len(request_id) <= MAX_ID for request_id in rows.request_ids):
-            raise invalid("value", f"rows.request_ids must have 1 to {MAX_ID} characters each")
-    count = sum(counts)
+def decode(rows: summary_pb2.Rows, engine: summary_pb2.EngineInfo, sources: tuple[tuple[Any, int], ...]) -> list[Row]:
+    """Check the arrays of one rank's message against their stated shapes and turn blocks into keys. Raises Fault."""
+    if rows.count > MAX_ROWS:
+        raise invalid("limit", f"rows.count is {rows.count}; at most {MAX_ROWS}")
+    if len(rows.request_ids) != rows.count:
+        raise invalid("shape", f"rows.request_ids has {len(rows.request_ids)} entries for count {rows.count}")
+    if not all(0 < len(request_id) <= MAX_ID for request_id in rows.request_ids):
+        raise invalid("value", f"rows.request_ids must have 1 to {MAX_ID} characters each")
+    count = rows.count
     geometry = engine.geometry
     size, top_k = geometry.block_size, geometry.top_k
     pairs = len(engine.layers), len(engine.query_heads)
     forced_blocks = geometry.sink_blocks + geometry.recent_blocks
 
-    positions = _array(messages, "positions", "<u4", ()).astype(np.int64)
-    attempts = _array(messages, "attempts", "<u4", ())
-    phases = _array(messages, "phases", "u1", ())
-    ids = _block_ids(messages, (*pairs, top_k))
-    log_share = _array(messages, "block_log_share", "<f2", (*pairs, top_k))
-    strongest = _array(messages, "block_strongest", "u1", (*pairs, top_k))
-    forced_log_share = _array(messages, "forced_log_share", "<f2", (*pairs, forced_blocks))
-    forced_strongest = _array(messages, "forced_strongest", "u1", (*pairs, forced_blocks))
-    unobserved = _array(messages, "unobserved_log_share", "<f2", pairs)
-    total = _array(messages, "total_lse", "<f4", pairs)
-    keys_read = _array(messages, "keys_read", "<f4", pairs[:1])
-    sinks = None
-    if any(rows.learned_sink_log_share for rows in messages):
-        sinks = _array(messages, "learned_sink_log_share", "<f2", pairs, optional=True)
+    positions = _array(rows, "positions", "<u4", ()).astype(np.int64)
+    attempts = _array(rows, "attempts", "<u4", ())
+    phases = _array(rows, "phases", "u1", ())
+    ids = _block_ids(rows, (*pairs, top_k))
+    log_share = _logarithms(rows, "block_log_share", (*pairs, top_k))
+    strongest = _array(rows, "block_strongest", "u1", (*pairs, top_k))
+    forced_log_share = _logarithms(rows, "forced_log_share", (*pairs, forced_blocks))
+    forced_strongest = _array(rows, "forced_strongest", "u1", (*pairs, forced_blocks))
+    unobserved = _logarithms(rows, "unobserved_log_share", pairs)
+    total = _array(rows, "total_lse", "<f4", pairs)
+    keys_read = _array(rows, "keys_read", "<f4", pairs[:1])
+    sinks = _logarithms(rows, "learned_sink_log_share", pairs, optional=True)
 
     if count and positions.max() >= MAX_POSITION:
         raise invalid("limit", f"rows.positions reach {positions.max()}; below {MAX_POSITION}")
@@ -129,47 +117,44 @@ def decode(
     if not (np.isfinite(total).all() and np.isfinite(keys_read).all() and (keys_read >= 0).all()):
         raise invalid("value", "rows.total_lse and rows.keys_read must be finite, keys_read not negative")
 
-    blocks = top_k + forced_blocks
-    mass = np.empty((count, *pairs, blocks), np.float32)
-    mass[..., :top_k], mass[..., top_k:] = _share(log_share), _share(forced_log_share)
-    keys = np.empty((count, *pairs, blocks), np.uint32)
-    # What no block number of a context can be stays above every position, and does not wrap around.
-    np.minimum(ids, MAX_POSITION // size, out=keys[..., :top_k])
-    forced_ids = forced_block_ids(positions, size, geometry.sink_blocks, geometry.recent_blocks)
-    keys[..., top_k:] = np.where(forced_ids < 0, MAX_POSITION // size, forced_ids)[:, None, None]
-    keys *= np.uint32(size)
-    keys[..., :top_k] += strongest
-    keys[..., top_k:] += forced_strongest
-    used = mass > 0
-    wrong = keys > positions[:, None, None, None].astype(np.uint32)
-    if max(strongest.max(initial=0), forced_strongest.max(initial=0)) >= size:
-        wrong |= np.concatenate([strongest, forced_strongest], axis=-1) >= size
-    if (used & wrong).any():
+    heads, blocks = math.prod(pairs), top_k + forced_blocks
+    keys, mass = np.empty((count, heads * blocks), np.uint32), np.empty((count, heads * blocks), np.float32)
+    rest = np.empty(count)
+    kept, forced = (count, heads, top_k), (count, heads, forced_blocks)
+    found = decode_rows(
+        positions,
+        size,
+        ids.reshape(kept),
+        strongest.reshape(kept),
+        log_share.reshape(kept),
+        forced_block_ids(positions, size, geometry.sink_blocks, geometry.recent_blocks),
+        forced_strongest.reshape(forced),
+        forced_log_share.reshape(forced),
+        unobserved.reshape(kept[:2]),
+        sinks.reshape(kept[:2]),
+        _SHARES,
+        ROUNDING,
+        keys,
+        mass,
+        rest,
+    )
+    if found == OUTSIDE:
         raise invalid("value", "rows: a block with mass, or its strongest key, lies outside the row's context")
-    keys *= used
-    # A learned sink stands for no token: its share is accounted for here and belongs to nothing after.
-    rest = _share(unobserved)
-    accounted = mass @ np.ones(blocks, np.float32) + rest
-    if sinks is not None:
-        accounted += _share(sinks)
-    if not (abs(accounted - 1.0) <= ROUNDING).all():
+    if found == UNSOUND:
         raise _unsound(block=log_share, forced=forced_log_share, unobserved=unobserved, learned_sink=sinks)
 
-    heads = math.prod(pairs)
-    flat = count, heads * blocks
-    keys, mass = keys.reshape(flat), mass.reshape(flat)
     of_row = zip(
-        chain.from_iterable(rows.request_ids for rows in messages),
+        rows.request_ids,
         positions.tolist(),
         attempts.tolist(),
         (phases != summary_pb2.PHASE_PREFILL_CHUNK).tolist(),
         keys,
         mass,
-        rest.sum(axis=(1, 2)).tolist(),
+        rest.tolist(),
         _far_keys(keys, mass, positions),
         strict=True,
     )
-    decoded = (
+    return [
         Row(
             request_id,
             position,
@@ -184,8 +169,7 @@ def decode(
             far_keys,
         )
         for request_id, position, attempt, token, row_keys, row_mass, unobserved_mass, far_keys in of_row
-    )
-    return [list(islice(decoded, number)) for number in counts]
+    ]
 
 
 def _far_keys(keys: NDArray[np.uint32], mass: NDArray[np.float32], positions: NDArray[np.int64]) -> list[bytes]:
@@ -195,36 +179,19 @@ def _far_keys(keys: NDArray[np.uint32], mass: NDArray[np.float32], positions: ND
         keys, mass: [rows, n].
         positions: [rows].
     """
-    together = max(1, _TABLE // max(MOST_LAG + 1, keys.shape[1]))
-    found: list[bytes] = []
-    for first in range(0, len(keys), together):
-        some = slice(first, first + together)
-        lags = positions[some].astype(np.uint32)[:, None] - keys[some]
-        far = (lags >= LEAST_LAG) & (lags <= MOST_LAG) & (keys[some] >= _SINK_TOKENS)
-        found += _heaviest(lags * far, mass[some] * far)
-    return found
-
-
-def _heaviest(lags: NDArray[np.integer], mass: NDArray[np.floating]) -> list[bytes]:
-    """The lags of each row [rows, n] with most mass, `FAR_KEY` [FAR_KEYS], heaviest first; lag 0 has none."""
-    count, span = len(lags), MOST_LAG + 1
-    rows = np.arange(count)
-    places = lags + span * rows[:, None]
-    sums = np.bincount(places.ravel(), mass.ravel(), count * span).reshape(count, span)
-    heaviest = np.empty((count, FAR_KEYS), FAR_KEY)
-    # So few are faster taken one by one than by a partition.
-    for place in range(FAR_KEYS):
-        lag = sums.argmax(axis=1)
-        heaviest["lag"][:, place], heaviest["mass"][:, place] = lag, sums[rows, lag]
-        sums[rows, lag] = 0.0
-    return [row.tobytes() for row in heaviest]
+    lags, masses = (np.empty((len(keys), FAR_KEYS), FAR_KEY[name]) for name in ("lag", "mass"))
+    heaviest_far_keys(keys, mass, positions, lags, masses)
+    found = np.empty(lags.shape, FAR_KEY)
+    found["lag"], found["mass"] = lags, masses
+    return [row.tobytes() for row in found]
 
 
 def _heaviest_of_both(one: bytes, other: bytes) -> bytes:
     """Of two ranks' far keys of a row."""
-    both = np.frombuffer(one + other, FAR_KEY)
-    lags, place = np.unique(both["lag"], return_inverse=True)
-    (joined,) = _heaviest(lags[None], np.bincount(place, both["mass"]).astype(float, copy=False)[None])
+    both = np.frombuffer(one + other, FAR_KEY)[None]
+    # As far away from the first token as no lag reaches.
+    position = 2 * MOST_LAG
+    (joined,) = _far_keys(position - both["lag"], np.ascontiguousarray(both["mass"]), np.array([position]))
     return joined
 
 
@@ -242,54 +209,49 @@ def check_audits(audits: Iterable[summary_pb2.Audit]) -> None:
 
 
 def _array(
-    messages: Sequence[summary_pb2.Rows], name: str, kind: str, shape: tuple[int, ...], optional: bool = False
+    rows: summary_pb2.Rows, name: str, kind: str, shape: tuple[int, ...], optional: bool = False
 ) -> NDArray[Any]:
-    """One array of the rows of all messages; -inf where `optional` and absent."""
-    parts: list[bytes] = []
-    for rows in messages:
-        raw: bytes = getattr(rows, name)
-        size = math.prod((rows.count, *shape))
-        if optional and not raw:
-            raw = np.full(size, -np.inf, kind).tobytes()
-        if len(raw) != size * int(kind[-1]):
-            wanted = f"shape {[rows.count, *shape]} of {kind} has {size * int(kind[-1])}"
-            raise invalid("shape", f"rows.{name} has {len(raw)} bytes; {wanted}")
-        parts.append(raw)
-    return np.frombuffer(b"".join(parts), kind).reshape(sum(rows.count for rows in messages), *shape)
+    """One array of the rows; -inf where `optional` and absent."""
+    raw: bytes = getattr(rows, name)
+    size = math.prod((rows.count, *shape))
+    if optional and not raw:
+        raw = np.full(size, -np.inf, kind).tobytes()
+    if len(raw) != size * int(kind[-1]):
+        wanted = f"shape {[rows.count, *shape]} of {kind} has {size * int(kind[-1])}"
+        raise invalid("shape", f"rows.{name} has {len(raw)} bytes; {wanted}")
+    return np.frombuffer(raw, kind).reshape(rows.count, *shape)
 
 
-def _block_ids(messages: Sequence[summary_pb2.Rows], shape: tuple[int, ...]) -> NDArray[np.uint32]:
-    """Kept blocks of the rows of all messages, in whichever width they came; `NO_BLOCK` where there is none."""
-    parts: list[NDArray[np.uint32]] = []
-    for narrow, together in groupby(messages, lambda rows: bool(rows.narrow_block_ids)):
-        alike = list(together)
-        if not narrow:
-            parts.append(_array(alike, "block_ids", "<u4", shape))
-            continue
-        if any(rows.block_ids for rows in alike):
-            raise invalid("shape", "rows.block_ids and rows.narrow_block_ids are both there; send one of them")
-        ids = _array(alike, "narrow_block_ids", "<u2", shape)
-        wide = ids.astype(np.uint32)
-        wide[ids == _NO_NARROW_BLOCK] = NO_BLOCK
-        parts.append(wide)
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+def _logarithms(
+    rows: summary_pb2.Rows, name: str, shape: tuple[int, ...], optional: bool = False
+) -> NDArray[np.uint16]:
+    """The bits of an array of float16; those of -inf where `optional` and absent."""
+    return _array(rows, name, "<f2", shape, optional).view(np.uint16)
 
 
-def _share(log_share: NDArray[np.float16]) -> NDArray[np.float32]:
-    """Natural log share -> share; NaN for NaN and for shares above 1, which the sum over the row then shows."""
-    return _SHARES[log_share.view(np.uint16)]
+def _block_ids(rows: summary_pb2.Rows, shape: tuple[int, ...]) -> NDArray[np.uint32]:
+    """Kept blocks, in whichever width they came; `NO_BLOCK` where there is none."""
+    if not rows.narrow_block_ids:
+        return _array(rows, "block_ids", "<u4", shape).copy()
+    if rows.block_ids:
+        raise invalid("shape", "rows.block_ids and rows.narrow_block_ids are both there; send one of them")
+    ids = _array(rows, "narrow_block_ids", "<u2", shape)
+    wide = ids.astype(np.uint32)
+    wide[ids == _NO_NARROW_BLOCK] = NO_BLOCK
+    return wide
 
 
-def _unsound(**log_shares: NDArray[np.float16] | None) -> Fault:
+def _unsound(**log_shares: NDArray[np.uint16]) -> Fault:
     """What is wrong with shares that do not add up."""
     for name, log_share in log_shares.items():
-        if log_share is not None and np.isnan(_share(log_share)).any():
+        if np.isnan(_SHARES[log_share]).any():
             return invalid("value", f"rows.{name}_log_share must be at most 0 and not NaN")
     return invalid("value", "rows: kept, forced, unobserved and learned sink shares do not sum to 1")
 
 
 def _share_table() -> NDArray[np.float32]:
-    """The share of each of the 65,536 float16: looked up faster than computed."""
+    """The share of each float16, which is looked up faster than computed: NaN for NaN and for shares above 1, which
+    the sum over the row shows."""
     logs = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     sound = logs <= ROUNDING
     shares = np.full(len(logs), np.nan, np.float32)

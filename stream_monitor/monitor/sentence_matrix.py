@@ -1,16 +1,19 @@
 """The sentence matrix of a request, and what else the rows captured in a sentence say."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.lock import FAR_KEYS
 from stream_monitor.anchors.matrix import Mass
-from stream_monitor.monitor.folding import Folded, batches, edges_of
+from stream_monitor.compiled.periods import FAR_KEYS
+from stream_monitor.monitor.folding import Folded, edges_of
 from stream_monitor.monitor.rows import FAR_KEY, Row
+
+_MOST_ENTRIES = 1 << 15
+"""Of sentences that are summed at once, about, so that their tables stay in the processor's caches."""
 
 
 class Captured(NamedTuple):
@@ -65,7 +68,7 @@ class SentenceMatrix(NamedTuple):
     def of(cls, sentences: Sequence[Folded]) -> "SentenceMatrix":
         """Of these sentences, the first of which is number 0."""
         parts = [_NO_ROWS]
-        for batch in batches(sentences, lambda each: len(each.columns)):
+        for batch in _batches(sentences):
             first = sum(len(part.captured) for part in parts)
             made = _made(batch)
             parts.append(made._replace(rows=made.rows + np.uint32(first)))
@@ -75,6 +78,20 @@ class SentenceMatrix(NamedTuple):
 _NO_ROWS = SentenceMatrix(
     np.zeros(0, np.uint32), np.zeros(0, np.uint32), np.zeros(0), np.zeros(0, np.int64), np.zeros(0)
 )
+
+
+def _batches(sentences: Sequence[Folded]) -> Iterator[list[Folded]]:
+    """The same in parts of about `_MOST_ENTRIES`, or of one sentence."""
+    batch: list[Folded] = []
+    entries = 0
+    for each in sentences:
+        entries += len(each.columns)
+        if batch and entries > _MOST_ENTRIES:
+            yield batch
+            batch, entries = [], len(each.columns)
+        batch.append(each)
+    if batch:
+        yield batch
 
 
 def _made(sentences: list[Folded]) -> SentenceMatrix:

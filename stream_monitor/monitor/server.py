@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import grpc
 
+from stream_monitor import compiled
 from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor import ingest, service
 from stream_monitor.monitor.access.access import Access
@@ -141,6 +142,7 @@ class MonitorServer:
             raise
         if self.link is not None:
             self.link.start()
+        compiled.prepare()
         registry, access = self.metrics.registry, front.access
         await front.serve(
             http=application(registry, lambda: front.ready, access, self.page),

@@ -76,16 +76,16 @@ class TraceRows:
         """Fold the rows before a position, whose sentences were scored before, or are the prompt's; the one at `but`
         is still to be scored."""
         late = self._waiting_before(end, but)
-        for index, found in zip(late, fold(late.values()), strict=True):
-            self._put(index, found.folded)
+        for index, sentence in late.items():
+            self._put(index, fold(sentence).folded)
 
     def matrix(self, spans: list[Span]) -> SentenceMatrix:
         """The matrix of the sentences, which are these, folded or not."""
         waiting = self._waiting_before(spans[-1].end if spans else 0)
         folded = self._folded.copy()
-        for index, found in zip(waiting, fold(waiting.values()), strict=True):
+        for index, sentence in waiting.items():
             held = folded.get(index, _NOTHING)
-            folded[index] = Folded.of_parts([*held.parts(), *found.folded.parts()])
+            folded[index] = Folded.of_parts([*held.parts(), *fold(sentence).folded.parts()])
         return SentenceMatrix.of([folded.get(index, _NOTHING) for index in range(len(spans))])
 
     def pop(self, position: int) -> Row:

@@ -11,8 +11,9 @@ from scipy.spatial.distance import jensenshannon
 
 from stream_monitor.anchors.matrix import SparseMass
 from stream_monitor.anchors.page_hinkley import PageHinkley
-from stream_monitor.anchors.shift import AnchorShift, jensen_shannon
+from stream_monitor.anchors.shift import AnchorShift
 from stream_monitor.anchors.verdict import Verdict
+from stream_monitor.compiled.divergence import jensen_shannon
 
 
 @given(st.integers(0, 1 << 16))

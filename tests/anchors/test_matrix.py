@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_monitor.anchors.matrix import SentenceStarts, SparseMass, distinct, forced_block_ids, vertical_scores
+from stream_monitor.anchors.matrix import SentenceStarts, SparseMass, forced_block_ids, vertical_scores
 
 SEEDS = st.integers(0, 1 << 16)
 
@@ -28,15 +28,6 @@ def test_every_token_is_in_the_sentence_that_begins_last_before_it(seed: int, re
     keys = generator.integers(0, found.positions[-1] + 1, 50).astype(np.uint32)
     starts = found.positions.tolist()
     assert found.of(keys).tolist() == [max(j for j, start in enumerate(starts) if start <= key) for key in keys]
-
-
-@given(SEEDS)
-def test_distinct_sentences_are_those_there_are(seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    some = generator.integers(0, 30, generator.integers(0, 40))
-    columns, places = distinct(some)
-    assert columns.tolist() == sorted(set(some.tolist()))
-    assert columns[places].tolist() == some.tolist()
 
 
 @given(SEEDS)

@@ -11,13 +11,14 @@ from scipy import stats
 
 from stream_monitor.anchors.detachment import PromptDetachment
 from stream_monitor.anchors.heads import Receivers
-from stream_monitor.anchors.lock import FAR_KEYS, LEAST_LAG, MOST_LAG, AnchorLock
+from stream_monitor.anchors.lock import AnchorLock
 from stream_monitor.anchors.matrix import SparseMass
 from stream_monitor.anchors.panel import OPENING, Kind, Observation, Panel
 from stream_monitor.anchors.probe import Probe
 from stream_monitor.anchors.profile import VERSION, Profile, ProfileError, make_profile
 from stream_monitor.anchors.untrusted import UntrustedAnchor
 from stream_monitor.anchors.verdict import Verdict
+from stream_monitor.compiled.periods import FAR_KEYS, LEAST_LAG, MOST_LAG
 from stream_monitor.records import Role
 
 PROMPT = 10

@@ -97,7 +97,7 @@ def test_estimates_of_every_context_length_are_sound(strategy: str, sinks: bool)
             strategy=strategy,
         ),
     )
-    (rows,) = decode([summary_pb2.Rows(count=len(CONTEXTS), **fields)], info, ())
+    rows = decode(summary_pb2.Rows(count=len(CONTEXTS), **fields), info, ())
     for row, context in zip(rows, CONTEXTS, strict=True):
         assert row.keys.max() < context
         lost = np.exp(found.learned_sink_lse - found.total_lse())[:, int(row.request_id[1:])].sum()

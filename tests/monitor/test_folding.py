@@ -1,13 +1,13 @@
-"""Sentences of several requests that are folded together say what each says alone."""
+"""What the rows of a sentence say when they are folded, and the matrix of many sentences."""
 
 import numpy as np
 import pytest
 
 from stream_monitor.anchors.heads import Head
-from stream_monitor.anchors.lock import FAR_KEYS
 from stream_monitor.anchors.matrix import SentenceStarts
-from stream_monitor.monitor import folding
-from stream_monitor.monitor.folding import Fold, Unfolded, fold
+from stream_monitor.compiled.periods import FAR_KEYS
+from stream_monitor.monitor import sentence_matrix
+from stream_monitor.monitor.folding import Unfolded, fold
 from stream_monitor.monitor.ranks import Rank, key_of
 from stream_monitor.monitor.request_heads import MAX_HEADS, RequestHeads
 from stream_monitor.monitor.rows import FAR_KEY, Row
@@ -53,18 +53,8 @@ def unfolded(
     return Unfolded([row(draw, ranks, position) for position in positions], starts, RequestHeads(), receivers)
 
 
-def same(one: Fold, other: Fold) -> bool:
-    arrays = [(one.folded.columns, other.folded.columns), (one.folded.mass, other.folded.mass)]
-    arrays += [*zip(one.shares, other.shares, strict=True), *zip(one.mass, other.mass, strict=True)]
-    return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in arrays) and (
-        one.folded.rows,
-        one.folded.edges,
-        one.telling,
-    ) == (other.folded.rows, other.folded.edges, other.telling)
-
-
 @pytest.mark.parametrize("most", [1, 1 << 20], ids=["one a batch", "in one batch"])
-def test_together_and_one_by_one(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_sentences_and_each_alone(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
     sentences = [
         unfolded(draw, 20, 3, range(4), receivers=((1, 3), (2, 0))),
@@ -76,22 +66,20 @@ def test_together_and_one_by_one(most: int, monkeypatch: pytest.MonkeyPatch) -> 
     before = unfolded(draw, 7, 2, range(2))
     before.rows[0].by_head = False
     sentences.append(before)
-    alone = [fold([each])[0] for each in sentences]
-    monkeypatch.setattr(folding, "_MOST_ENTRIES", most)
-    together = fold(sentences)
-    for each, one, other in zip(sentences, alone, together, strict=True):
-        assert same(one, other)
-        mean = other.shares.mean_over(each.heads.weights(each.receivers))
-        assert np.array_equal(mean.columns, other.mass.columns)
-        assert np.array_equal(mean.shares, other.mass.shares)
-    assert [each.telling for each in together] == [3, 0, 6, 1, 0, 1]
-    assert together[2].shares.heads.max() == len(sentences[2].heads.heads) - 1
-    matrix = SentenceMatrix.of([each.folded for each in together])
-    for number, (each, one) in enumerate(zip(sentences, alone, strict=True)):
-        expected, mine = SentenceMatrix.of([one.folded]), matrix.rows == number
+    folds = [fold(each) for each in sentences]
+    for each, found in zip(sentences, folds, strict=True):
+        mean = found.shares.mean_over(each.heads.weights(each.receivers))
+        assert np.array_equal(mean.columns, found.mass.columns)
+        assert np.array_equal(mean.shares, found.mass.shares)
+    assert [each.telling for each in folds] == [3, 0, 6, 1, 0, 1]
+    assert folds[2].shares.heads.max() == len(sentences[2].heads.heads) - 1
+    monkeypatch.setattr(sentence_matrix, "_MOST_ENTRIES", most)
+    matrix = SentenceMatrix.of([each.folded for each in folds])
+    for number, (each, found) in enumerate(zip(sentences, folds, strict=True)):
+        expected, mine = SentenceMatrix.of([found.folded]), matrix.rows == number
         assert np.array_equal(expected.columns, matrix.columns[mine])
         assert np.array_equal(expected.shares, matrix.shares[mine])
-        captured = Captured.of(one.folded.rows)
+        captured = Captured.of(found.folded.rows)
         assert captured.rows == matrix.captured[number] == sum(row.heads > 0 for row in each.rows)
         assert captured.unobserved == pytest.approx(matrix.unobserved[number], nan_ok=True)
         assert captured.lags[:, 0].tolist() == [row.position for row in each.rows if row.heads]
@@ -102,18 +90,36 @@ def test_together_and_one_by_one(most: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert matrix.shares[matrix.rows == 2].sum() == pytest.approx(mass, rel=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_what_rows_give_is_summed_by_what_is_read(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    each = unfolded(draw, 12, 4, range(3))
+    found, heads = fold(each), len(each.heads.heads)
+    by_row, by_head = np.zeros((4, 12)), np.zeros((heads, 12))
+    for number, row in enumerate(each.rows):
+        places = np.repeat(np.arange(heads), len(row.keys) // heads)
+        for key, mass, place in zip(row.keys.tolist(), row.mass.tolist(), places.tolist(), strict=True):
+            by_row[number, key // SIZE] += mass
+            by_head[place, key // SIZE] += mass / 4 if key else 0.0
+    for number, (row, columns, mass) in enumerate(found.folded.parts()):
+        assert row is each.rows[number]
+        assert columns.tolist() == by_row[number].nonzero()[0].tolist()
+        assert mass == pytest.approx(by_row[number, columns], rel=1e-5)
+    places, columns, shares = found.shares
+    assert list(zip(places.tolist(), columns.tolist(), strict=True)) == list(zip(*by_head.nonzero(), strict=True))
+    assert shares == pytest.approx(by_head[places, columns], rel=1e-5)
+    assert found.mass.shares == pytest.approx(by_head.mean(0)[found.mass.columns], rel=1e-5)
+    assert found.mass.columns.tolist() == by_head.sum(0).nonzero()[0].tolist()
+
+
 def test_rows_whose_heads_cannot_be_told_apart_give_no_shares() -> None:
-    """Beside sentences that tell, one of the same request among them, into which no division by nothing may reach."""
+    """Whether or not others of the request can."""
     draw = np.random.default_rng(1)
-    telling, silent = unfolded(draw, 5, 2, range(2)), unfolded(draw, 5, 2, range(2))
+    silent, telling = unfolded(draw, 5, 2, range(2)), unfolded(draw, 5, 2, range(2))
     for each in silent.rows:
         each.by_head = False
-    same_request = silent._replace(heads=telling.heads)
-    with np.errstate(all="raise"):
-        folds = fold([silent, telling, same_request])
-    assert [each.telling for each in folds] == [0, 2, 0]
-    for each in (folds[0], folds[2]):
-        assert [len(part) for part in (*each.shares, *each.mass)] == [0] * 5
-        assert each.folded.mass.sum() == pytest.approx(sum(float(row.mass.sum()) for row in silent.rows))
-    assert same(folds[1], fold([telling])[0])
-    assert folds[1].mass.shares.sum() > 0
+    assert fold(telling).telling == 2
+    for found in (fold(silent), fold(silent._replace(heads=telling.heads))):
+        assert found.telling == 0
+        assert [len(part) for part in (*found.shares, *found.mass)] == [0] * 5
+        assert found.folded.mass.sum() == pytest.approx(sum(float(row.mass.sum()) for row in silent.rows))

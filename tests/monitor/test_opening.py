@@ -82,7 +82,7 @@ def test_an_answer_of_two_tokens_is_found_by_its_opening(monitor: Running) -> No
 
 def row(look: Look, rank: Rank) -> Row:
     """As one rank tells of it."""
-    ((found,),) = decode([rows([look], rank.engine)], rank.engine, ((rank, 4),))
+    (found,) = decode(rows([look], rank.engine), rank.engine, ((rank, 4),))
     return found
 
 
@@ -99,7 +99,7 @@ def test_what_comes_before_the_next_row_belongs_to_it() -> None:
     assert trace.settle() == []
     trace.add_row(row(Look("r", PROMPT, USER), one))
     assert trace.settle() == [7]
-    (found,) = fold([trace.unfolded(7)])
+    found = fold(trace.unfolded(7))
     assert [each.position for each in found.folded.rows] == [LAST]
     assert found.telling == 1
     assert set(found.shares.heads.tolist()) == set(range(8))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stream_monitor.anchors.lock import FAR_KEYS, LEAST_LAG, MOST_LAG
+from stream_monitor.compiled.periods import FAR_KEYS, LEAST_LAG, MOST_LAG
 from stream_monitor.config import MonitorSettings
 from stream_monitor.monitor import views
 from stream_monitor.monitor.calibration import Calibration
@@ -177,8 +177,7 @@ def test_the_far_keys_are_the_heaviest_ones(seed: int) -> None:
             assert mass == sorted(mass, reverse=True)
 
 
-def test_far_keys_are_none_of_what_is_near_or_first_or_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stream_monitor.monitor.rows._TABLE", 3 * (MOST_LAG + 1))
+def test_far_keys_are_none_of_what_is_near_or_first_or_beyond() -> None:
     position, draw = 3000, np.random.default_rng(0)
     lags = np.array([[0, LEAST_LAG - 1, LEAST_LAG, 500, MOST_LAG, MOST_LAG + 1, position - 3, position]] * 7)
     mass = draw.random(lags.shape).astype(np.float32)
@@ -197,7 +196,7 @@ def test_far_keys_of_two_ranks_are_added_up() -> None:
     draw = np.random.default_rng(0)
     info = synthetic.engine("joined", LAYERS, HEADS)
     rows, _ = drawn_rows("r", [90], info, draw)
-    (row,) = decode([rows], info, ())[0]
+    (row,) = decode(rows, info, ())
     keys = draw.choice(row.keys[(row.keys >= 4) & (row.keys <= 90 - LEAST_LAG)], (2, FAR_KEYS - 3))
     keys[1, :2] = keys[0, :2]
     mass = draw.random(keys.shape).astype(np.float32)
@@ -268,13 +267,13 @@ def test_no_block_is_none_where_a_context_is_long_enough_to_have_it() -> None:
     ids = np.frombuffer(rows.block_ids, "<u4").copy()
     ids[0] = 0xFFFF
     rows.block_ids = ids.tobytes()
-    ((row,),) = decode([rows], sender.info, ())
+    (row,) = decode(rows, sender.info, ())
     assert row.keys[0] // synthetic.BLOCK == 0xFFFF
     ids[:] = np.minimum(ids, 0xFFFF)
     rows.block_ids = ids.tobytes()
     narrowed(rows)
     with pytest.raises(Fault, match="a block with mass, or its strongest key, lies outside"):
-        decode([rows], sender.info, ())
+        decode(rows, sender.info, ())
 
 
 def test_a_fault_ends_the_stream_where_it_is_and_what_came_before_counts() -> None:

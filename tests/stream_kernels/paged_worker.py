@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from stream_kernels.cpu import ROW_OK, ROW_RACED, CpuSearch
-from stream_kernels.cpu_kernel.compiling import cached_jit
 from stream_kernels.cpu_kernel.nodes import NodeIndex, resolve
 from stream_kernels.cpu_kernel.summaries import mean_address, outlier_offset
 from stream_kernels.index import allocate_index, levels_for
@@ -99,7 +99,7 @@ class _Step:
     """The generations then."""
 
 
-@cached_jit
+@numba.njit(error_model="numpy")
 def _resolve(index, pages, end, generations, snapshot, slots, jobs):
     """`resolve` for Python, which cannot call what only compiled code calls."""
     index.searches[0] += 1

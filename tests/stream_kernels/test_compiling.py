@@ -1,39 +1,42 @@
 """Compiled code on disk is never that of other sources, and a disk that cannot be used costs nothing but time.
 
-A toy package of two functions stands in for the kernel, with the kernel's own `compiling.py`.
+A toy package of two functions stands in for the folders of compiled functions, beside the real `compiling.py`.
 """
 
 import ast
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numba
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from stream_kernels.cpu_kernel import compiling, search_rows
+import stream_kernels.cpu_kernel
+import stream_monitor.compiled
+from stream_kernels import compiling
+from stream_kernels.cpu_kernel import search_rows
 
 from .cases import Case, draw
 from .test_parity import SHARED, run_cpu
 
 ENTRY = """
 from toy.callee import callee
-from toy.compiling import cached_jit
+from stream_kernels.compiling import cached_jit
 
-@cached_jit
+@cached_jit()
 def entry(x):
     return callee(x)
 """
 CALLEE = """
-from toy.compiling import jit
+from stream_kernels.compiling import jit
 
 @jit()
 def callee(x):
@@ -77,7 +80,6 @@ class Toy:
 @pytest.fixture
 def toy(tmp_path: Path) -> Toy:
     (tmp_path / "toy").mkdir()
-    shutil.copy(compiling.__file__, tmp_path / "toy")
     made = Toy(tmp_path)
     made.write(addend=1)
     return made
@@ -129,18 +131,20 @@ def test_the_search_itself_is_kept_under_the_hash_of_its_sources() -> None:
     case = Case(SHARED, (500,), layers=1)
     run_cpu(case, draw(case))
     names = [path.name for path in Path(search_rows.stats.cache_path).glob("*.nbi")]
-    assert any(compiling.source_hash() in name for name in names)
+    assert any(compiling.source_hash(Path(str(stream_kernels.cpu_kernel.__file__)).parent) in name for name in names)
 
 
-def test_the_kernel_imports_nothing_of_ours_that_the_hash_does_not_cover() -> None:
-    for path in Path(compiling.__file__).parent.glob("*.py"):
+@pytest.mark.parametrize("package", [stream_kernels.cpu_kernel, stream_monitor.compiled])
+def test_compiled_folders_import_nothing_of_ours_that_the_hash_does_not_cover(package: ModuleType) -> None:
+    for path in Path(str(package.__file__)).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0, path.name
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
             ours = [name for name in names if name.split(".")[0] in ("stream_kernels", "stream_monitor")]
-            assert all(name.startswith("stream_kernels.cpu_kernel.") for name in ours), path.name
+            covered = f"{package.__name__}.", "stream_kernels.compiling."
+            assert all(name.startswith(covered) for name in ours), path.name
 
 
 def test_callees_are_lent_arrays_and_make_none() -> None:

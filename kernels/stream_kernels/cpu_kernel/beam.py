@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
+from stream_kernels.compiling import jit
 from stream_kernels.cpu_kernel.beam_structures import Beam, BeamScratch
 from stream_kernels.cpu_kernel.candidates import note_strongest, read_candidate
-from stream_kernels.cpu_kernel.compiling import jit
 from stream_kernels.cpu_kernel.logits import (
     add_exponentials,
     add_mass,

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_kernels.cpu_kernel.compiling import jit
+from stream_kernels.compiling import jit
 from stream_kernels.cpu_kernel.keys import in_place, key_address, load_keys
 from stream_kernels.cpu_kernel.logits import first_equal, largest, score_columns, score_keys, weight_above
 from stream_kernels.cpu_kernel.structures import Floats, Geometry, Pages, Plan, Scratch

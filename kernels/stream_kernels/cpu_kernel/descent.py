@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from stream_kernels.cpu_kernel.compiling import jit
+from stream_kernels.compiling import jit
 from stream_kernels.cpu_kernel.keys import load_probes
 from stream_kernels.cpu_kernel.logits import add_mass, largest, score_keys, weight_above
 from stream_kernels.cpu_kernel.selection import least_of_best, sort_key

@@ -8,13 +8,13 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from stream_kernels.cpu_kernel.compiling import cached_jit
+from stream_kernels.compiling import cached_jit
 from stream_kernels.cpu_kernel.intrinsics import pointer
 from stream_kernels.cpu_kernel.nodes import NodeIndex, resolve
 from stream_kernels.cpu_kernel.structures import Ints
 
 
-@cached_jit
+@cached_jit()
 def resolve_rows(
     index: NodeIndex,
     first_row: int,
@@ -60,7 +60,7 @@ def resolve_rows(
     counts[0] = row
 
 
-@cached_jit
+@cached_jit()
 def latest_generations(tables: Ints, generations_address: int, generations_count: int, latest: Ints) -> None:
     """The latest generation among each row's pages, into `latest` [R]; -1 where a page is out of range."""
     generations = numba.carray(pointer(generations_address, types.int64), (generations_count,))

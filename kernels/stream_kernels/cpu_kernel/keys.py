@@ -6,7 +6,7 @@ import numba
 import numpy as np
 from numba import types
 
-from stream_kernels.cpu_kernel.compiling import jit
+from stream_kernels.compiling import jit
 from stream_kernels.cpu_kernel.intrinsics import (
     LANES,
     bfloat16_to_float,

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from stream_kernels.cpu_kernel.compiling import jit
+from stream_kernels.compiling import jit
 from stream_kernels.cpu_kernel.intrinsics import LANES, dot_columns, float_as_int, int_as_float, larger
 from stream_kernels.cpu_kernel.structures import MINUS_INFINITY, ZERO, Floats, Scratch
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_kernels.cpu_kernel.compiling import jit
+from stream_kernels.compiling import jit
 from stream_kernels.cpu_kernel.structures import Ints, Pages
 
 FANOUT_BITS = 3

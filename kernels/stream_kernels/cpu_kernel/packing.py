@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_kernels.cpu_kernel.compiling import cached_jit, jit
+from stream_kernels.compiling import cached_jit, jit
 from stream_kernels.cpu_kernel.intrinsics import float_as_int, int_as_float
 from stream_kernels.cpu_kernel.structures import MINUS_INFINITY, Floats, Ints, Summary
 
@@ -44,7 +44,7 @@ class PackedRows(NamedTuple):
     keys_read: Floats
 
 
-@cached_jit
+@cached_jit()
 def pack_rows(summary: Summary, keep: Ints, packed: PackedRows) -> tuple[bool, bool]:
     """Write rows `keep` of a summary; row `keep[n]` becomes row n.
 

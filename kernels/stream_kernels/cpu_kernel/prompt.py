@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stream_kernels.compiling import cached_jit
 from stream_kernels.cpu_kernel.beam import search_nodes
 from stream_kernels.cpu_kernel.beam_structures import Beam
-from stream_kernels.cpu_kernel.compiling import cached_jit
 from stream_kernels.cpu_kernel.logits import log_of
 from stream_kernels.cpu_kernel.structures import MINUS_INFINITY, ZERO, Floats, Geometry, Ints, Pages, Plan, Scratch
 
 
-@cached_jit
+@cached_jit()
 def search_query_block(
     g: Geometry,
     plan: Plan,

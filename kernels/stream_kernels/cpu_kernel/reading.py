@@ -5,9 +5,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from stream_kernels.compiling import jit
 from stream_kernels.cpu_kernel.beam_structures import BeamScratch
 from stream_kernels.cpu_kernel.candidates import note_strongest, read_candidate
-from stream_kernels.cpu_kernel.compiling import jit
 from stream_kernels.cpu_kernel.keys import prefetch_block
 from stream_kernels.cpu_kernel.logits import add_mass
 from stream_kernels.cpu_kernel.selection import least_of_best, tie_of

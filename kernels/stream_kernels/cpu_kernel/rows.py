@@ -7,8 +7,8 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
+from stream_kernels.compiling import cached_jit, jit
 from stream_kernels.cpu_kernel.beam_structures import Beam
-from stream_kernels.cpu_kernel.compiling import cached_jit, jit
 from stream_kernels.cpu_kernel.intrinsics import acquire_fence, pointer
 from stream_kernels.cpu_kernel.keys import load_query
 from stream_kernels.cpu_kernel.nodes import forget, resolve
@@ -31,7 +31,7 @@ from stream_kernels.cpu_kernel.summaries import build_nodes
 from stream_kernels.cpu_kernel.unit import search_unit
 
 
-@cached_jit
+@cached_jit()
 def search_rows(
     g: Geometry,
     plan: Plan,

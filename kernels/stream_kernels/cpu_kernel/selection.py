@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from stream_kernels.cpu_kernel.compiling import jit
+from stream_kernels.compiling import jit
 from stream_kernels.cpu_kernel.intrinsics import float_as_int
 from stream_kernels.cpu_kernel.structures import MINUS_INFINITY, ZERO, Ints
 

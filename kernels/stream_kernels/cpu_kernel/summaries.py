@@ -12,7 +12,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from stream_kernels.cpu_kernel.compiling import jit
+from stream_kernels.compiling import jit
 from stream_kernels.cpu_kernel.intrinsics import bfloat16_to_float, float_as_int, pointer
 from stream_kernels.cpu_kernel.keys import load_keys
 from stream_kernels.cpu_kernel.nodes import FANOUT_BITS, NodeIndex

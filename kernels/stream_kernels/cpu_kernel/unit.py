@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 
+from stream_kernels.compiling import jit
 from stream_kernels.cpu_kernel.beam import search_nodes
 from stream_kernels.cpu_kernel.beam_structures import Beam
 from stream_kernels.cpu_kernel.candidates import note_strongest, read_candidate
-from stream_kernels.cpu_kernel.compiling import jit
 from stream_kernels.cpu_kernel.descent import descend
 from stream_kernels.cpu_kernel.keys import load_keys
 from stream_kernels.cpu_kernel.logits import add_mass, first_equal, largest, score_keys, weight_above

@@ -1,12 +1,14 @@
-"""How the kernel is compiled, and where its machine code is kept between starts.
+"""How loops are compiled, and where their machine code is kept between starts.
 
 numba keys its disk cache by the file of the cached function alone, and writes a new index before the new code: an edit
 of a callee in another file, or a crash between the two, leaves code that no longer is what the sources say. Here the
-names of the cache's files carry a hash of all sources of this folder, which is why the folder imports nothing of ours
-from outside. Only the function that is called from Python is cached: its code contains that of all its callees.
+names of the cache's files carry a hash of all sources of the function's folder and of this file, which is why such a
+folder imports nothing else of ours. Only the function that is called from Python is cached: its code contains that of
+all its callees.
 """
 
 import hashlib
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -69,29 +71,40 @@ def jit(**options: Any) -> Callable[[Function], Function]:
     return decorator
 
 
-def cached_jit(function: Callable[..., Any]) -> Any:
+def cached_jit(nogil: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """The decorator of a function that Python calls: compiled once per installation, or at each start where no cache
-    folder can be written ($NUMBA_CACHE_DIR, `__pycache__` beside it and the user's own are tried)."""
-    dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
-    try:
-        # There is no public way to choose the class; `Dispatcher.enable_caching` is this line with numba's own.
-        dispatcher._cache = _Cache(function)
-    except RuntimeError as error:
-        log.warning("The search is compiled anew at every start: %s", error)
-    return dispatcher
+    folder can be written ($NUMBA_CACHE_DIR, `__pycache__` beside it and the user's own are tried).
+
+    `nogil`: it lets go of the interpreter while it runs, which is not worth it for a few microseconds.
+    """
+
+    def decorated(function: Callable[..., Any]) -> Any:
+        dispatcher: Any = numba.njit(nogil=nogil, error_model="numpy")(function)
+        try:
+            # There is no public way to choose the class; `Dispatcher.enable_caching` is this line with numba's own.
+            dispatcher._cache = _Cache(function)
+        except RuntimeError as error:
+            log.warning("%s is compiled anew at every start: %s", function.__name__, error)
+        return dispatcher
+
+    return decorated
 
 
-def source_hash() -> str:
-    """Hash of all sources of this folder, 16 hexadecimal digits."""
+def source_hash(folder: Path) -> str:
+    """Hash of all sources of a folder and of this file, 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in (*sorted(folder.glob("*.py")), Path(__file__)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
 class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.sources = source_hash(Path(inspect.getfile(function)).parent)
+        super().__init__(function)
+
     def get_filename_base(self, fullname: str, abiflags: str) -> str:
-        return str(super().get_filename_base(f"{fullname}-{source_hash()}", abiflags))
+        return str(super().get_filename_base(f"{fullname}-{self.sources}", abiflags))
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]
@@ -103,15 +116,15 @@ class _Cache(FunctionCache):  # type: ignore[misc]
         try:
             return super().load_overload(sig, target_context)
         except Exception as error:  # a truncated file raises whatever its bytes happen to mean
-            log.warning("Compiled code in %s cannot be read, the search is compiled anew: %r", self.cache_path, error)
+            log.warning("Compiled code in %s cannot be read, it is compiled anew: %r", self.cache_path, error)
             return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
         try:
             super().save_overload(sig, data)
-            function, _, _ = self._impl.filename_base.partition(source_hash())
+            function, sources, _ = self._impl.filename_base.partition(self._impl.sources)
             for path in Path(self.cache_path).glob(f"{function}*"):
-                if not path.name.startswith(function + source_hash()):
+                if not path.name.startswith(function + sources):
                     path.unlink(missing_ok=True)  # of sources that are no more
         except OSError as error:
             log.warning("Compiled code cannot be kept in %s, the next start compiles anew: %s", self.cache_path, error)
