@@ -7,14 +7,18 @@
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
+# Of machine code: for every processor of the image's architecture, not for the one that builds it.
+ENV NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES=
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
 COPY kernels kernels
 COPY stream_monitor stream_monitor
-# Bytecode is compiled here, since nothing can be written where it runs. pip stays outside of what is copied on.
+# Bytecode and machine code are compiled here, since nothing can be written where it runs. pip stays outside of what is
+# copied on.
 RUN python -m venv --without-pip /opt/stream-monitor \
     && pip wheel --no-cache-dir --no-deps --wheel-dir /wheels . \
     && pip --python /opt/stream-monitor/bin/python install --no-cache-dir --compile "$(echo /wheels/*.whl)[fleet,page,text]" \
+    && /opt/stream-monitor/bin/python -c "from stream_monitor import compiled; compiled.prepare()" \
     # Of plotly the page uses one file.
     && find /opt/stream-monitor -path '*/plotly/*' -type f ! -path '*/plotly/__init__.py' \
        ! -path '*/package_data/plotly.min.js' -delete
@@ -34,7 +38,8 @@ RUN groupadd --gid 65532 monitor \
     && install -d -m 0770 -o monitor -g monitor /run/stream-monitor /var/lib/stream-monitor
 COPY --from=build /opt/stream-monitor /opt/stream-monitor
 COPY deploy/docker/healthcheck.py /usr/local/lib/stream-monitor/healthcheck.py
-ENV PATH=/opt/stream-monitor/bin:$PATH \
+ENV NUMBA_CPU_NAME=generic NUMBA_CPU_FEATURES= \
+    PATH=/opt/stream-monitor/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     STREAM_MONITOR_INGEST=unix:/run/stream-monitor/ingest.sock \

@@ -73,7 +73,8 @@ def jit(**options: Any) -> Callable[[Function], Function]:
 
 def cached_jit(nogil: bool = True) -> Callable[[Callable[..., Any]], Any]:
     """The decorator of a function that Python calls: compiled once per installation, or at each start where no cache
-    folder can be written ($NUMBA_CACHE_DIR, `__pycache__` beside it and the user's own are tried).
+    folder can be written ($NUMBA_CACHE_DIR, `__pycache__` beside it and the user's own are tried) and none was compiled
+    beside it before.
 
     `nogil`: it lets go of the interpreter while it runs, which is not worth it for a few microseconds.
     """
@@ -98,7 +99,21 @@ def source_hash(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
+_GIVEN, _BESIDE, *_ELSEWHERE = CompileResultCacheImpl._locator_classes
+
+
+class _BuiltIn(_BESIDE):  # type: ignore[misc, valid-type]
+    """`__pycache__` beside the source that cannot be written, and need not be: an image has compiled it."""
+
+    def ensure_cache_path(self) -> None:
+        sources = source_hash(Path(self._py_file).parent)
+        if not any(Path(self.get_cache_path()).glob(f"*-{sources}-*.nbi")):
+            raise FileNotFoundError(self.get_cache_path())
+
+
 class _CacheImpl(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = (_GIVEN, _BESIDE, _BuiltIn, *_ELSEWHERE)
+
     def __init__(self, function: Callable[..., Any]) -> None:
         self.sources = source_hash(Path(inspect.getfile(function)).parent)
         super().__init__(function)

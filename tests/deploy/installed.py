@@ -19,6 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 EXTRAS = re.findall(r"/wheels/\*\.whl\)\[(.+)\]", (ROOT / "deploy/docker/monitor.Dockerfile").read_text())[0]
 CONTEXT = ("LICENSE", "README.md", "pyproject.toml", "kernels", "stream_monitor")
 """What the Dockerfiles copy for the wheel."""
+PROCESSOR = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+"""For which the image has machine code."""
+PREPARE = "from stream_monitor import compiled; compiled.prepare()"
+"""What makes it."""
 
 
 def build_wheel(folder: Path) -> Path:
@@ -46,6 +50,7 @@ def install(wheel: Path, folder: Path) -> Path:
             target = Path(str(found.locate_file(top)))
             if not (site / top).exists():
                 (site / top).symlink_to(target)
+    subprocess.run([python, "-I", "-c", PREPARE], env=PROCESSOR, check=True)
     return folder / "bin"
 
 

@@ -20,7 +20,7 @@ import pytest
 import trustme
 
 from stream_monitor import __version__
-from tests.deploy.installed import CONTEXT, ROOT
+from tests.deploy.installed import CONTEXT, PREPARE, PROCESSOR, ROOT
 from tests.security.guarded import Files
 
 DOCKER = ROOT / "deploy" / "docker"
@@ -101,10 +101,16 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
 def test_the_sidecar_has_no_engine(sidecar: Path) -> None:
     code = (
         "import importlib.util as u, stream_monitor.monitor.server, stream_monitor.cli\n"
-        "print([n for n in ('torch', 'vllm', 'numba', 'triton', 'transformers', 'pip') if u.find_spec(n)])"
+        "print([n for n in ('torch', 'vllm', 'triton', 'transformers', 'pip') if u.find_spec(n)])"
     )
     done = subprocess.run([sidecar / "python", "-I", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_image_has_machine_code_for_any_processor() -> None:
+    settings = " ".join(f"{name}={value}" for name, value in PROCESSOR.items())
+    assert [settings in line for line in _all(MONITOR, "ENV")] == [True, True], "where it is made, and where it runs"
+    assert f'/opt/stream-monitor/bin/python -c "{PREPARE}"' in _all(MONITOR, "RUN")[0]
 
 
 def test_the_sidecar_has_what_its_page_draws_with(sidecar: Path) -> None:
@@ -206,6 +212,7 @@ def environment(sidecar: Path, folder: Path) -> dict[str, str]:
         ports = [each.getsockname()[1] for each in (one, two)]
     return {
         "PATH": f"{sidecar}:{os.environ['PATH']}",
+        **PROCESSOR,
         "PYTHONUNBUFFERED": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
         "STREAM_MONITOR_INGEST": f"unix:{folder / 'ingest.sock'}",
