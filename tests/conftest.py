@@ -32,6 +32,14 @@ os.environ["STREAM_MONITOR_STORE"] = ""
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_loops() -> None:
+    """The monitor's machine code, in this process and on disk: compiling it takes longer than a test may."""
+    from stream_monitor import compiled
+
+    compiled.prepare()
+
+
 @pytest.fixture(scope="session")
 def compiled_search() -> None:
     """The CPU search's machine code, in this process and on disk: compiling it takes longer than a test may."""

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from stream_monitor.anchors.heads import (
     LEAST_SENTENCES,
     Head,
+    HeadMatrix,
     HeadShares,
     Receivers,
     choose_receivers,
     excess_kurtosis,
-    vertical_scores_by_head,
     weights,
 )
 from stream_monitor.anchors.matrix import Mass
@@ -113,7 +113,7 @@ class Served:
 
     def kurtosis(self) -> Mass:
         """Of each head's vertical scores over the sentences of the output; NaN where they are too few."""
-        scores = vertical_scores_by_head(self.shares, len(self.heads), len(self.roles))
+        scores = HeadMatrix.of(self.shares).vertical_scores(len(self.heads), len(self.roles))
         return output_kurtosis(scores, self.roles)
 
 

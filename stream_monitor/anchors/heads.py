@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.matrix import ANCHOR_GAP, Mass, Positions, SparseMass
+from stream_monitor.compiled.matrices import sum_from_afar, sum_heads
 
 LEAST_SENTENCES = 12
 """Scored sentences of an output below which the kurtosis over them says nothing."""
@@ -76,27 +77,55 @@ def weights(heads: Sequence[Head], receivers: Iterable[Head]) -> Mass:
     return np.asarray(found / max(1.0, found.sum()))
 
 
-def vertical_scores_by_head(sentences: Sequence[tuple[int, HeadShares]], heads: int, size: int) -> Mass:
-    """float64 [heads, size]: mean share over the observed sentences i >= j + `ANCHOR_GAP`; NaN without such.
+class HeadMatrix(NamedTuple):
+    """What some sentences read, head by head.
 
-    Args:
-        sentences: number and shares of each observed sentence.
-        heads: of the request.
-        size: sentences there are.
+    Attributes:
+        numbers: int64 [sentences], of each.
+        edges: int64 [sentences + 1], of each one's entries.
+        entries: of all.
     """
-    numbers = np.array([index for index, _ in sentences], np.int64)
-    rows = np.repeat(numbers, [len(found.columns) for _, found in sentences])
-    heads_of, columns, shares = joined([found for _, found in sentences])
-    far = columns <= rows - ANCHOR_GAP
-    total = np.bincount(heads_of.astype(np.int64) * size + columns, shares * far, heads * size)
-    observed = np.zeros(size)
-    observed[numbers] = 1
-    later = np.cumsum(observed[::-1])[::-1]
-    count = np.zeros(size)
-    count[: max(0, size - ANCHOR_GAP)] = later[ANCHOR_GAP:]
-    scores = np.full((heads, size), np.nan)
-    np.divide(total.reshape(heads, size), count, out=scores, where=count > 0)
-    return scores
+
+    numbers: Positions
+    edges: Positions
+    entries: HeadShares
+
+    @classmethod
+    def of(cls, sentences: Sequence[tuple[int, HeadShares]]) -> "HeadMatrix":
+        """Of sentences with their numbers."""
+        entries = joined([found for _, found in sentences])
+        edges = np.cumsum([0, *(len(found.columns) for _, found in sentences)])
+        return cls(np.array([number for number, _ in sentences], np.int64), edges, entries)
+
+    def after(self, count: int) -> "HeadMatrix":
+        """Without the first so many of its sentences."""
+        return self._replace(numbers=self.numbers[count:], edges=self.edges[count:])
+
+    def mean_over(self, weights: Mass, size: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32], Mass]:
+        """The sentence matrix by heads of these weights, which sum to 1: row, column and share of each cell there is.
+        `size` is how many sentences there are."""
+        found: tuple[NDArray[np.uint32], NDArray[np.uint32], Mass] = sum_heads(
+            self.numbers, self.edges, *self.entries, weights, size
+        )
+        return found
+
+    def vertical_scores(self, heads: int, size: int) -> Mass:
+        """float64 [heads, size]: mean share over the observed sentences i >= j + `ANCHOR_GAP`; NaN without such.
+
+        Args:
+            heads: of the request.
+            size: sentences there are.
+        """
+        total = np.zeros((heads, size))
+        sum_from_afar(self.numbers, self.edges, *self.entries, ANCHOR_GAP, total)
+        observed = np.zeros(size)
+        observed[self.numbers] = 1
+        later = np.cumsum(observed[::-1])[::-1]
+        count = np.zeros(size)
+        count[: max(0, size - ANCHOR_GAP)] = later[ANCHOR_GAP:]
+        scores = np.full((heads, size), np.nan)
+        np.divide(total, count, out=scores, where=count > 0)
+        return scores
 
 
 def excess_kurtosis(values: Mass) -> Mass:

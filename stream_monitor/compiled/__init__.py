@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from stream_monitor.compiled.decoding import decode_rows, heaviest_far_keys
 from stream_monitor.compiled.divergence import compare, jensen_shannon, side_by_side
 from stream_monitor.compiled.folding import fold_rows
+from stream_monitor.compiled.matrices import sum_from_afar, sum_heads, sum_rows
 from stream_monitor.compiled.periods import FAR_KEYS, PERIODS, best_period, newest_rows
 
 
@@ -25,6 +26,11 @@ def prepare() -> None:
     decode_rows(number, 1, ids, offsets, logs, forced, offsets, logs, rest, rest, shares, 1.0, keys, mass, whole)
     heaviest_far_keys(keys, mass, number, keys.copy(), mass.copy())
     fold_rows(number, keys[0], mass[0], np.array([0, 1]), np.zeros(1, np.uint16), whole, 1)
+    entry = keys[0], mass[0]
+    sum_rows(*entry, np.array([0, 1]), whole, np.array([0, 1]), 1)
+    head = number, np.array([0, 1]), np.zeros(1, np.uint8), *entry
+    sum_heads(*head, whole, 1)
+    sum_from_afar(*head, 4, np.zeros((1, 1)))
     columns, both = side_by_side(number, whole, number, whole)
     compare(columns, both, 1)
     jensen_shannon(whole, whole)

@@ -335,5 +335,4 @@ def _stored(trace: RequestTrace, going: bool) -> StoredTrace:
         info.engine,
         info.SerializeToString(deterministic=True),
         whole.SerializeToString(deterministic=True),
-        plain=len(whole.head_share),
     )

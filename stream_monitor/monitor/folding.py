@@ -14,8 +14,8 @@ from stream_monitor.compiled.folding import fold_rows
 from stream_monitor.monitor.request_heads import MAX_HEADS, RequestHeads
 from stream_monitor.monitor.rows import Row
 
-_NO_KEYS = np.zeros(0, np.uint32)
-_NO_MASS = np.zeros(0, np.float32)
+NO_KEYS = np.zeros(0, np.uint32)
+NO_MASS = np.zeros(0, np.float32)
 _NO_PLACES = np.zeros(0, np.uint16)
 
 Part = tuple[Row, NDArray[np.uint32], NDArray[np.float32]]
@@ -52,8 +52,8 @@ class Folded:
         return cls(
             [row for row, _, _ in ordered],
             edges_of(len(columns) for _, columns, _ in ordered),
-            np.concatenate([_NO_KEYS, *(columns for _, columns, _ in ordered)]),
-            np.concatenate([_NO_MASS, *(mass for _, _, mass in ordered)]),
+            np.concatenate([NO_KEYS, *(columns for _, columns, _ in ordered)]),
+            np.concatenate([NO_MASS, *(mass for _, _, mass in ordered)]),
         )
 
 
@@ -90,7 +90,7 @@ class Fold(NamedTuple):
 def fold(sentence: Unfolded) -> Fold:
     """Fold the rows of a sentence."""
     rows, heads = sentence.rows, sentence.heads
-    keys = np.concatenate([_NO_KEYS, *(row.keys for row in rows)])
+    keys = np.concatenate([NO_KEYS, *(row.keys for row in rows)])
     # Those that a rank is the first to bring have a place from here on.
     places = np.concatenate([_NO_PLACES, *(_heads_of(row, heads) for row in rows)])
     # Where none tells heads apart all is beyond the last head, which counts for nothing.
@@ -98,7 +98,7 @@ def fold(sentence: Unfolded) -> Fold:
     edges, columns, mass, head_places, head_columns, shares, mean_columns, mean_shares = fold_rows(
         sentence.starts.of(keys),
         keys,
-        np.concatenate([_NO_MASS, *(row.mass for row in rows)]),
+        np.concatenate([NO_MASS, *(row.mass for row in rows)]),
         np.array(edges_of(len(row.keys) for row in rows)),
         places,
         heads.weights(sentence.receivers),

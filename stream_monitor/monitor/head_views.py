@@ -1,10 +1,9 @@
 """A trace head by head, as messages of `monitor.proto`."""
 
 import numpy as np
-from numpy.typing import NDArray
 
 from stream_monitor.anchors.calibration import output_kurtosis
-from stream_monitor.anchors.heads import HeadShares, joined
+from stream_monitor.anchors.heads import HeadMatrix, HeadShares, joined
 from stream_monitor.anchors.matrix import Mass, Positions, proximity_corrected, vertical_scores
 from stream_monitor.anchors.panel import Alarm, Kind
 from stream_monitor.anchors.shift_probe import BEFORE, DISTANCES, TOGETHER, ProbedShift, log_reading, moves
@@ -12,60 +11,33 @@ from stream_monitor.monitor.trace import RequestTrace
 from stream_monitor.records import Role
 from stream_monitor.v1alpha1 import monitor_pb2
 
-Numbers = NDArray[np.uint32]
-
 MOST_CARRIERS = 5
-_TOGETHER = 64
-"""Sentences at a time that a row of the matrix is made of, each with a table of all sentences."""
 _LOOKED_BACK = 64
 """Sentences before a finding that say what a head read until then."""
 
 
 def add_heads(trace: RequestTrace, response: monitor_pb2.GetTraceResponse, with_matrix: bool) -> None:
     """What `GetTraceResponse` says of heads."""
-    receivers = set(trace.panel.receivers)
+    receivers, size = set(trace.panel.receivers), len(trace.spans)
     roles = np.array([span.role for span in trace.spans], np.uint8)
-    every = output_kurtosis(trace.heads.vertical_scores(len(trace.spans)), roles)
+    # The opening is no sentence of the output.
+    opening = [] if trace.heads.opening is None else [trace.heads.opening]
+    whole = HeadMatrix.of([*opening, *trace.heads.sentences()])
+    output = whole.after(len(opening))
+    every = output_kurtosis(output.vertical_scores(len(trace.heads.heads), size), roles)
     for head, kurtosis in zip(trace.heads.heads, every, strict=True):
         response.heads.append(monitor_pb2.TraceHead(head=_head(*head), kurtosis=kurtosis, receiver=head in receivers))
-    rows, columns, shares, observed = _receiver_matrix(trace)
-    response.receiver_score = vertical_scores(rows, columns, shares, observed).astype("<f4").tobytes()
-    response.corrected_score = proximity_corrected(rows, columns, shares, observed).astype("<f4").tobytes()
+    matrix = output.mean_over(trace.heads.weights(trace.panel.receivers), size)
+    observed = np.zeros(size, bool)
+    observed[output.numbers] = True
+    response.receiver_score = vertical_scores(*matrix, observed).astype("<f4").tobytes()
+    response.corrected_score = proximity_corrected(*matrix, observed).astype("<f4").tobytes()
     if with_matrix:
-        opening = trace.heads.opening
-        kept = [*([opening] if opening else []), *trace.heads.sentences()]
-        heads, read, given = joined([found for _, found in kept])
-        numbers = np.array([index for index, _ in kept], "<u4")
-        response.head_row = np.repeat(numbers, [len(found.columns) for _, found in kept]).tobytes()
+        heads, read, given = whole.entries
+        response.head_row = np.repeat(whole.numbers.astype("<u4"), np.diff(whole.edges)).tobytes()
         response.head_column = read.astype("<u4", copy=False).tobytes()
         response.head_index = heads.tobytes()
         response.head_share = given.astype("<f4", copy=False).tobytes()
-
-
-def _receiver_matrix(trace: RequestTrace) -> tuple[Numbers, Numbers, Mass, NDArray[np.bool_]]:
-    """The sentence matrix of the output's sentences by the heads that count, in coordinate form."""
-    chosen, size = trace.heads.weights(trace.panel.receivers), len(trace.spans)
-    observed = np.zeros(size, bool)
-    rows, columns, shares = [], [], []
-    kept = trace.heads.sentences()
-    for first in range(0, len(kept), _TOGETHER):
-        some = kept[first : first + _TOGETHER]
-        numbers = np.array([index for index, _ in some])
-        heads, read, given = joined([found for _, found in some])
-        cells = np.repeat(size * np.arange(len(some)), [len(found.columns) for _, found in some]) + read
-        mass = np.bincount(cells, given * chosen[heads], size * len(some))
-        used = mass.nonzero()[0]
-        rows.append(numbers[used // size].astype(np.uint32))
-        columns.append((used % size).astype(np.uint32))
-        shares.append(mass[used])
-        observed[numbers] = True
-    nothing = np.zeros(0, np.uint32)
-    return (
-        np.concatenate([nothing, *rows]),
-        np.concatenate([nothing, *columns]),
-        np.concatenate([np.zeros(0), *shares]),
-        observed,
-    )
 
 
 def clear_heads(response: monitor_pb2.GetTraceResponse) -> None:

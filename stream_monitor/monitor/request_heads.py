@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_monitor.anchors.heads import NO_SHARES, Head, HeadShares, vertical_scores_by_head, weights
+from stream_monitor.anchors.heads import NO_SHARES, Head, HeadShares, weights
 from stream_monitor.anchors.probe import Probe
 
 MAX_HEADS = 256
@@ -72,10 +72,6 @@ class RequestHeads:
     def newest(self, count: int) -> list[tuple[int, HeadShares]]:
         """The last so many of `sentences`: what is closed comes in order."""
         return list(islice(reversed(self._shares.items()), count))[::-1]
-
-    def vertical_scores(self, size: int) -> NDArray[np.float64]:
-        """float64 [heads, size]; see `vertical_scores_by_head`."""
-        return vertical_scores_by_head(self.sentences(), len(self.heads), size)
 
     def of_entries(self, rank: Any) -> NDArray[np.uint16]:
         """Place of the head of each entry of a row of this rank; `MAX_HEADS` for a head that is not told apart."""

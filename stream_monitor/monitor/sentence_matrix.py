@@ -1,6 +1,6 @@
 """The sentence matrix of a request, and what else the rows captured in a sentence say."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -8,12 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.matrix import Mass
+from stream_monitor.compiled.matrices import sum_rows
 from stream_monitor.compiled.periods import FAR_KEYS
-from stream_monitor.monitor.folding import Folded, edges_of
+from stream_monitor.monitor.folding import NO_KEYS, NO_MASS, Folded, edges_of
 from stream_monitor.monitor.rows import FAR_KEY, Row
-
-_MOST_ENTRIES = 1 << 15
-"""Of sentences that are summed at once, about, so that their tables stay in the processor's caches."""
 
 
 class Captured(NamedTuple):
@@ -67,56 +65,23 @@ class SentenceMatrix(NamedTuple):
     @classmethod
     def of(cls, sentences: Sequence[Folded]) -> "SentenceMatrix":
         """Of these sentences, the first of which is number 0."""
-        parts = [_NO_ROWS]
-        for batch in _batches(sentences):
-            first = sum(len(part.captured) for part in parts)
-            made = _made(batch)
-            parts.append(made._replace(rows=made.rows + np.uint32(first)))
-        return cls(*map(np.concatenate, zip(*parts, strict=True)))
+        rows = [row for each in sentences for row in each.rows]
+        of_row = np.repeat(np.arange(len(sentences)), [len(each.rows) for each in sentences])
+        heads = np.array([row.heads for row in rows], np.int64)
+        captured = np.bincount(of_row, heads > 0, len(sentences)).astype(np.int64)
+        # Of ranks without watched heads there is nothing to average.
+        divisors = np.maximum(heads, 1).astype(float)
+        unobserved = np.full(len(sentences), np.nan)
+        total = np.bincount(of_row, np.array([row.unobserved for row in rows]) / divisors, len(sentences))
+        np.divide(total, captured, out=unobserved, where=captured > 0)
 
-
-_NO_ROWS = SentenceMatrix(
-    np.zeros(0, np.uint32), np.zeros(0, np.uint32), np.zeros(0), np.zeros(0, np.int64), np.zeros(0)
-)
-
-
-def _batches(sentences: Sequence[Folded]) -> Iterator[list[Folded]]:
-    """The same in parts of about `_MOST_ENTRIES`, or of one sentence."""
-    batch: list[Folded] = []
-    entries = 0
-    for each in sentences:
-        entries += len(each.columns)
-        if batch and entries > _MOST_ENTRIES:
-            yield batch
-            batch, entries = [], len(each.columns)
-        batch.append(each)
-    if batch:
-        yield batch
-
-
-def _made(sentences: list[Folded]) -> SentenceMatrix:
-    rows = [row for each in sentences for row in each.rows]
-    of_row = np.repeat(np.arange(len(sentences)), [len(each.rows) for each in sentences])
-    heads = np.array([row.heads for row in rows], np.int64)
-    captured = np.bincount(of_row, heads > 0, len(sentences)).astype(np.int64)
-    # Of ranks without watched heads there is nothing to average.
-    divisors = np.maximum(heads, 1)
-    unobserved = np.full(len(sentences), np.nan)
-    total = np.bincount(of_row, np.array([row.unobserved for row in rows]) / divisors, len(sentences))
-    np.divide(total, captured, out=unobserved, where=captured > 0)
-
-    columns = np.concatenate([each.columns for each in sentences])
-    mass = np.concatenate([each.mass for each in sentences])
-    begins = np.array(edges_of(int(each.columns.max(initial=0)) + 1 for each in sentences))
-    entries = [high - low for each in sentences for low, high in pairwise(each.edges)]
-    places = columns + np.repeat(begins[:-1], [len(each.columns) for each in sentences])
-    sums = np.bincount(places, mass / np.repeat(divisors.astype(np.float32), entries), begins[-1])
-    used = sums.nonzero()[0]
-    read_by = np.repeat(np.arange(len(sentences)), np.diff(used.searchsorted(begins)))
-    return SentenceMatrix(
-        read_by.astype(np.uint32),
-        (used - begins[read_by]).astype(np.uint32),
-        sums[used] / captured[read_by],
-        captured,
-        unobserved,
-    )
+        columns = np.concatenate([NO_KEYS, *(each.columns for each in sentences)])
+        read_by, read, sums = sum_rows(
+            columns,
+            np.concatenate([NO_MASS, *(each.mass for each in sentences)]),
+            np.cumsum([0, *(high - low for each in sentences for low, high in pairwise(each.edges))]),
+            divisors,
+            np.array(edges_of(len(each.rows) for each in sentences)),
+            int(columns.max(initial=0)) + 1,
+        )
+        return cls(read_by, read, sums / captured[read_by], captured, unobserved)

@@ -5,16 +5,14 @@ import numpy as np
 from stream_monitor.anchors.heads import Head
 from stream_monitor.anchors.matrix import SentenceStarts
 from stream_monitor.anchors.sentences import Span
-from stream_monitor.monitor.folding import Folded, Part, Unfolded, fold
+from stream_monitor.monitor.folding import NO_KEYS, NO_MASS, Folded, Part, Unfolded, fold
 from stream_monitor.monitor.request_heads import RequestHeads
 from stream_monitor.monitor.rows import Row, discard
 from stream_monitor.monitor.sentence_matrix import SentenceMatrix
 
 _ROW_BYTES = 610
 """Size of a row's Python objects, by tracemalloc on 64-bit CPython 3.11, for the memory bound."""
-_NO_KEYS = np.zeros(0, np.uint32)
-_NO_MASS = np.zeros(0, np.float32)
-_NOTHING = Folded([], [0], _NO_KEYS, _NO_MASS)
+_NOTHING = Folded([], [0], NO_KEYS, NO_MASS)
 
 
 class TraceRows:
@@ -140,7 +138,7 @@ class TraceRows:
         for row in folded.rows:
             if self._waiting.pop(row.position, None) is not None:
                 self.bytes -= row.nbytes
-                row.keys, row.mass, row.by_head = _NO_KEYS, _NO_MASS, False
+                row.keys, row.mass, row.by_head = NO_KEYS, NO_MASS, False
         if index in self._folded:
             folded = Folded.of_parts([*self._drop(index), *folded.parts()])
         self._folded[index] = folded

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from stream_monitor.anchors.heads import (
+    HeadMatrix,
     choose_receivers,
     excess_kurtosis,
-    vertical_scores_by_head,
     weights,
 )
 from stream_monitor.anchors.matrix import ANCHOR_GAP, proximity_corrected
@@ -62,11 +62,18 @@ def test_vertical_scores_by_head_are_the_definition(seed: int) -> None:
     for index in np.flatnonzero(observed).tolist():
         head, column = np.nonzero(dense[:, index])
         kept.append((index, head_shares(head, column, dense[head, index, column])))
-    found = vertical_scores_by_head(kept, heads, size)
+    matrix = HeadMatrix.of([(size, head_shares(*np.nonzero(np.ones((heads, size))), np.ones(heads * size))), *kept])
+    found = matrix.after(1).vertical_scores(heads, size)
     for column in range(size):
         later = [index for index in range(column + ANCHOR_GAP, size) if observed[index]]
         expected = dense[:, later, column].mean(1) if later else np.full(heads, np.nan)
         assert np.allclose(found[:, column], expected, equal_nan=True, atol=1e-6)
+    chosen = generator.dirichlet(np.ones(heads))
+    rows, columns, shares = matrix.after(1).mean_over(chosen, size)
+    assert list(zip(rows.tolist(), columns.tolist(), strict=True)) == [
+        (index, column) for index in np.flatnonzero(observed).tolist() for column in range(index + 1)
+    ]
+    assert np.allclose(shares, np.einsum("h,hij->ij", chosen, dense)[rows, columns], atol=1e-6)
 
 
 def test_receivers_are_the_heads_that_are_peaked_in_both_halves() -> None:

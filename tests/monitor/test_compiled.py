@@ -9,6 +9,7 @@ SERVE = """
 import numpy as np
 
 from stream_monitor import compiled
+from stream_monitor.monitor import views
 from tests.monitor import test_trace_rows as rows
 
 functions = [value for value in vars(compiled).values() if hasattr(value, "signatures")]
@@ -23,6 +24,7 @@ for summary in summaries:
     summary.rows.narrow_block_ids = ids.astype("<u2").tobytes()
 assert np.array_equal(rows.served(summaries, together=1).matrix().shares, wide.matrix().shares)
 rows.test_far_keys_of_two_ranks_are_added_up()
+assert len(views.full(wide, with_heads=True).heads) == 6
 print(len(wide.spans), [len(function.signatures) for function in functions])
 """
 
@@ -32,4 +34,4 @@ def test_everything_is_compiled_before_it_is_needed() -> None:
     assert done.returncode == 0, done.stderr
     sentences, signatures = done.stdout.split(maxsplit=1)
     assert int(sentences) > 20
-    assert signatures.strip() == str([1] * 8)
+    assert signatures.strip() == str([1] * 11)

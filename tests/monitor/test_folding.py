@@ -6,7 +6,6 @@ import pytest
 from stream_monitor.anchors.heads import Head
 from stream_monitor.anchors.matrix import SentenceStarts
 from stream_monitor.compiled.periods import FAR_KEYS
-from stream_monitor.monitor import sentence_matrix
 from stream_monitor.monitor.folding import Unfolded, fold
 from stream_monitor.monitor.ranks import Rank, key_of
 from stream_monitor.monitor.request_heads import MAX_HEADS, RequestHeads
@@ -53,8 +52,7 @@ def unfolded(
     return Unfolded([row(draw, ranks, position) for position in positions], starts, RequestHeads(), receivers)
 
 
-@pytest.mark.parametrize("most", [1, 1 << 20], ids=["one a batch", "in one batch"])
-def test_many_sentences_and_each_alone(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_sentences_and_each_alone() -> None:
     draw = np.random.default_rng(0)
     sentences = [
         unfolded(draw, 20, 3, range(4), receivers=((1, 3), (2, 0))),
@@ -73,7 +71,6 @@ def test_many_sentences_and_each_alone(most: int, monkeypatch: pytest.MonkeyPatc
         assert np.array_equal(mean.shares, found.mass.shares)
     assert [each.telling for each in folds] == [3, 0, 6, 1, 0, 1]
     assert folds[2].shares.heads.max() == len(sentences[2].heads.heads) - 1
-    monkeypatch.setattr(sentence_matrix, "_MOST_ENTRIES", most)
     matrix = SentenceMatrix.of([each.folded for each in folds])
     for number, (each, found) in enumerate(zip(sentences, folds, strict=True)):
         expected, mine = SentenceMatrix.of([found.folded]), matrix.rows == number
