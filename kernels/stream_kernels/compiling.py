@@ -71,16 +71,22 @@ def jit(**options: Any) -> Callable[[Function], Function]:
     return decorator
 
 
-def cached_jit(nogil: bool = True) -> Callable[[Callable[..., Any]], Any]:
+def cached_jit() -> Callable[[Callable[..., Any]], Any]:
     """The decorator of a function that Python calls: compiled once per installation, or at each start where no cache
     folder can be written ($NUMBA_CACHE_DIR, `__pycache__` beside it and the user's own are tried) and none was compiled
-    beside it before.
+    beside it before."""
+    return _cached(nogil=True)
 
-    `nogil`: it lets go of the interpreter while it runs, which is not worth it for a few microseconds.
-    """
 
+def checked_jit() -> Callable[[Callable[..., Any]], Any]:
+    """The same of a function that takes microseconds, for which it is not worth to let go of the interpreter, and whose
+    numbers come from others: an index beyond an array raises, as in Python."""
+    return _cached(boundscheck=True)
+
+
+def _cached(**options: bool) -> Callable[[Callable[..., Any]], Any]:
     def decorated(function: Callable[..., Any]) -> Any:
-        dispatcher: Any = numba.njit(nogil=nogil, error_model="numpy")(function)
+        dispatcher: Any = numba.njit(error_model="numpy", **options)(function)
         try:
             # There is no public way to choose the class; `Dispatcher.enable_caching` is this line with numba's own.
             dispatcher._cache = _Cache(function)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from stream_monitor.compiled.folding import sentences_of
+
 ANCHOR_GAP = 4
 """A sentence's own neighbourhood is no anchor: only sentences at least this much earlier are (thought-anchors' δ)."""
 NO_BLOCK = 0xFFFFFFFF
@@ -18,6 +20,7 @@ _MOST_TOKENS = 1 << 20
 """Tokens of a request beyond which the sentence of a token is searched, not looked up: a table takes memory."""
 _LONG_SENTENCE = 1 << 12
 """The same of a sentence, such as a prompt that is not known to have more than one: a few bytes tell of any length."""
+_NO_TABLE = np.zeros(0, np.int32)
 
 Positions = NDArray[np.int64]
 Mass = NDArray[np.float64]
@@ -99,6 +102,9 @@ def forced_block_ids(positions: Positions, block_size: int, sink: int, recent: i
 class SentenceStarts:
     """First token of each sentence; and, looked up, the sentence of each token.
 
+    Attributes:
+        table: int32 [tokens or more], the sentence of each; nothing where they are searched.
+
     Examples
     --------
     >>> starts = SentenceStarts()
@@ -110,7 +116,7 @@ class SentenceStarts:
 
     def __init__(self) -> None:
         self._starts = array("q")
-        self._sentences: NDArray[np.int32] | None = np.zeros(256, np.int32)
+        self.table = np.zeros(256, np.int32)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -118,7 +124,7 @@ class SentenceStarts:
     @property
     def nbytes(self) -> int:
         """Of the table of tokens."""
-        return 0 if self._sentences is None else self._sentences.nbytes
+        return self.table.nbytes
 
     @property
     def positions(self) -> Positions:
@@ -127,13 +133,13 @@ class SentenceStarts:
 
     def append(self, start: int, end: int) -> None:
         """One more sentence, of the tokens [start, end)."""
-        if self._sentences is not None:
+        if len(self.table):
             if end > _MOST_TOKENS or end - start > _LONG_SENTENCE:
                 self.release()
             else:
-                if end > len(self._sentences):
-                    self._sentences = np.concatenate([self._sentences, np.zeros(end, np.int32)])
-                self._sentences[start:end] = len(self._starts)
+                if end > len(self.table):
+                    self.table = np.concatenate([self.table, np.zeros(end, np.int32)])
+                self.table[start:end] = len(self._starts)
         self._starts.append(start)
 
     def cut(self, count: int) -> None:
@@ -142,13 +148,12 @@ class SentenceStarts:
 
     def release(self) -> None:
         """Give the table of tokens away: sentences are searched from now on."""
-        self._sentences = None
+        self.table = _NO_TABLE
 
     def of(self, keys: NDArray[np.uint32]) -> Positions:
         """The sentence of each of these tokens, all of which lie in sentences: int64 [n]."""
-        if self._sentences is not None:
-            return self._sentences[keys].astype(np.int64)
-        return np.searchsorted(np.frombuffer(self._starts, np.int64), keys, side="right") - 1
+        found: Positions = sentences_of(keys, self.table, self.positions)
+        return found
 
 
 def vertical_scores(

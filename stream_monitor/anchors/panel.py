@@ -4,6 +4,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -84,12 +85,22 @@ class Observation:
     reading: float = math.nan
     opening: bool = False
 
+    @property
+    def limit(self) -> int:
+        """Number of the sentences that are far enough to be anchors, the first ones."""
+        return max(0, self.index - ANCHOR_GAP + 1)
+
+    @cached_property
+    def far(self) -> SparseMass:
+        """The mass on those."""
+        return self.mass.before(self.limit)
+
     def rivals(self) -> SparseMass:
         """What UNTRUSTED_ANCHOR is shown: the mass on what may be an anchor beside a document."""
         if self.opening:
             # At the end of a document it reads its own sentence because that is so near.
             return self.mass.before(self.index) if self.roles[self.index] == Role.UNTRUSTED else self.mass
-        return candidates(self.mass, self.roles, max(0, self.index - ANCHOR_GAP + 1))
+        return candidates(self.mass, self.roles, self.limit)
 
 
 @dataclass(frozen=True)
@@ -227,8 +238,7 @@ class Panel:
         """
         if seen.opening:
             return self._open(seen)
-        limit = max(0, seen.index - ANCHOR_GAP + 1)
-        far = seen.mass.before(limit)
+        limit, far = seen.limit, seen.far
         prompt = self._prompt_of(seen)
         user = float(seen.mass.shares[seen.roles[seen.mass.columns] == _USER].sum())
         tokens = min(1.0, prompt.user_tokens / max(1, int(seen.starts[seen.index])))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stream_monitor.compiled.decoding import decode_rows, heaviest_far_keys
 from stream_monitor.compiled.divergence import compare, jensen_shannon, side_by_side
-from stream_monitor.compiled.folding import fold_rows
+from stream_monitor.compiled.folding import fold_rows, sentences_of
 from stream_monitor.compiled.matrices import sum_from_afar, sum_heads, sum_rows
 from stream_monitor.compiled.periods import FAR_KEYS, PERIODS, best_period, newest_rows
 
@@ -20,15 +20,18 @@ def prepare() -> None:
     """Have all of them compiled, or read from the disk, for the types that they are called with: seconds in which
     nothing else is done, so that it is not a request that waits for them."""
     number, whole = np.zeros(1, np.int64), np.ones(1)
-    keys, mass = np.zeros((1, 1), np.uint32), np.zeros((1, 1), np.float32)
+    # Of one row with a head, and of that a kept and a forced block.
+    keys, mass = np.zeros((1, 2), np.uint32), np.zeros((1, 2), np.float32)
     ids, offsets, logs = np.zeros((1, 1, 1), np.uint32), _lent((1, 1, 1), np.uint8), _lent((1, 1, 1), np.uint16)
     forced, rest, shares = np.zeros((1, 1), np.int64), _lent((1, 1), np.uint16), np.ones(1 << 16, np.float32)
     decode_rows(number, 1, ids, offsets, logs, forced, offsets, logs, rest, rest, shares, 1.0, keys, mass, whole)
     heaviest_far_keys(keys, mass, number, keys.copy(), mass.copy())
-    fold_rows(number, keys[0], mass[0], np.array([0, 1]), np.zeros(1, np.uint16), whole, 1)
-    entry = keys[0], mass[0]
-    sum_rows(*entry, np.array([0, 1]), whole, np.array([0, 1]), 1)
-    head = number, np.array([0, 1]), np.zeros(1, np.uint8), *entry
+    table = np.zeros(1, np.int32)
+    sentences_of(keys[0], table, number)
+    entries, edges = (keys[0], mass[0]), np.array([0, 2])
+    fold_rows(table, number, *entries, edges, np.zeros(2, np.uint16), whole, 1)
+    sum_rows(*entries, edges, whole, np.array([0, 1]), 1)
+    head = number, edges, np.zeros(2, np.uint8), *entries
     sum_heads(*head, whole, 1)
     sum_from_afar(*head, 4, np.zeros((1, 1)))
     columns, both = side_by_side(number, whole, number, whole)

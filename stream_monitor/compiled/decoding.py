@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_kernels.compiling import cached_jit
+from stream_kernels.compiling import checked_jit
 from stream_monitor.compiled.periods import LEAST_LAG, MOST_LAG
 
 Bits = NDArray[np.uint16]
@@ -15,7 +15,7 @@ SINK_TOKENS = 4
 """First tokens that are no far key of a loop: the attention sink is there, whatever is read."""
 
 
-@cached_jit(nogil=False)
+@checked_jit()
 def decode_rows(
     positions: NDArray[np.int64],
     block_size: int,
@@ -88,7 +88,7 @@ def decode_rows(
     return UNSOUND if unsound else SOUND
 
 
-@cached_jit(nogil=False)
+@checked_jit()
 def heaviest_far_keys(
     keys: NDArray[np.uint32],
     mass: NDArray[np.float32],

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_kernels.compiling import cached_jit
+from stream_kernels.compiling import checked_jit
 
 Columns = NDArray[np.int64]
 Shares = NDArray[np.float64]
@@ -14,7 +14,7 @@ _LEAST = 1e-300
 """Halved, a smaller share may be 0, and it adds nothing."""
 
 
-@cached_jit(nogil=False)
+@checked_jit()
 def side_by_side(
     one_columns: Columns, one_shares: Shares, other_columns: Columns, other_shares: Shares
 ) -> tuple[Columns, Shares]:
@@ -38,7 +38,7 @@ def side_by_side(
     return columns[:count].copy(), shares[:, :count].copy()
 
 
-@cached_jit(nogil=False)
+@checked_jit()
 def jensen_shannon(p: Shares, q: Shares) -> float:
     """Jensen-Shannon divergence of two distributions [n] over the same support, in bits: 0 if equal, 1 if disjoint."""
     bits = 0.0
@@ -51,7 +51,7 @@ def jensen_shannon(p: Shares, q: Shares) -> float:
     return max(0.0, bits / 2)
 
 
-@cached_jit(nogil=False)
+@checked_jit()
 def compare(columns: Columns, both: Shares, end: int) -> tuple[float, float, float]:
     """What each of two `side_by_side` holds on the columns below `end`, and the divergence of both there, each made to
     sum to 1; no number where one of them holds nothing."""

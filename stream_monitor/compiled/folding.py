@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_kernels.compiling import cached_jit
+from stream_kernels.compiling import checked_jit
 
 Numbers = NDArray[np.uint32]
 Places = NDArray[np.int64]
@@ -11,9 +11,36 @@ Shares = NDArray[np.float32]
 Mass = NDArray[np.float64]
 
 
-@cached_jit(nogil=False)
+@checked_jit()
+def sentences_of(keys: Numbers, table: NDArray[np.int32], starts: Places) -> Places:
+    """The sentence of each of these tokens [n], all of which lie in sentences.
+
+    Args:
+        keys: [n].
+        table: the sentence of each token, or nothing.
+        starts: [sentences], first token of each, by which it is searched then.
+    """
+    found = np.empty(len(keys), np.int64)
+    for entry in range(len(keys)):
+        key = keys[entry]
+        if len(table):
+            found[entry] = table[key]
+        else:
+            low, high = 0, len(starts)
+            while high - low > 1:
+                middle = (low + high) // 2
+                if starts[middle] <= key:
+                    low = middle
+                else:
+                    high = middle
+            found[entry] = low
+    return found
+
+
+@checked_jit()
 def fold_rows(
-    columns: Places,
+    table: NDArray[np.int32],
+    starts: Places,
     keys: Numbers,
     mass: Shares,
     edges: Places,
@@ -26,8 +53,8 @@ def fold_rows(
     What lies on the context's first token, the attention sink, counts for no head.
 
     Args:
-        columns: [n], the sentence that each entry reads.
-        keys: [n], the token. mass: [n].
+        table, starts: of `sentences_of`.
+        keys, mass: [n], the token that each entry reads.
         edges: [rows + 1], where each row's entries begin, and their end.
         heads: [n], place of the head of each entry; those beyond the heads that there are are not told apart.
         weights: [heads], what each counts in the mean.
@@ -37,9 +64,8 @@ def fold_rows(
         Edges [rows + 1], columns and mass of the rows, ascending within each; places, columns and shares of the heads,
         head by head; columns and shares of their mean.
     """
-    size = 0
-    for column in columns:
-        size = max(size, column + 1)
+    size = len(starts)
+    columns = sentences_of(keys, table, starts)
     # Of each sentence that is read, its place among them.
     places = np.zeros(size, np.int64)
     for column in columns:

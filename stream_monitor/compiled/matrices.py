@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_kernels.compiling import cached_jit
+from stream_kernels.compiling import checked_jit
 
 Numbers = NDArray[np.uint32]
 Places = NDArray[np.int64]
@@ -11,7 +11,7 @@ Shares = NDArray[np.float32]
 Mass = NDArray[np.float64]
 
 
-@cached_jit(nogil=False)
+@checked_jit()
 def sum_rows(
     columns: Numbers, mass: Shares, edges: Places, divisors: Mass, sentences: Places, size: int
 ) -> tuple[Numbers, Numbers, Mass]:
@@ -44,7 +44,7 @@ def sum_rows(
     return found_rows[:count].copy(), found_columns[:count].copy(), found_sums[:count].copy()
 
 
-@cached_jit(nogil=False)
+@checked_jit()
 def sum_heads(
     numbers: Places, edges: Places, heads: NDArray[np.uint8], columns: Numbers, shares: Shares, weights: Mass, size: int
 ) -> tuple[Numbers, Numbers, Mass]:
@@ -74,7 +74,7 @@ def sum_heads(
     return found_rows[:count].copy(), found_columns[:count].copy(), found_sums[:count].copy()
 
 
-@cached_jit(nogil=False)
+@checked_jit()
 def sum_from_afar(
     numbers: Places, edges: Places, heads: NDArray[np.uint8], columns: Numbers, shares: Shares, gap: int, totals: Mass
 ) -> None:

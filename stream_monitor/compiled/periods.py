@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from stream_kernels.compiling import cached_jit
+from stream_kernels.compiling import checked_jit
 
 FAR_KEYS = 8
 """Keys by which a row is described. With one, what a row says of a loop is chance; with 16, most are read by chance."""
@@ -23,7 +23,7 @@ _EQUAL = 1e-6
 """Scores that are no farther apart are equal: what fits a period fits its divisors too."""
 
 
-@cached_jit(nogil=False)
+@checked_jit()
 def newest_rows(
     lags: Lags,
     parts: Parts,
@@ -75,7 +75,7 @@ def newest_rows(
     return all_lags, all_parts, all_sentences
 
 
-@cached_jit(nogil=False)
+@checked_jit()
 def best_period(lags: Lags, parts: Parts, chance: NDArray[np.float64]) -> tuple[float, int]:
     """The score of the best of `PERIODS` for these rows, and the longest one that has it.
 

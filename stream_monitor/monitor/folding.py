@@ -96,7 +96,8 @@ def fold(sentence: Unfolded) -> Fold:
     # Where none tells heads apart all is beyond the last head, which counts for nothing.
     telling = sum(row.by_head and row.heads > 0 for row in rows)
     edges, columns, mass, head_places, head_columns, shares, mean_columns, mean_shares = fold_rows(
-        sentence.starts.of(keys),
+        sentence.starts.table,
+        sentence.starts.positions,
         keys,
         np.concatenate([NO_MASS, *(row.mass for row in rows)]),
         np.array(edges_of(len(row.keys) for row in rows)),

@@ -5,12 +5,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from stream_monitor.anchors.matrix import ANCHOR_GAP
 from stream_monitor.monitor import views
 from stream_monitor.monitor.archive import Archive
 from stream_monitor.monitor.calibration import Calibration, capture_id
 from stream_monitor.monitor.events import EventLog
-from stream_monitor.monitor.folding import Fold, fold
+from stream_monitor.monitor.folding import fold
 from stream_monitor.monitor.graveyard import Graveyard
 from stream_monitor.monitor.identity import TraceKey
 from stream_monitor.monitor.merge import MergedStep
@@ -168,31 +167,30 @@ class Pipeline:
         failure: Exception | None = None
         settled = [(trace, index) for trace in touched for index in trace.settle()]
         for trace, index in settled:
-            found = fold(trace.unfolded(index))
-            captured = Captured.of(trace.rows.keep(index, found.folded).rows)
             tally = tallies.get(trace.labels)
             if tally is None:
                 tally = tallies[trace.labels] = SentenceTally(named=exemplar(trace.identity.external_id))
             try:
-                self._score(trace, index, found, captured, tally)
+                self._score(trace, index, tally)
             except Exception as error:
                 # The others are settled, and would not come here again.
                 failure = failure or error
         return failure
 
-    def _score(self, trace: RequestTrace, index: int, found: Fold, captured: Captured, tally: SentenceTally) -> None:
+    def _score(self, trace: RequestTrace, index: int, tally: SentenceTally) -> None:
         now = trace.last_seen_ns
+        found = fold(trace.unfolded(index))
+        captured = Captured.of(trace.rows.keep(index, found.folded).rows)
         seen = trace.observation(index, captured, found)
         if found.telling:
             put = trace.heads.put_opening if seen.opening else trace.heads.put
             put(index, found.shares)
         alarms = trace.panel.update(seen)
         tally.verdicts.update(trace.panel.verdicts.items())
-        mass = seen.mass.before(index - ANCHOR_GAP + 1)
         if not seen.opening:
-            trace.top_anchor = mass.heaviest()
+            trace.top_anchor = seen.far.heaviest()
             tally.sentences += 1
-            tally.anchor_mass += np.bincount(seen.roles[mass.columns], mass.shares, len(tally.anchor_mass))
+            tally.anchor_mass += np.bincount(seen.roles[seen.far.columns], seen.far.shares, len(tally.anchor_mass))
             if captured.rows:
                 tally.unobserved.append(captured.unobserved)
         for alarm in alarms:
@@ -208,7 +206,7 @@ class Pipeline:
         if seen.opening:
             return
         if self.log.progress_wanted:
-            self.log.publish(views.sentence_event(trace, index, mass, captured.unobserved, now))
+            self.log.publish(views.sentence_event(trace, index, seen.far, captured.unobserved, now))
         else:
             self.log.publish(views.sentence_closed(trace, index), quietly=True)
 

@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+
+from stream_monitor import compiled
 from tests.deploy.installed import ROOT
 
 SERVE = """
@@ -34,4 +38,11 @@ def test_everything_is_compiled_before_it_is_needed() -> None:
     assert done.returncode == 0, done.stderr
     sentences, signatures = done.stdout.split(maxsplit=1)
     assert int(sentences) > 20
-    assert signatures.strip() == str([1] * 11)
+    assert signatures.strip() == str([1] * 12)
+
+
+def test_an_index_beyond_an_array_raises() -> None:
+    """Its numbers come from others: what was not thought of must not read other memory."""
+    keys = np.array([3, 500], np.uint32)
+    with pytest.raises(IndexError):
+        compiled.sentences_of(keys, np.zeros(256, np.int32), np.zeros(1, np.int64))
