@@ -14,7 +14,7 @@ from stream_monitor.monitor.database_file import PUBLIC, DatabaseFile
 from stream_monitor.monitor.identity import EXACT, TraceKey, names
 from stream_monitor.v1alpha1 import monitor_pb2
 
-_LEVEL = 1
+_LEVEL = 2
 """Traces are mostly small numbers in wide arrays."""
 
 Listed = tuple[int, monitor_pb2.RequestInfo]
