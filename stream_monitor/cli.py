@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -111,8 +112,8 @@ def serve(context: typer.Context) -> None:
         return
     settings = _settings(MonitorSettings, context.args)
     _quiet_grpc()
-    from stream_monitor.monitor.server import MonitorServer
-
+    with _compiling():
+        from stream_monitor.monitor.server import MonitorServer
     _run(lambda: MonitorServer(settings, _version()))
 
 
@@ -130,7 +131,8 @@ def fleet(context: typer.Context) -> None:
     settings = _settings(FleetSettings, context.args)
     _quiet_grpc()
     try:
-        from stream_monitor.monitor.fleet.server import FleetServer
+        with _compiling():
+            from stream_monitor.monitor.fleet.server import FleetServer
     except SettingsError as error:
         _fail(error)
     _run(lambda: FleetServer(settings, _version()))
@@ -139,6 +141,20 @@ def fleet(context: typer.Context) -> None:
 def _quiet_grpc() -> None:
     """Before gRPC is loaded: it says a line for each handshake that fails, with which anybody could fill the log."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    """While what has compiled loops is imported: where that is forbidden it is said in one line."""
+    try:
+        yield
+    except PermissionError as error:
+        if "executable memory" not in str(error):
+            raise
+        _fail(
+            "this process may not make memory executable, which the monitor's compiled loops need; allow it "
+            "(systemd: MemoryDenyWriteExecute=no)"
+        )
 
 
 def _run(make: "Callable[[], Server]") -> None:

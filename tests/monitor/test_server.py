@@ -1,8 +1,10 @@
 """Listening, health, HTTP, start and stop."""
 
 import asyncio
+import ctypes
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -273,6 +275,21 @@ def test_the_command_is_ready_in_two_seconds_and_stops_on_sigterm(tmp_path: Path
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == 0
     assert min(times) < 2
+
+
+@pytest.mark.parametrize("command", ["serve", "fleet"])
+def test_where_no_memory_may_be_made_executable_one_line_says_so(command: str) -> None:
+    forbid = "import ctypes, sys; sys.exit(ctypes.CDLL(None).prctl(65, 1, 0, 0, 0))"  # PR_SET_MDWE
+    if subprocess.run([sys.executable, "-c", forbid]).returncode:
+        pytest.skip("this kernel cannot forbid it")
+    done = subprocess.run(
+        [sys.executable, "-m", "stream_monitor", command, "--nats", "nats://127.0.0.1:1"],
+        preexec_fn=lambda: ctypes.CDLL(None).prctl(65, 1, 0, 0, 0),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(r"stream-monitor: .* make memory executable.*MemoryDenyWriteExecute=no\)\n", done.stderr)
 
 
 def test_the_monitor_imports_neither_torch_nor_vllm() -> None:
