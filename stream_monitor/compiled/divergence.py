@@ -54,7 +54,7 @@ def jensen_shannon(p: Shares, q: Shares) -> float:
 @checked_jit()
 def compare(columns: Columns, both: Shares, end: int) -> tuple[float, float, float]:
     """What each of two `side_by_side` holds on the columns below `end`, and the divergence of both there, each made to
-    sum to 1; no number where one of them holds nothing."""
+    sum to 1, which means nothing where one of them holds nothing."""
     known = 0
     one = other = 0.0
     while known < len(columns) and columns[known] < end:

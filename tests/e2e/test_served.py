@@ -220,7 +220,7 @@ def test_also_when_the_monitor_is_dead_for_five_seconds(product, conversation):
     before = generated_tokens()
 
     async def with_a_dead_monitor() -> list[Answer]:
-        running = asyncio.create_task(ask_all(product, "second", 100))
+        running = asyncio.create_task(ask_all(product, "second", 70))
         assert await asyncio.to_thread(eventually, lambda: generated_tokens() > before, 60), "no request began"
         await asyncio.to_thread(product.kill_monitor)
         at_death = generated_tokens()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import grpc
 import httpx
@@ -14,6 +15,7 @@ import trustme
 from prometheus_client.parser import text_string_to_metric_families
 
 from stream_monitor.config import MonitorSettings
+from stream_monitor.monitor import front
 from stream_monitor.v1alpha1 import ingest_pb2, ingest_pb2_grpc, monitor_pb2_grpc, summary_pb2
 from tests.monitor.conftest import TIMEOUT, Running
 
@@ -162,7 +164,8 @@ def wait_until(condition: Callable[[], object], what: str = "", seconds: float =
 
 
 def guard(folder: Path, ca: trustme.CA | None) -> Iterator[Callable[..., Guarded]]:
-    """Starts monitors; `access` is the text of the access file, `files` those of TLS."""
+    """Starts monitors; `access` is the text of the access file, `files` those of TLS. They look for replaced files four
+    times as often as others."""
     running: list[Guarded] = []
 
     def start(access: str | None = None, files: Files | None = None, mutual: bool = False, **settings: Any) -> Guarded:
@@ -184,6 +187,7 @@ def guard(folder: Path, ca: trustme.CA | None) -> Iterator[Callable[..., Guarded
         running.append(Guarded(MonitorSettings(**(defaults | settings)), ca if files is not None else None))
         return running[-1]
 
-    yield start
-    for each in running:
-        each.stop()
+    with patch.object(front, "REFRESH_SECONDS", front.REFRESH_SECONDS / 4):
+        yield start
+        for each in running:
+            each.stop()
