@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.matrix import ANCHOR_GAP, Mass, Positions, SparseMass
-from stream_monitor.compiled.matrices import sum_from_afar, sum_heads
+from stream_monitor.compiled.matrices import sum_from_afar, sum_sentences
 
 LEAST_SENTENCES = 12
 """Scored sentences of an output below which the kurtosis over them says nothing."""
@@ -104,8 +104,9 @@ class HeadMatrix(NamedTuple):
     def mean_over(self, weights: Mass, size: int) -> tuple[NDArray[np.uint32], NDArray[np.uint32], Mass]:
         """The sentence matrix by heads of these weights, which sum to 1: row, column and share of each cell there is.
         `size` is how many sentences there are."""
-        found: tuple[NDArray[np.uint32], NDArray[np.uint32], Mass] = sum_heads(
-            self.numbers, self.edges, *self.entries, weights, size
+        heads, columns, shares = self.entries
+        found: tuple[NDArray[np.uint32], NDArray[np.uint32], Mass] = sum_sentences(
+            self.numbers, self.edges, columns, shares * weights[heads], size
         )
         return found
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stream_monitor.compiled.decoding import decode_rows, heaviest_far_keys
 from stream_monitor.compiled.divergence import compare, jensen_shannon, side_by_side
 from stream_monitor.compiled.folding import fold_rows, sentences_of
-from stream_monitor.compiled.matrices import sum_from_afar, sum_heads, sum_rows
+from stream_monitor.compiled.matrices import sum_from_afar, sum_sentences
 from stream_monitor.compiled.periods import FAR_KEYS, PERIODS, best_period, newest_rows
 
 
@@ -30,10 +30,8 @@ def prepare() -> None:
     sentences_of(keys[0], table, number)
     entries, edges = (keys[0], mass[0]), np.array([0, 2])
     fold_rows(table, number, *entries, edges, np.zeros(2, np.uint16), whole, 1)
-    sum_rows(*entries, edges, whole, np.array([0, 1]), 1)
-    head = number, edges, np.zeros(2, np.uint8), *entries
-    sum_heads(*head, whole, 1)
-    sum_from_afar(*head, 4, np.zeros((1, 1)))
+    sum_sentences(number, edges, keys[0], np.zeros(2), 1)
+    sum_from_afar(number, edges, np.zeros(2, np.uint8), *entries, 4, np.zeros((1, 1)))
     columns, both = side_by_side(number, whole, number, whole)
     compare(columns, both, 1)
     jensen_shannon(whole, whole)

@@ -12,16 +12,15 @@ Mass = NDArray[np.float64]
 
 
 @checked_jit()
-def sum_rows(
-    columns: Numbers, mass: Shares, edges: Places, divisors: Mass, sentences: Places, size: int
+def sum_sentences(
+    numbers: Places, edges: Places, columns: Numbers, mass: Mass, size: int
 ) -> tuple[Numbers, Numbers, Mass]:
-    """Sum the rows of each sentence, each divided by a number.
+    """Sum what each sentence reads.
 
     Args:
-        columns, mass: [n], row after row.
-        edges: [rows + 1], of each row in these.
-        divisors: [rows].
-        sentences: [sentences + 1], where each sentence's rows begin among all, and their end.
+        numbers: [sentences], of each.
+        edges: [sentences + 1], of each in the next two.
+        columns, mass: [n], the sentences read, and what is read of each.
         size: all columns are below it.
 
     Returns:
@@ -30,42 +29,9 @@ def sum_rows(
     found_rows, found_columns = np.empty(len(columns), np.uint32), np.empty(len(columns), np.uint32)
     found_sums, sums = np.empty(len(columns)), np.zeros(size)
     count = 0
-    for sentence in range(len(sentences) - 1):
-        end = 0
-        for row in range(sentences[sentence], sentences[sentence + 1]):
-            for entry in range(edges[row], edges[row + 1]):
-                sums[columns[entry]] += mass[entry] / divisors[row]
-                end = max(end, int(columns[entry]) + 1)
-        for column in range(end):
-            if sums[column] != 0.0:
-                found_rows[count], found_columns[count], found_sums[count] = sentence, column, sums[column]
-                sums[column] = 0.0
-                count += 1
-    return found_rows[:count].copy(), found_columns[:count].copy(), found_sums[:count].copy()
-
-
-@checked_jit()
-def sum_heads(
-    numbers: Places, edges: Places, heads: NDArray[np.uint8], columns: Numbers, shares: Shares, weights: Mass, size: int
-) -> tuple[Numbers, Numbers, Mass]:
-    """Sum the heads of each sentence, weighted.
-
-    Args:
-        numbers: [sentences], of each.
-        edges: [sentences + 1], of each in the next three.
-        heads, columns, shares: [n], see `HeadShares`.
-        weights: [heads].
-        size: all columns are below it.
-
-    Returns:
-        As `sum_rows`.
-    """
-    found_rows, found_columns = np.empty(len(columns), np.uint32), np.empty(len(columns), np.uint32)
-    found_sums, sums = np.empty(len(columns)), np.zeros(size)
-    count = 0
     for sentence in range(len(numbers)):
         for entry in range(edges[sentence], edges[sentence + 1]):
-            sums[columns[entry]] += shares[entry] * weights[heads[entry]]
+            sums[columns[entry]] += mass[entry]
         for column in range(size):
             if sums[column] != 0.0:
                 found_rows[count], found_columns[count], found_sums[count] = numbers[sentence], column, sums[column]
@@ -81,7 +47,8 @@ def sum_from_afar(
     """Add up what each sentence gets of each head's attention from sentences at least `gap` later.
 
     Args:
-        numbers, edges, heads, columns, shares: as of `sum_heads`.
+        numbers, edges: as of `sum_sentences`.
+        heads, columns, shares: [n], see `HeadShares`.
         totals: [heads, sentences], added to.
     """
     for sentence in range(len(numbers)):

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stream_monitor.anchors.matrix import Mass
-from stream_monitor.compiled.matrices import sum_rows
+from stream_monitor.compiled.matrices import sum_sentences
 from stream_monitor.compiled.periods import FAR_KEYS
 from stream_monitor.monitor.folding import NO_KEYS, NO_MASS, Folded, edges_of
 from stream_monitor.monitor.rows import FAR_KEY, Row
@@ -76,12 +76,12 @@ class SentenceMatrix(NamedTuple):
         np.divide(total, captured, out=unobserved, where=captured > 0)
 
         columns = np.concatenate([NO_KEYS, *(each.columns for each in sentences)])
-        read_by, read, sums = sum_rows(
+        entries = [high - low for each in sentences for low, high in pairwise(each.edges)]
+        read_by, read, sums = sum_sentences(
+            np.arange(len(sentences)),
+            np.array(edges_of(len(each.columns) for each in sentences)),
             columns,
-            np.concatenate([NO_MASS, *(each.mass for each in sentences)]),
-            np.cumsum([0, *(high - low for each in sentences for low, high in pairwise(each.edges))]),
-            divisors,
-            np.array(edges_of(len(each.rows) for each in sentences)),
+            np.concatenate([NO_MASS, *(each.mass for each in sentences)]) / np.repeat(divisors, entries),
             int(columns.max(initial=0)) + 1,
         )
         return cls(read_by, read, sums / captured[read_by], captured, unobserved)

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 @pytest.mark.timeout(600)
 def test_the_whole_benchmark_runs_interpreted() -> None:
     program = Path(__file__).with_name("gpu_search_interpreted.py")
-    arguments = ["--context", "1024", "--batch", "1", "--group", "4", "--repeats", "1", "--layers", "2"]
+    arguments = ["--context", "1024", "--batch", "1", "--batch", "2", "--group", "4", "--repeats", "1", "--layers", "2"]
     done = subprocess.run(
         [sys.executable, program, *arguments],
         capture_output=True,
@@ -25,8 +25,9 @@ def test_the_whole_benchmark_runs_interpreted() -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     figures = found["figures"]
     assert figures["graph_replay_gives_the_same"] == 1
-    name = "batch 1, context 1024, group 4"
-    assert 0 < figures[f"reads, {name}"] < 1, "fewer than all keys, since context is longer than what is read whole"
-    assert figures[f"search/attention, {name}"] > 0
-    assert figures[f"most, {name}"] > 0
-    assert found["config"]["layers"] == {"1x1024": 2}
+    for batch in (1, 2):
+        name = f"batch {batch}, context 1024, group 4"
+        assert 0 < figures[f"reads, {name}"] < 1, "fewer than all keys, since context is longer than what is read whole"
+        assert figures[f"search/attention, {name}"] > 0
+        assert figures[f"most, {name}"] > 0
+    assert found["config"]["layers"] == {"1x1024": 2, "2x1024": 2}

@@ -101,7 +101,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
 def test_the_sidecar_has_no_engine(sidecar: Path) -> None:
     code = (
         "import importlib.util as u, stream_monitor.monitor.server, stream_monitor.cli\n"
-        "print([n for n in ('torch', 'vllm', 'triton', 'transformers', 'pip') if u.find_spec(n)])"
+        "print([n for n in ('torch', 'vllm', 'triton', 'transformers', 'scipy', 'river', 'pip') if u.find_spec(n)])"
     )
     done = subprocess.run([sidecar / "python", "-I", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

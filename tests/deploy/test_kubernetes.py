@@ -219,7 +219,7 @@ def test_the_access_file_of_the_pages_is_one(tmp_path: Path) -> None:
 def test_the_memory_limit_holds_what_the_settings_allow(build: str, name: str) -> None:
     container = containers(pod(build, name))["monitor"]
     traces = int(environment(build, container)["STREAM_MONITOR_MAX_TRACE_BYTES"])
-    number, unit = re.fullmatch(r"(\d+)(Mi|Gi)", container["resources"]["limits"]["memory"]).groups()  # type: ignore[union-attr]
+    ((number, unit),) = re.findall(r"^(\d+)(Mi|Gi)$", container["resources"]["limits"]["memory"])
     # A monitor without traces, and resident memory over what is counted.
     text = " ".join((ROOT / "docs" / "sizing.md").read_text().split())
     (empty, over), *_ = re.findall(r"For a container: (\d+) MiB, and ([\d.]+) times `max_trace_bytes`", text)

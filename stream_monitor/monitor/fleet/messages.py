@@ -7,12 +7,13 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from stream_monitor.monitor import head_views
-from stream_monitor.monitor.database import packed
 from stream_monitor.monitor.fleet import names
 from stream_monitor.v1alpha1 import monitor_pb2
 
 MAX_TRACE_BYTES = 256 << 20
 """Of a trace that is unpacked: what says to be more is not one of ours."""
+_LEVEL = 1
+"""Of zlib itself, not of what packs for the store: the broker bounds a message, and this makes it a bit smaller."""
 
 M = TypeVar("M", bound=Message)
 
@@ -111,7 +112,7 @@ def _headers(message_id: str, external_id: str, message: Message) -> dict[str, s
 def _packed(where: str, found: monitor_pb2.GetTraceResponse, limit: int, more: dict[str, str]) -> Outgoing:
     raw = found.SerializeToString(deterministic=True)
     headers = _headers(names.trace_id(raw), found.info.external_id, found) | {names.CONTENT_ENCODING: "deflate"} | more
-    return _fitting(Outgoing(where, packed(raw), headers), limit)
+    return _fitting(Outgoing(where, zlib.compress(raw, _LEVEL), headers), limit)
 
 
 def _fitting(message: Outgoing, limit: int) -> Outgoing:

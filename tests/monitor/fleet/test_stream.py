@@ -145,7 +145,7 @@ class Limited:
         return self.server.ask(held)
 
 
-@pytest.mark.parametrize(("payload", "becomes"), [(4400, "shortened"), (3000, "too_large")])
+@pytest.mark.parametrize(("payload", "becomes"), [(4200, "shortened"), (3000, "too_large")])
 def test_a_trace_too_large_for_the_broker(
     payload: int, becomes: str, monitor: Callable[..., Running], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
